@@ -1,0 +1,1 @@
+"""Data modules that build tasks from image sets."""

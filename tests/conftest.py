@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device the numerical tests run on")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("images") and not os.environ.get("LIGHTNING_LOCALITY_DATA"):
+            item.add_marker(pytest.mark.skip(reason="LIGHTNING_LOCALITY_DATA is not set"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def image_root() -> Path:
+    """Folder with the real image sets (tests marked ``images``)."""
+    return Path(os.environ["LIGHTNING_LOCALITY_DATA"])
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Iterator[None]:
+    """Float64 and a fixed global seed, restored afterwards."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# What needs a GPU, most valuable first. Does as much as fits into a time slot and continues where it stopped:
+#
+#   bash benchmarks/gpu.sh             # 9 minutes of it; call again until it says that all is done
+#   bash benchmarks/gpu.sh --list      # what is done and what is pending
+#   SECONDS_PER_CALL=3600 bash benchmarks/gpu.sh
+#
+# A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run): commit those. Unfinished runs
+# live in runs/gpu. CIFAR-10 is taken from $LIGHTNING_LOCALITY_DATA, or from benchmarks/inputs/cifar10.npz
+# (benchmarks/pack_images.py writes it); without either the IsSameClass items are left out.
+# DEVICE=cpu TOY=1 runs every item at toy size, to test this script.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python3}"
+device="${DEVICE:-cuda}"
+slot="${SECONDS_PER_CALL:-530}"
+results="${RESULTS:-benchmarks/results/gpu}"
+runs="${RUNS:-runs/gpu}"
+packed="benchmarks/inputs/cifar10.npz"
+mkdir -p "$results" "$runs"
+
+toy_run=() toy_test=() toy_step=()
+if [ "${TOY:-0}" = 1 ]; then
+  toy_run=(--trainer.max_epochs=2 --data.train=8 --data.validation=4 --data.test=4 --data.batch_size=4
+    --model.network=SmallResNet)
+  toy_test=(tests/test_networks.py)
+  toy_step=(--batch 2 --repeats 1 --shape 1 32 32)
+fi
+overlay=(--config configs/overlays/gpu.yaml)
+[ "$device" = cpu ] && overlay=()
+
+same_class=(--config configs/same_class.yaml)
+if [ "${TOY:-0}" = 1 ]; then
+  same_class+=(--data.source=digits)
+elif [ -f "$packed" ]; then
+  same_class+=("--data.source=file:$packed")
+elif [ -n "${LIGHTNING_LOCALITY_DATA:-}" ]; then
+  same_class+=("--data.root=$LIGHTNING_LOCALITY_DATA" --data.download=false)
+else
+  same_class=()
+fi
+
+left() { echo $((slot - SECONDS)); }
+
+# once ITEM COMMAND...: run it unless its result is there; it has to write the result itself
+once() {
+  local item="$1"; shift
+  local result="$results/$item.json"
+  if [ -s "$result" ]; then echo "done     $item"; return; fi
+  if [ "$list" = 1 ] || [ "$(left)" -lt 60 ]; then echo "pending  $item"; pending=1; return; fi
+  echo "running  $item"
+  RESULT="$result" timeout "$(left)" "$@" || { echo "FAILED   $item (status $?)"; pending=1; }
+}
+
+tests() {
+  local log="$runs/tests.log" status=0
+  "$python" -m pytest -q --device "$device" -m "gpu or not slow" -p no:cacheprovider "${toy_test[@]}" >"$log" 2>&1 || status=$?
+  tail -n 15 "$log"
+  "$python" - "$RESULT" "$status" "$log" <<'PYTHON'
+import json, sys, torch
+lines = open(sys.argv[3]).read().splitlines()
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+content = {"status": int(sys.argv[2]), "summary": lines[-1], "failed": failed, "device": name, "torch": torch.__version__}
+open(sys.argv[1], "w").write(json.dumps(content, indent=2) + "\n")
+PYTHON
+}
+
+step() { "$python" benchmarks/regularized_step.py --device "$device" --out "$RESULT" "$@" "${toy_step[@]}"; }
+
+# train ITEM OPTIONS...: one run, continued over as many calls as it takes
+train() {
+  local item="$1"; shift
+  local folder="$runs/$item" resume=()
+  [ -f "$folder/last.ckpt" ] && resume=(--ckpt_path "$folder/last.ckpt")
+  "$python" -m lightning_locality fit "$@" "${overlay[@]}" --run_dir "$folder" "${resume[@]}" "${toy_run[@]}" \
+    --trainer.callbacks+=StopAfter "--trainer.callbacks.seconds=$(($(left) - 45))" || return 1
+  [ -s "$folder/summary.json" ] || { echo "out of time, to be continued: $item"; pending=1; return 0; }
+  cp "$folder/metrics.csv" "$results/$item.csv" && cp "$folder/summary.json" "$RESULT"
+}
+
+pathfinder() { # LENGTH WEIGHT SEED
+  local item="pathfinder_length_$1_weight_$2_seed_$3" term=()
+  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality_pathfinder.yaml "--model.weight=$2")
+  once "$item" train "$item" --config configs/pathfinder.yaml "${term[@]}" "--data.path_length=$1" \
+    "--seed_everything=$3" "--data.seed=$3" "--data.root=$runs/data"
+}
+
+same_class() { # DISTANCE WEIGHT SEED
+  [ "${#same_class[@]}" = 0 ] && return
+  local item="same_class_distance_$1_weight_$2_seed_$3" term=()
+  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality.yaml "--model.weight=$2")
+  once "$item" train "$item" "${same_class[@]}" "${term[@]}" "--data.distance=$1" \
+    "--seed_everything=$3" "--data.seed=$3"
+}
+
+list=0; [ "${1:-}" = --list ] && list=1
+pending=0
+once cuda_tests tests
+for shape in "3 224 224" "1 150 150"; do
+  for dtype in float32 bfloat16; do
+    # shellcheck disable=SC2086
+    once "step_resnet18_${shape// /x}_$dtype" step --dtype "$dtype" --shape $shape
+  done
+done
+pathfinder 9 9 0
+pathfinder 9 0 0
+same_class 160 1 0
+same_class 160 0 0
+for length in 7 5 3; do for weight in 9 0; do pathfinder "$length" "$weight" 0; done; done
+for distance in 120 80 40 0; do for weight in 1 0; do same_class "$distance" "$weight" 0; done; done
+for length in 9 7 5 3; do pathfinder "$length" 3 0; done
+for distance in 160 120 80 40 0; do same_class "$distance" 0.1 0; done
+for seed in 1 2; do
+  for weight in 9 0; do pathfinder 9 "$weight" "$seed"; done
+  for weight in 1 0; do same_class 160 "$weight" "$seed"; done
+done
+[ "$pending" = 0 ] && echo "all done" || echo "call again to continue"

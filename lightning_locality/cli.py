@@ -1,0 +1,84 @@
+"""The command line: ``lightning-locality COMMAND``."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import os
+import sys
+from collections.abc import Sequence
+
+_HELP = """\
+usage: lightning-locality COMMAND [options]      (COMMAND --help lists the options of a command)
+
+Train convolutional networks that see far, and measure how far any network sees.
+
+  fit                   train:      --config FILE [--config OVERLAY ...] [--data.distance 80 ...]
+  validate | test       measure a checkpoint:   --config FILE --ckpt_path runs/NAME/best.ckpt
+  predict               class probabilities of the test images
+  sweep GRID.yaml       a grid of runs on the cores of this machine, collected in a table and figures
+  make-data pathfinder  draw the Pathfinder images ahead of a run
+
+  --version
+"""
+_RUNS = ("fit", "validate", "test", "predict")
+
+
+def _sweep(args: Sequence[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from lightning_locality.sweep import sweep
+
+    auto_cli(sweep, args=list(args), as_positional=True)
+
+
+def _make_data(args: Sequence[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from lightning_locality.datamodules.pathfinder import make_pathfinder
+
+    auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False)
+
+
+def _dispatch(args: Sequence[str]) -> None:
+    command = args[0] if args else "--help"
+    if command in ("--help", "-h", "help"):
+        print(_HELP, end="")
+    elif command == "--version":
+        from lightning_locality import __version__
+
+        print(f"lightning-locality {__version__}")
+    elif command in _RUNS:
+        from lightning_locality.runner import run
+
+        run(args)
+    elif command == "sweep":
+        _sweep(args[1:])
+    elif command == "make-data":
+        _make_data(args[1:])
+    else:
+        from lightning_locality.suggest import nearest
+
+        known = (*_RUNS, "sweep", "make-data")
+        raise ValueError(f"unknown command {command!r}{nearest(command, known)}; there are {', '.join(known)}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: The command and its options; None takes them from the command line.
+
+    Raises:
+        SystemExit: With status 2 and one line on standard error where the input is wrong. With
+            ``LIGHTNING_LOCALITY_DEBUG=1`` the exception itself.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        _dispatch(given)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIGHTNING_LOCALITY_DEBUG"):
+            raise
+        print(f"lightning-locality: {type(error).__name__}: {error}", file=sys.stderr)
+        print("(LIGHTNING_LOCALITY_DEBUG=1 shows where)", file=sys.stderr)
+        raise SystemExit(2) from error

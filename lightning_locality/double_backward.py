@@ -1,0 +1,303 @@
+"""Convolution and batch normalisation with fast second derivatives, for any network and without a change to it.
+
+Legend: B batch, C channels, n = B H W numbers per channel. ``g`` is the gradient at a layer's output, ``v`` the
+gradient that the second backward pass brings to the layer's input gradient.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FastDoubleBackward"]
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+
+class _Geometry(NamedTuple):
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        zero = [0] * len(self.stride)
+        out: Tensor = torch.ops.aten.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, False, zero, self.groups
+        )
+        return out
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        zero, size = [0] * len(self.stride), [weight.shape[0]]
+        out: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+            g, x, weight, size, self.stride, self.padding, self.dilation, False, zero, self.groups, list(mask)
+        )
+        return out
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: _Geometry,
+        mode: FastDoubleBackward,
+        is_input: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.mode, ctx.is_input = geometry, mode, is_input
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        last = not ctx.mode.only_inputs
+        # the network's input is ours: nobody reads its gradient after the input gradients are taken
+        mask = (need_x and not (last and ctx.is_input), need_weight and last, need_bias and last)
+        return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
+
+
+class _ConvolutionBackward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ctx.save_for_backward(g, x, weight)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return geometry.backward(g, x, weight, mask)
+
+    @staticmethod
+    def backward(
+        ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        g, x, weight = ctx.saved_tensors
+        geometry: _Geometry = ctx.geometry
+        need_g, need_x, need_weight = ctx.needs_input_grad[:3]
+        parts = []
+        if v is not None:
+            parts.append(geometry.forward(v, weight))
+        if v_weight is not None:
+            parts.append(geometry.forward(x, v_weight))
+        if v_bias is not None:
+            parts.append(v_bias.reshape(-1, *[1] * len(geometry.stride)).expand_as(g))
+        grad_g = sum(parts[1:], parts[0]) if need_g and parts else None
+        grad_x = grad_weight = None
+        if v_weight is not None and need_x:
+            grad_x = geometry.backward(g, x, v_weight, (True, False, False))[0]
+        if v is not None and need_weight:
+            # torch takes a convolution whose kernel is as large as the image here; this is the usual weight gradient
+            grad_weight = geometry.backward(g, v, weight, (False, True, False))[1]
+        return grad_g, grad_x, grad_weight, None, None
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        out, mean, inverse, reserve, kind = torch.ops.aten._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
+        )
+        ctx.save_for_backward(x, weight, mean, inverse, reserve)
+        ctx.kind, ctx.eps = kind, eps
+        normalized: Tensor = out
+        return normalized
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _BatchNormBackward.apply(g, *ctx.saved_tensors, ctx.kind, ctx.eps)
+        needed = zip(gradients, ctx.needs_input_grad, strict=False)
+        return (*(gradient if need else None for gradient, need in needed), None, None, None, None)
+
+
+def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Input gradient, sum of ``g x_hat`` and sum of ``g`` per channel."""
+    x, weight, mean, inverse, reserve = saved
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._batch_norm_impl_index_backward(
+        kind, x, g, weight, None, None, mean, inverse, True, eps, [True, True, True], reserve
+    )
+    return out
+
+
+class _BatchNormBackward(Function):
+    r"""``γ σ (g - mean(g) - x_hat mean(g x_hat))`` with its derivatives by ``g``, ``x`` and ``γ``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        inverse: Tensor,
+        reserve: Tensor,
+        kind: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x, sum_gx, sum_g = _batch_norm_backward(g, (x, weight, mean, inverse, reserve), kind, eps)
+        ctx.save_for_backward(g, x, weight, mean, inverse, reserve, sum_gx, sum_g)
+        ctx.kind, ctx.eps = kind, eps
+        ctx.set_materialize_grads(False)
+        return grad_x, sum_gx, sum_g
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if v_weight is not None or v_bias is not None:
+            raise NotImplementedError(
+                "second derivatives through the parameter gradients of batch normalisation are left to torch: "
+                "pass fast=False to AntiLocality or input_gradient_change"
+            )
+        if v is None:
+            return (None,) * 8
+        g, x, weight, mean, inverse, reserve, sum_gx, sum_g = ctx.saved_tensors
+        # linear and symmetric in g: the derivative by g applied to v is the same map of v
+        grad_g, sum_vx, sum_v = _batch_norm_backward(v, (x, weight, mean, inverse, reserve), ctx.kind, ctx.eps)
+        accumulate = torch.promote_types(x.dtype, torch.float32)
+        weight_, mean, inverse, sum_gx, sum_g, sum_vx, sum_v = (
+            t.to(accumulate) for t in (weight, mean, inverse, sum_gx, sum_g, sum_vx, sum_v)
+        )
+        n = x.numel() // x.shape[1]
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        # sum(v g) per channel: the weight gradient of a normalisation with mean 0 and deviation 1, one fused pass
+        sum_vg = torch.ops.aten.native_batch_norm_backward(
+            g, v, None, None, None, zero, one, True, 0.0, [False, True, True]
+        )[1].to(accumulate)
+        inner = sum_vg - sum_v * sum_g / n - sum_vx * sum_gx / n
+        # grad_x = -γ σ² [inner x_hat + sum_gx (v - mean v - x_hat mean(v x_hat)) + sum_vx (the same of g)] / n,
+        # gathered as a x + b v + c g + d with one number per channel each
+        scale = weight_ * inverse.square() / n
+        a = scale * inverse * (2 * sum_vx * sum_gx / n - inner)
+        b, c = -scale * sum_gx, -scale * sum_vx
+        d = -a * mean - (b * sum_v + c * sum_g) / n
+        a, b, c, d = (number.reshape(-1, *[1] * (x.dim() - 2)) for number in (a, b, c, d))
+        grad_x = torch.addcmul(d, x, a).addcmul_(v, b).addcmul_(g, c).to(x.dtype)
+        return grad_g, grad_x, (inner * inverse).to(weight.dtype), None, None, None, None, None
+
+
+@final
+class FastDoubleBackward(TorchFunctionMode):
+    r"""Inside, convolutions and train-mode batch normalisations are differentiable twice at the usual cost.
+
+    The numbers are those of torch up to rounding. Torch's own second derivative of a convolution takes a
+    convolution with a kernel as large as the image, that of batch normalisation some thirty elementwise passes;
+    here it is one weight gradient, and two fused passes and three elementwise ones. What is not known here
+    (transposed convolutions, padding given as a word, tensor subclasses, other layers) goes to torch unchanged.
+    Third derivatives through batch normalisation raise an error.
+
+    Args:
+        x: Input of the network, a leaf whose gradient is read by :meth:`inputs_only` calls alone: its gradient is
+            not computed again in the last backward pass. None if others may read it.
+
+    >>> convolution = torch.nn.Conv2d(1, 2, 3)
+    >>> x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    >>> with FastDoubleBackward() as fast:
+    ...     out = convolution(x)
+    >>> with fast.inputs_only():
+    ...     gradient, = torch.autograd.grad(out.sum(), x, create_graph=True)
+    >>> gradient[0, 0, 0, 0].backward()
+    >>> convolution.weight.grad[:, 0, 0].tolist()
+    [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+
+    def __init__(self, x: Tensor | None = None) -> None:
+        super().__init__()
+        self.x = x
+        self.only_inputs = False
+
+    @contextmanager
+    def inputs_only(self) -> Iterator[None]:
+        """Backward passes inside need input gradients alone; those of the weights are not computed."""
+        self.only_inputs = True
+        try:
+            yield
+        finally:
+            self.only_inputs = False
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the calls that are known, hand on the others."""
+        kwargs = kwargs or {}
+        out = None
+        if func in _CONVOLUTIONS:
+            out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
+        elif func is F.batch_norm:
+            out = self._batch_norm(*args, **kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+    def _convolution(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        axes: int,
+    ) -> Tensor | None:
+        if isinstance(padding, str) or input.dim() != axes + 2 or not _are_known(input, weight, bias):
+            return None
+        stride, padding, dilation = (
+            [n] * axes if isinstance(n, int) else [*n] * (axes // len(n)) for n in (stride, padding, dilation)
+        )
+        geometry = _Geometry(stride, padding, dilation, groups)
+        is_input = input is self.x
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            out: Tensor = _Convolution.apply(input, weight, bias, geometry, self, is_input)
+        return out
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        # one value per channel is an error that torch words well
+        if not training or weight is None or input.dim() < 2 or input.numel() <= input.shape[1]:
+            return None
+        if not _are_known(input, weight, bias):
+            return None
+        out: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+        return out
+
+
+def _are_known(*tensors: Tensor | None) -> bool:
+    plain = all(t is None or (type(t) in (Tensor, Parameter) and t.is_floating_point()) for t in tensors)
+    return plain and torch.is_grad_enabled()

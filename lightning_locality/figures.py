@@ -1,0 +1,187 @@
+"""Results as figures for print: column width, embedded fonts, colours that the colour-blind can tell apart."""
+
+from __future__ import annotations
+
+__all__ = ["accuracy_curves", "example_inputs", "read_metrics", "save_figure", "training_curves"]
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+# Okabe and Ito, Color Universal Design (2008)
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    # Type 3 fonts are refused by venues; 42 embeds TrueType
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+}
+_COLUMN = 3.4  # inches: one column of a two-column paper
+_CURVES = (
+    ("accuracy", "accuracy (%)", 100.0),
+    ("loss", "loss", 1.0),
+    ("regularizer", "regulariser $R$", 1.0),
+)
+Rows = Sequence[Mapping[str, float]]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a ``metrics.csv``, one per epoch: the last value logged of every metric.
+
+    Args:
+        path: File written by :class:`~lightning_locality.tasks.logger.MetricsFile`.
+
+    Returns:
+        Rows in order of epoch, each with ``epoch`` and the metrics logged in it.
+    """
+    epochs: dict[int, dict[str, float]] = {}
+    with Path(path).open(newline="") as file:
+        for row in csv.DictReader(file):
+            if not row.get("epoch"):
+                continue
+            epoch = int(float(row["epoch"]))
+            values = {key: float(value) for key, value in row.items() if value}
+            epochs.setdefault(epoch, {}).update(values, epoch=float(epoch))
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def _draw(axes: Axes, rows: Rows, name: str, scale: float, **style: Any) -> bool:
+    points = [(row["epoch"] + 1, row[name] * scale) for row in rows if name in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+    return bool(points)
+
+
+def _epochs(axes: Axes) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def training_curves(rows: Rows) -> Figure:
+    """Accuracy, loss and regulariser against the epoch, on training and validation data.
+
+    Args:
+        rows: One mapping per epoch, as :func:`read_metrics` gives them.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2 * _COLUMN, 1.9), layout="constrained")
+        for axes, (name, label, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
+            for stage, colour in (("train", _COLOURS[0]), ("val", _COLOURS[1])):
+                _draw(axes, rows, f"{stage}/{name}", scale, color=colour, label=stage)
+            _epochs(axes)
+            axes.set_ylabel(label)
+            if name != "loss":
+                axes.set_ylim(0, 1.03 * scale)
+        figure.axes[0].legend(loc="lower right")
+        return figure
+
+
+def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
+    """Training and validation accuracy against the epoch for several kinds of run.
+
+    Args:
+        histories: Label of a kind of run -> the rows of each of its runs; a thin line for every run, a panel
+            for training and one for validation data.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2 * _COLUMN, 2.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, stage, title in zip(
+            panels, ("train", "val"), ("training pairs", "unseen (validation) pairs"), strict=True
+        ):
+            for position, (label, runs) in enumerate(histories.items()):
+                for number, rows in enumerate(runs):
+                    _draw(
+                        axes,
+                        rows,
+                        f"{stage}/accuracy",
+                        100.0,
+                        color=_COLOURS[position % len(_COLOURS)],
+                        label=label if number == 0 else None,
+                        alpha=1.0 if len(runs) == 1 else 0.6,
+                    )
+            axes.axhline(50, color="0.6", linewidth=0.6, linestyle=":")
+            axes.set_title(title, fontsize=8)
+            _epochs(axes)
+            axes.set_ylim(35, 103)
+        panels[0].set_ylabel("accuracy (%)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return figure
+
+
+def example_inputs(
+    images: NDArray[np.floating[Any]],
+    titles: Sequence[str],
+    masks: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None,
+) -> Figure:
+    """Example inputs, with the two patches of the regulariser outlined.
+
+    Args:
+        images: ``(N, C, H, W)`` with 1 or 3 channels, any scale.
+        titles: One per image.
+        masks: Where the gradient is compared (I) and what is replaced (J), each ``(N, H, W)``.
+    """
+    low, high = float(images.min()), float(images.max())
+    shown = (images - low) / max(high - low, 1e-12)
+    height, width = images.shape[2:]
+    columns = 1 if width > 3 * height else min(4, len(images))
+    rows = -(-len(images) // columns)
+    panel = 2 * _COLUMN / columns
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2 * _COLUMN, rows * (panel * height / width + 0.25) + 0.3), layout="constrained")
+        for number, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).flat):
+            axes.axis("off")
+            if number >= len(images):
+                continue
+            picture = shown[number].transpose(1, 2, 0)
+            axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
+            axes.set_title(titles[number], fontsize=7, loc="left", pad=2)
+            for mask, colour in zip(masks or (), (_COLOURS[5], _COLOURS[4]), strict=False):
+                _outline(axes, mask[number], colour)
+        if masks is not None:
+            handles = [_handle(_COLOURS[5]), _handle(_COLOURS[4])]
+            labels = ["I: the gradient is compared here", "J: replaced by another sample's content"]
+            figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        return figure
+
+
+def _handle(colour: str) -> Line2D:
+    return Line2D([], [], color=colour, linewidth=1.5)
+
+
+def _outline(axes: Axes, mask: NDArray[np.bool_], colour: str) -> None:
+    """Draw the border between the pixels of a mask and the others, on the pixel edges."""
+    padded = np.pad(mask, 1)
+    tall = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
+    flat = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    xs = np.concatenate([np.stack([tall[:, 1], tall[:, 1]]), np.stack([flat[:, 1], flat[:, 1] + 1])], axis=1)
+    ys = np.concatenate([np.stack([tall[:, 0], tall[:, 0] + 1]), np.stack([flat[:, 0], flat[:, 0]])], axis=1)
+    axes.plot(xs - 0.5, ys - 0.5, color=colour, linewidth=1.2, solid_capstyle="butt")
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write a figure as ``STEM.pdf`` and ``STEM.png``.
+
+    Args:
+        figure: What to write.
+        stem: Path without ending; its folder is made.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(_STYLE):
+        # no date in the file: the same results give the same bytes
+        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+        figure.savefig(stem.with_suffix(".png"), dpi=200)

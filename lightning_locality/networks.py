@@ -1,0 +1,185 @@
+"""Networks of our own, and the fitting of any network to channels and outputs; others come by class path."""
+
+from __future__ import annotations
+
+__all__ = ["SmallResNet", "adapt"]
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut: the basic block of He et al. (2016)."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or width_in != width_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(inner + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """Ordinary residual network small enough for a CPU: a 3x3 stem, basic blocks, average pooling, linear head.
+
+    Block design: Deep residual learning for image recognition (He, Zhang, Ren, Sun, 2016), figure 2.
+    The sizes are ours.
+
+    Args:
+        in_channels: Channels of the images.
+        outputs: Number of logits; 1 for two classes.
+        widths: Channels of the stem and of every block.
+        strides: Strides of the stem and of every block.
+
+    Raises:
+        ValueError: Widths and strides of different lengths, or values below 1.
+
+    Example:
+        >>> import torch
+        >>> network = SmallResNet()
+        >>> network(torch.zeros(2, 1, 8, 80, dtype=torch.float32)).shape
+        torch.Size([2, 1])
+        >>> network.receptive_field
+        95
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        outputs: int = 1,
+        widths: Sequence[int] = (16, 16, 32, 64, 64),
+        strides: Sequence[int] = (2, 1, 2, 2, 2),
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(strides) or not widths:
+            raise ValueError(
+                f"widths and strides must have the same, positive length, got widths={list(widths)} and "
+                f"strides={list(strides)}: one of each for the stem and for every block"
+            )
+        numbers = (in_channels, outputs, *widths, *strides)
+        if min(numbers) < 1:
+            raise ValueError(
+                f"in_channels, outputs, widths and strides must be at least 1, got in_channels={in_channels}, "
+                f"outputs={outputs}, widths={list(widths)}, strides={list(strides)}"
+            )
+        self.strides = tuple(strides)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        )
+        self.blocks = nn.Sequential(
+            *(
+                _Block(before, after, stride)
+                for before, after, stride in zip(widths[:-1], widths[1:], strides[1:], strict=True)
+            )
+        )
+        self.head = nn.Linear(widths[-1], outputs)
+
+    @property
+    def receptive_field(self) -> int:
+        """Side of the window of pixels that reaches one position of the last feature map, in pixels.
+
+        Two images further apart than this never meet before the average pooling, which adds: the network is
+        then additive over them and no training can make it compare them.
+        """
+        field, jump = 1, 1
+        for position, stride in enumerate(self.strides):
+            convolutions = (stride,) if position == 0 else (stride, 1)
+            for step in convolutions:
+                field += 2 * jump
+                jump *= step
+        return field
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, outputs)`` of images ``(B, C, H, W)``."""
+        features: Tensor = self.blocks(self.stem(x))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
+
+
+def _place(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
+    """Give a convolutional network another number of input channels and of outputs, in place.
+
+    The first convolution and the last linear layer (in order of registration, which in torchvision and timm
+    is the order of use) are replaced by freshly initialised ones with the same other settings; a layer that
+    already fits is left as it is.
+
+    Args:
+        network: Any convolutional network that ends in a linear layer or a 1x1 convolution.
+        in_channels: Channels of the images.
+        outputs: Number of logits.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: No convolution or no head to replace.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> network = adapt(resnet18(), in_channels=1, outputs=1)
+        >>> network.conv1.in_channels, network.fc.out_features
+        (1, 1)
+    """
+    convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError(
+            f"network {type(network).__name__} has no Conv2d to adapt to {in_channels} channels: pass a network "
+            "that already takes them, with num_classes and in_channels left out"
+        )
+    name, first = convolutions[0]
+    if first.in_channels != in_channels:
+        if first.groups != 1:
+            raise ValueError(
+                f"network {type(network).__name__}: its first convolution has {first.groups} groups and cannot "
+                f"be adapted from {first.in_channels} to {in_channels} channels; adapt it yourself"
+            )
+        _place(network, name, _convolution_like(first, in_channels, first.out_channels))
+    heads = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+    if heads:
+        name, linear = heads[-1]
+        if linear.out_features != outputs:
+            factory = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            _place(network, name, nn.Linear(linear.in_features, outputs, bias=linear.bias is not None, **factory))
+        return network
+    name, last = convolutions[-1]
+    if last.kernel_size != (1, 1):
+        raise ValueError(
+            f"network {type(network).__name__} ends neither in a linear layer nor in a 1x1 convolution: give it "
+            f"{outputs} outputs yourself"
+        )
+    if last.out_channels != outputs:
+        _place(network, name, _convolution_like(last, last.in_channels, outputs))
+    return network
+
+
+def _convolution_like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels,
+        out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )

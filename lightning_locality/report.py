@@ -1,0 +1,71 @@
+"""What a finished run leaves in its folder: a summary and figures."""
+
+from __future__ import annotations
+
+__all__ = ["write_figures", "write_json", "write_predictions"]
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+
+from lightning_locality.datamodules.base import AbstractImageDataModule
+from lightning_locality.figures import example_inputs, read_metrics, save_figure, training_curves
+from lightning_locality.regularizer import AntiLocality
+
+_EXAMPLES = 4
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def write_predictions(path: Path, batches: Sequence[Any]) -> None:
+    """Write class probabilities, one row per sample in the order of the test images.
+
+    Args:
+        path: CSV file to write.
+        batches: Probabilities ``(B, K)`` of the batches.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        rows = [row for batch in batches for row in batch.tolist()]
+        writer.writerow(["index", *(f"probability_{k}" for k in range(len(rows[0]) if rows else 0))])
+        writer.writerows([index, *row] for index, row in enumerate(rows))
+
+
+def write_figures(folder: Path, model: LightningModule, data: LightningDataModule | None) -> None:
+    """Draw the training curves and example inputs of a run into ``FOLDER/figures``.
+
+    Args:
+        folder: Folder of the run, with its ``metrics.csv``.
+        model: The task; the patches of its ``penalty`` are outlined on the examples.
+        data: The data module; examples are drawn for the image data modules of this package.
+    """
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        save_figure(training_curves(read_metrics(metrics)), folder / "figures" / "training")
+    if not isinstance(data, AbstractImageDataModule):
+        return
+    penalty = getattr(model, "penalty", None)
+    images, labels = data.batch("validation", torch.arange(min(_EXAMPLES, data.size("validation"))))
+    masks = None
+    if isinstance(penalty, AntiLocality) and len(images) > 1:
+        generator = torch.Generator().manual_seed(penalty.seed)
+        pair = penalty.patches.draw(images, images.roll(-1, 0), generator)
+        shape = (len(images), *images.shape[2:])
+        i, j = (mask.squeeze(1).expand(shape).cpu().numpy() for mask in pair)
+        masks = (i, j)
+    names = getattr(data, "class_names", None)
+    titles = [names[label] if names else f"label {label}" for label in labels.tolist()]
+    figure = example_inputs(np.asarray(images.cpu()), titles, masks)
+    save_figure(figure, folder / "figures" / "examples")

@@ -1,0 +1,281 @@
+"""One run: Lightning's command line over tasks and data modules, with a folder for what it leaves."""
+
+from __future__ import annotations
+
+__all__ = ["LocalityCLI", "run"]
+
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_locality import patches, regularizer
+from lightning_locality.datamodules.pathfinder import Pathfinder
+from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.networks import SmallResNet
+from lightning_locality.report import write_figures, write_json, write_predictions
+from lightning_locality.parser import SuggestingParser
+from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
+from lightning_locality.tasks.callbacks import StopAfter, StopOnceFitted
+from lightning_locality.tasks.classification import Classification
+from lightning_locality.tasks.logger import MetricsFile
+
+# what a configuration may call by its bare class name: everything imported here
+_NAMED = (
+    patches,
+    regularizer,
+    Pathfinder,
+    SameClass,
+    SmallResNet,
+    Classification,
+    AntiLocalityCallback,
+    StopAfter,
+    StopOnceFitted,
+)
+_TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
+_STORED = ("last", "best")
+_PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
+
+
+class LocalityCLI(LightningCLI):
+    """Lightning's command line; every run has a folder, and a checkpoint never overrides what was typed."""
+
+    run_dir: Path
+    started: float
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder for config, metrics, checkpoints and figures (default: runs/<date and time>, or the "
+            "checkpoint's folder where --ckpt_path is given).",
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=Literal["no", "last", "best"],
+            default="no",
+            help="Test after fit, with the last weights (as published) or the best on validation.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Warn where the checkpoint was trained with other settings; use what was typed."""
+        if not self.config.get("subcommand"):
+            return
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") in _STORED:
+            folder = Path(config.run_dir) if config.run_dir else None
+            path = folder / f"{config.ckpt_path}.ckpt" if folder else None
+            if path is None or not path.is_file():
+                raise FileNotFoundError(
+                    f"--ckpt_path {config.ckpt_path}: there is no "
+                    f"{path or 'run folder given to look in'}; pass --run_dir of the trained run, or the path "
+                    "of a checkpoint"
+                )
+            config.ckpt_path = str(path)
+        if not config.get("ckpt_path"):
+            return
+        path = Path(config.ckpt_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file")
+        stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+        typed = config.get("model") or {}
+        typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
+        values = {"class_path": typed.get("class_path"), **(typed.get("init_args") or {})}
+        stored = {"class_path": stored.pop("_class_path", None), **stored}
+        for name in sorted(values.keys() & stored.keys()):
+            if values[name] is not None and stored[name] is not None and values[name] != stored[name]:
+                rank_zero_warn(
+                    f"{name}: the checkpoint {path} was trained with {stored[name]!r}, the command line says "
+                    f"{values[name]!r}; the command line's value is used"
+                )
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder, and refuse what would lose or mislead."""
+        self.started = time.time()
+        config = self.config[self.subcommand]
+        checkpoint = config.get("ckpt_path")
+        if self.subcommand in ("validate", "test", "predict") and not checkpoint:
+            raise ValueError(
+                f"{self.subcommand} without a checkpoint would measure a network with random weights: pass "
+                "--ckpt_path runs/NAME/best.ckpt (or last.ckpt), or --run_dir runs/NAME --ckpt_path best"
+            )
+        self.run_dir = Path(config.run_dir or _default_run_dir(checkpoint))
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and _global_rank() == 0:
+            self._guard_folder(resuming=bool(checkpoint))
+        config.run_dir = str(self.run_dir)
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        if not sys.stdout.isatty():
+            for name in ("enable_progress_bar", "enable_model_summary"):
+                if config.trainer[name] is None:
+                    config.trainer[name] = False
+
+    def _guard_folder(self, resuming: bool) -> None:
+        found = [name for name in _TRACES if (self.run_dir / name).exists()]
+        if found and not resuming:
+            raise FileExistsError(
+                f"run_dir {self.run_dir} holds an earlier run ({', '.join(found)}): choose another --run_dir, or "
+                f"continue that run with --run_dir {self.run_dir} --ckpt_path last"
+            )
+        config = self.run_dir / "config.yaml"
+        if config.exists():
+            earlier = len(list(self.run_dir.glob("config.*.yaml")))
+            config.rename(self.run_dir / f"config.{earlier}.yaml")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the metrics file and the best and last checkpoints to what the configuration asks for."""
+        config = self._get(self.config_init, "trainer", default={})
+        logger = config.get("logger")
+        if logger is not False:
+            typed = [] if logger in (None, True) else [logger] if isinstance(logger, Logger) else list(logger)
+            # only a fit has a history; scores of the other commands are written as files of their own
+            own = [MetricsFile(str(self.run_dir))] if self.subcommand == "fit" else []
+            kwargs["logger"] = [*own, *typed]
+        extra = list(config.get("callbacks") or [])
+        checkpoints = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
+        if self.subcommand == "fit" and checkpoints and not any(isinstance(c, ModelCheckpoint) for c in extra):
+            extra += self._checkpoints()
+        return super().instantiate_trainer(
+            callbacks=extra, default_root_dir=str(config.get("default_root_dir") or self.run_dir), **kwargs
+        )
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """Keep the last epoch, and the best one where the model names a metric to monitor."""
+        monitor = getattr(self.model, "monitor", None)
+        # after the whole epoch, so that a resumed run repeats nothing
+        common: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+        last = ModelCheckpoint(dirpath=self.run_dir, filename="last", **common)
+        if monitor is None:
+            return [last]
+        return [ModelCheckpoint(dirpath=self.run_dir, filename="best", monitor=monitor, mode="max", **common), last]
+
+    def after_fit(self) -> None:
+        """Test if asked to, and leave a summary and figures."""
+        if any(isinstance(callback, StopAfter) and callback.stopped for callback in self.trainer.callbacks):
+            rank_zero_info(f"out of time; continue with --run_dir {self.run_dir} --ckpt_path last")
+            return
+        choice = self._get(self.config, "test_after_fit")
+        scores: dict[str, float] = {key: float(v) for key, v in self.trainer.callback_metrics.items()}
+        epochs = self.trainer.current_epoch
+        if choice != "no":
+            path = None
+            checkpoint = self.trainer.checkpoint_callback
+            if choice == "best" and isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+                path = checkpoint.best_model_path
+            results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
+            scores |= {key: float(value) for key, value in results[0].items()}
+        if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
+            self._write_summary(scores, epochs)
+            write_figures(self.run_dir, self.model, self.datamodule)
+            rank_zero_info(f"run folder: {self.run_dir}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict, and leave the class probabilities as a table."""
+        batches = self.trainer.predict(**kwargs) or []
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_predictions(self.run_dir / "predictions.csv", batches)
+
+    def after_validate(self) -> None:
+        """Leave the scores beside the checkpoint."""
+        self._write_scores("validate")
+
+    def after_test(self) -> None:
+        """Leave the scores beside the checkpoint."""
+        self._write_scores("test")
+
+    def _write_scores(self, name: str) -> None:
+        if self.trainer.is_global_zero:
+            scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+            checkpoint = self._get(self.config, "ckpt_path")
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.run_dir / f"{name}.json", {"checkpoint": checkpoint, "metrics": scores})
+
+    def _write_summary(self, scores: dict[str, float], epochs: int) -> None:
+        device = self.trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+        write_json(
+            self.run_dir / "summary.json",
+            {
+                "metrics": scores,
+                "epochs": epochs,
+                "steps": self.trainer.global_step,
+                "seconds": round(time.time() - self.started, 1),
+                "device": {
+                    "name": name,
+                    "processes": self.trainer.world_size,
+                    "threads": torch.get_num_threads(),
+                },
+                "versions": {package: version(package) for package in _PACKAGES},
+            },
+        )
+
+
+def _global_rank() -> int:
+    """Rank of this process, before Lightning has set up its strategy; 0 where nothing was launched."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def _default_run_dir(checkpoint: str | None) -> Path:
+    """The checkpoint's folder, or one named by the date, the same for all processes of a launch."""
+    if checkpoint:
+        return Path(checkpoint).parent
+    if _global_rank() != 0 and "LIGHTNING_LOCALITY_RUN_DIR" in os.environ:
+        return Path(os.environ["LIGHTNING_LOCALITY_RUN_DIR"])
+    launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    if launch in (None, "none"):
+        launch = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    os.environ["LIGHTNING_LOCALITY_RUN_DIR"] = path = str(Path("runs") / launch)
+    return Path(path)
+
+
+def run(args: Sequence[str]) -> LocalityCLI:
+    """Run one subcommand (``fit``, ``validate``, ``test`` or ``predict``) with its arguments.
+
+    Args:
+        args: As typed, the subcommand first.
+
+    Returns:
+        The command line object, with its ``trainer``, ``model``, ``datamodule`` and ``run_dir``.
+    """
+    with warnings.catch_warnings():
+        # Lightning 2.6 itself uses names that jsonargparse 5 will remove; the bound below 5 covers it
+        warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
+        # Lightning 2.6 with torch 2.15
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+        # the run's folder holds its configuration before the first checkpoint
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # testing needs no checkpoint callback
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        # metrics are logged per epoch
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        # args and sys.argv may both be set: the command line hands over a part of sys.argv
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        # batches are index tensors; workers would cost more than they bring
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        return LocalityCLI(
+            LightningModule,
+            LightningDataModule,
+            parser_class=SuggestingParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            args=list(args),
+        )

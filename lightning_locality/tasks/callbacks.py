@@ -1,0 +1,91 @@
+"""When to stop: the published rule, and at the end of a time slot."""
+
+from __future__ import annotations
+
+__all__ = ["StopAfter", "StopOnceFitted"]
+
+import time
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
+
+
+class StopOnceFitted(Callback):
+    """Stop once a training metric has held a value for a number of checks in a row.
+
+    The rule of *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
+    Networks* (Razin, Maman, Cohen, 2022; from the authors' code): stop when the training accuracy has been 1
+    for 21 epochs.
+
+    Args:
+        monitor: Logged metric to watch, checked at the end of every training epoch.
+        threshold: Value that counts as fitted (at least this).
+        checks: Consecutive checks at or above the threshold.
+
+    Raises:
+        ValueError: ``checks`` below 1, or a metric that is not logged.
+    """
+
+    def __init__(self, monitor: str = "train/accuracy", threshold: float = 1.0, checks: int = 21) -> None:
+        if checks < 1:
+            raise ValueError(f"checks must be at least 1, got {checks}")
+        self.monitor, self.threshold, self.checks = monitor, threshold, checks
+        self.count = 0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count, and stop where the count is reached."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise ValueError(
+                f"StopOnceFitted watches {self.monitor!r}, which is not logged; logged are "
+                f"{sorted(trainer.callback_metrics)}"
+            )
+        self.count = self.count + 1 if float(value) >= self.threshold else 0
+        if self.count >= self.checks:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"stopped after epoch {trainer.current_epoch}: {self.monitor} has been at least "
+                f"{self.threshold:g} for {self.checks} checks"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count so far, so that a resumed run stops where an uninterrupted one would."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the count."""
+        self.count = int(state_dict["count"])
+
+
+class StopAfter(Callback):
+    """Stop at the end of the first epoch after which the time is up, to be continued with ``--ckpt_path last``.
+
+    Unlike Lightning's Timer it counts the time of this process alone, so that a run can be spread over
+    several slots of the same length, and it never stops within an epoch, which would make the continuation
+    inexact. A run it has stopped is unfinished: it is not tested and leaves no summary.
+
+    Args:
+        seconds: Time after the start of training.
+
+    Raises:
+        ValueError: ``seconds`` not positive.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if not seconds > 0:
+            raise ValueError(f"seconds must be positive, got {seconds}")
+        self.seconds = seconds
+        self.stopped = False
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if the time is up on any process."""
+        up = trainer.strategy.reduce_boolean_decision(time.monotonic() - self._start >= self.seconds, all=False)
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs > 0
+        if up and not last and not trainer.should_stop:
+            self.stopped = trainer.should_stop = True

@@ -1,0 +1,280 @@
+"""Image classification by any network, with the anti-locality term."""
+
+from __future__ import annotations
+
+__all__ = ["Classification", "NonFiniteLossError"]
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.optim import SGD
+from torchmetrics import Accuracy, MeanMetric, Metric
+
+from lightning_locality.networks import adapt
+from lightning_locality.patches import GivenPatches
+from lightning_locality.regularizer import AntiLocality
+
+Stage = Literal["train", "val", "test"]
+_STEPS_BETWEEN_CHECKS = 50
+_OBJECTS = ["network", "penalty", "optimizer", "scheduler"]
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
+
+
+class NonFiniteLossError(ValueError):
+    """Training has been stopped because the loss is infinite or not a number."""
+
+
+class Classification(LightningModule):
+    r"""Classify images, with a term against locality: loss + weight * R.
+
+    The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise. R is the
+    :class:`~lightning_locality.regularizer.AntiLocality` penalty. The defaults are those of the experiments of
+    *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks*
+    (Razin, Maman, Cohen, 2022): SGD with learning rate 0.01 and momentum 0.9, no schedule, no weight decay.
+
+    Logged every epoch: ``train/loss``, ``train/accuracy``, ``train/regularizer`` and the same under ``val/``
+    and ``test/``. ``loss`` is the classification loss alone.
+
+    Args:
+        network: Any module that takes images ``(B, C, H, W)`` and ends in a linear layer; its first layer and
+            its head are fitted to the data (:func:`~lightning_locality.networks.adapt`).
+        penalty: The term against locality; None for none.
+        weight: Weight of the term in the loss, 0 or more. At 0 the term is measured but not trained on.
+        warmup_epochs: Epochs over which the weight rises linearly from 0 (ours; 0 as published).
+        optimizer: Called with the parameters.
+        scheduler: Called with the optimizer; steps once per epoch. None for none.
+        num_classes: Number of classes; None to take it from the data module.
+        in_channels: Channels of the images; None to take them from the data module.
+        measured_batches: Batches per epoch and stage on which R is measured where it is not trained on
+            (validation, test, and training at weight 0); 0 for none.
+
+    Raises:
+        ValueError: Negative weight, weight without penalty, fewer than two classes.
+    """
+
+    monitor: ClassVar[str] = "val/accuracy"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        penalty: AntiLocality | None = None,
+        weight: float = 0.0,
+        warmup_epochs: int = 0,
+        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
+        scheduler: LRSchedulerCallable | None = None,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+        measured_batches: int = 4,
+    ) -> None:
+        super().__init__()
+        # from the command line the settings arrive as plain values, from which a checkpoint rebuilds the
+        # objects; from Python they are the objects themselves, which the caller has to pass again
+        from_command_line = _given_hyperparameters.get() is not None
+        self.save_hyperparameters(ignore=[] if from_command_line else _OBJECTS)
+        if not weight >= 0:
+            raise ValueError(f"weight must be 0 or more, got {weight}: the term is minimised together with the loss")
+        if weight > 0 and penalty is None:
+            raise ValueError(
+                f"weight is {weight} but there is no penalty: pass penalty=AntiLocality(...), on the command "
+                "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
+            )
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be 0 or more, got {warmup_epochs}")
+        if measured_batches < 0:
+            raise ValueError(f"measured_batches must be 0 or more, got {measured_batches}")
+        self.network = network
+        self.penalty = penalty
+        self.weight = weight
+        self.warmup_epochs = warmup_epochs
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.measured_batches = measured_batches
+        self.metrics = nn.ModuleDict()
+        self._finite: Tensor | None = None
+        if num_classes is not None and in_channels is not None:
+            self._fit_to_data(num_classes, in_channels)
+
+    def _fit_to_data(self, num_classes: int, in_channels: int) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.hparams.update(num_classes=num_classes, in_channels=in_channels)
+        adapt(self.network, in_channels, 1 if num_classes == 2 else num_classes)
+        for stage in ("train", "val", "test"):
+            accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
+            self.metrics[f"{stage}_metrics"] = nn.ModuleDict(
+                {"loss": MeanMetric(), "accuracy": accuracy, "regularizer": MeanMetric()}
+            )
+
+    def configure_model(self) -> None:
+        """Fit the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
+        if self.metrics:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        num_classes = self.num_classes or getattr(data, "num_classes", None)
+        shape = getattr(data, "image_shape", None)
+        in_channels = self.in_channels or (shape[0] if shape is not None else None)
+        if num_classes is None or in_channels is None:
+            raise ValueError(
+                f"num_classes={num_classes} and in_channels={in_channels} are not known: the data module has no "
+                "num_classes and image_shape, so pass both to Classification"
+            )
+        self._fit_to_data(num_classes, in_channels)
+
+    def setup(self, stage: str) -> None:
+        """Take the boxes of the data module where the penalty waits for them."""
+        patches = self.penalty.patches if self.penalty is not None else None
+        if isinstance(patches, GivenPatches) and patches.boxes is None:
+            data = getattr(self.trainer, "datamodule", None)
+            boxes = getattr(data, "boxes", None)
+            if boxes is None:
+                raise ValueError(
+                    f"GivenPatches has no boxes and the data module {type(data).__name__} names none: pass "
+                    "boxes=[(top, left, height, width), ...] or take another rule such as FarField"
+                )
+            patches.bind(boxes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model, with what differs instead of a page of keys."""
+        own = {name: value.shape for name, value in self.state_dict().items() if isinstance(value, Tensor)}
+        stored = {name: value.shape for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+        differ = [name for name in sorted(own.keys() | stored.keys()) if own.get(name) != stored.get(name)]
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"the checkpoint does not fit this model: {len(differ)} of {len(own)} tensors differ, first "
+                f"{name} (checkpoint {_shape(stored.get(name))}, model {_shape(own.get(name))}); load it with the "
+                "config.yaml of the run that wrote it"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler if there is one."""
+        optimizer = self.optimizer(self.network.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, 1)`` for two classes, ``(B, K)`` for K, of images ``(B, C, H, W)``."""
+        logits: Tensor = self.network(x)
+        return logits
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self.num_classes == 2:
+            return F.binary_cross_entropy_with_logits(logits.squeeze(1), y.to(logits.dtype))
+        return F.cross_entropy(logits, y)
+
+    def _labels(self, logits: Tensor) -> Tensor:
+        return (logits.squeeze(1) > 0).long() if self.num_classes == 2 else logits.argmax(dim=1)
+
+    def _current_weight(self) -> float:
+        if not self.warmup_epochs:
+            return self.weight
+        steps = self.warmup_epochs * max(1, int(self.trainer.num_training_batches))
+        return self.weight * min(1.0, (self.trainer.global_step + 1) / steps)
+
+    def _record(self, stage: Stage, logits: Tensor, y: Tensor, loss: Tensor) -> None:
+        metrics = self._metrics(stage)
+        metrics["loss"].update(loss.detach(), weight=len(y))
+        metrics["accuracy"].update(self._labels(logits.detach()), y)
+        shown = stage != "test"
+        for name in ("loss", "accuracy"):
+            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True, prog_bar=shown)
+
+    def _record_penalty(self, stage: Stage, value: Tensor, samples: int) -> None:
+        metric = self._metrics(stage)["regularizer"]
+        metric.update(value.detach(), weight=samples)
+        self.log(f"{stage}/regularizer", metric, on_step=False, on_epoch=True, prog_bar=stage == "train")
+
+    def _metrics(self, stage: Stage) -> dict[str, Metric]:
+        return self.metrics[f"{stage}_metrics"]  # type: ignore[return-value]
+
+    def _measure(self, stage: Stage, x: Tensor, y: Tensor, batch_idx: int) -> None:
+        """R without training on it, with draws of its own, so that measuring changes nothing."""
+        if self.penalty is None or batch_idx >= self.measured_batches or len(x) < 2:
+            return
+        generator = torch.Generator().manual_seed(self.penalty.seed * 1_000_003 + batch_idx)
+        training = self.network.training
+        self.network.eval()
+        try:
+            self._record_penalty(stage, self.penalty.measure(self.network, x, y, generator=generator), len(x))
+        finally:
+            self.network.train(training)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Classification loss plus the weighted term of a batch."""
+        x, y = batch
+        if self.penalty is None or self.weight == 0:
+            logits = self(x)
+            loss = self._loss(logits, y)
+            objective = loss
+            self._measure("train", x, y, batch_idx)
+        elif len(x) < 2:
+            raise ValueError(
+                "a training batch has 1 sample, and the penalty needs a second one as donor: choose another "
+                "batch_size or set drop_last=True on the data module"
+            )
+        else:
+            logits, value = self.penalty.with_output(self.network, x, y)
+            loss = self._loss(logits, y)
+            objective = loss + self._current_weight() * value
+            self._record_penalty("train", value, len(x))
+        self._record("train", logits, y, loss)
+        return objective
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note a non-finite loss, and raise where reading the note costs no device synchronisation to speak of."""
+        finite = torch.isfinite(outputs["loss"].detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+        if finite.device.type == "cpu" or (batch_idx + 1) % _STEPS_BETWEEN_CHECKS == 0:
+            self._raise_unless_finite()
+
+    def on_validation_start(self) -> None:
+        """Raise before a checkpoint is written from weights that a non-finite loss has reached."""
+        self._raise_unless_finite()
+
+    def on_train_epoch_end(self) -> None:
+        """Raise before a checkpoint is written from weights that a non-finite loss has reached."""
+        self._raise_unless_finite()
+
+    def _raise_unless_finite(self) -> None:
+        if self._finite is None or bool(self._finite):
+            return
+        raise NonFiniteLossError(
+            f"the training loss is not finite at step {self.trainer.global_step} (epoch {self.current_epoch}): "
+            f"lower the learning rate, the weight of the term (now {self._current_weight():g}) or set "
+            "gradient_clip_val; earlier checkpoints and metrics are kept"
+        )
+
+    def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self._record(stage, logits, y, self._loss(logits, y))
+        self._measure(stage, x, y, batch_idx)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Metrics of a validation batch."""
+        self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Metrics of a test batch."""
+        self._evaluate("test", batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities ``(B, num_classes)`` of a batch."""
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        logits = self(x)
+        if self.num_classes != 2:
+            return logits.softmax(dim=1)
+        positive = logits.sigmoid()
+        return torch.cat([1 - positive, positive], dim=1)

@@ -1,0 +1,42 @@
+"""The metrics file of a run."""
+
+from __future__ import annotations
+
+__all__ = ["MetricsFile"]
+
+import csv
+from pathlib import Path
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Lightning's writer deletes the rows of an earlier part of the run; this one continues the file."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+
+class MetricsFile(CSVLogger):
+    """Write metrics to ``metrics.csv`` of a folder; a resumed run appends to the rows already there.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer."""
+        if not isinstance(self._experiment, _AppendingWriter):
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningDataModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_locality.patches import GivenPatches, UniformPatches
+from lightning_locality.regularizer import AntiLocality
+from lightning_locality.tasks.callbacks import StopOnceFitted
+from lightning_locality.tasks.classification import Classification, NonFiniteLossError
+
+BOXES = [(0, 0, 4, 4), (0, 4, 4, 4)]
+
+
+class Images(LightningDataModule):
+    """Random images and labels from ordinary loaders, in order."""
+
+    def __init__(self, classes: int = 2, samples: int = 24, batch_size: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.num_classes, self.image_shape, self.boxes = classes, (1, 4, 8), BOXES
+        self.x = torch.randn(samples, 1, 4, 8, generator=generator)
+        self.y = torch.randint(classes, (samples,), generator=generator)
+        self.batch_size = batch_size
+
+    def loader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.x, self.y), batch_size=self.batch_size)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).tanh().mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def lightning_notices() -> Iterator[None]:
+    """Lightning's hints (workers, log interval, missing loggers) are not under test."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        yield
+
+
+def trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+        "precision": "64-true",
+    }
+    return Trainer(**(settings | kwargs))
+
+
+def penalty() -> AntiLocality:
+    return AntiLocality(GivenPatches(BOXES), seed=3)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_training_equals_the_loop_written_out(tmp_path: Path, classes: int, weight: float) -> None:
+    data = Images(classes)
+    task = Classification(Net(), penalty(), weight=weight, num_classes=classes, in_channels=1)
+    network, term = copy.deepcopy(task.network), penalty()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    trainer(tmp_path, max_epochs=2).fit(task, data)
+    for _ in range(2):
+        network.train()
+        for x, y in data.loader():
+            if weight:
+                logits, value = term.with_output(network, x, y)
+            else:
+                logits, value = network(x), torch.zeros(())
+            loss = F.binary_cross_entropy_with_logits(logits[:, 0], y.double()) if classes == 2 else None
+            loss = F.cross_entropy(logits, y) if loss is None else loss
+            optimizer.zero_grad()
+            (loss + weight * value).backward()
+            optimizer.step()
+    for name, expected in network.state_dict().items():
+        torch.testing.assert_close(task.network.state_dict()[name], expected, rtol=0, atol=1e-12, msg=name)
+
+
+def test_logged_values_equal_their_definitions(tmp_path: Path) -> None:
+    data = Images(3, samples=20)  # the last batch has 4 samples
+    task = Classification(Net(), penalty(), num_classes=3, in_channels=1, measured_batches=1)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(task, data)
+    (scores,) = run.test(task, data, verbose=False)
+    task.eval()
+    with torch.no_grad():
+        logits = task(data.x)
+    assert scores["test/loss"] == pytest.approx(float(F.cross_entropy(logits, data.y)), rel=1e-12)
+    assert scores["test/accuracy"] == pytest.approx(float((logits.argmax(1) == data.y).double().mean()), rel=1e-6)
+    generator = torch.Generator().manual_seed(3 * 1_000_003)
+    expected = penalty().measure(task.network, data.x[:8], data.y[:8], generator=generator)
+    assert scores["test/regularizer"] == pytest.approx(float(expected), rel=1e-12)
+    for stage in ("train", "val"):
+        for name in ("loss", "accuracy", "regularizer"):
+            assert math.isfinite(
+                run.logged_metrics.get(f"{stage}/{name}", run.callback_metrics.get(f"{stage}/{name}", 0))
+            )
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_regulariser_is_measured_outside_fit(tmp_path: Path, inference_mode: bool, verb: str) -> None:
+    task = Classification(Net(), penalty(), num_classes=2, in_channels=1)
+    run = trainer(tmp_path, inference_mode=inference_mode)
+    (scores,) = getattr(run, verb)(task, Images(), verbose=False)
+    stage = {"validate": "val", "test": "test"}[verb]
+    assert 0 < scores[f"{stage}/regularizer"] <= 1
+
+
+def test_measuring_changes_nothing(tmp_path: Path) -> None:
+    weights = []
+    for batches in (0, 4):
+        torch.manual_seed(2)
+        task = Classification(Net(), penalty(), num_classes=2, in_channels=1, measured_batches=batches)
+        trainer(tmp_path, max_epochs=2).fit(task, Images())
+        weights.append(task.network.state_dict())
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+def test_channels_outputs_and_boxes_come_from_the_data_module(tmp_path: Path) -> None:
+    task = Classification(Net(), AntiLocality(GivenPatches()), weight=1.0)
+    trainer(tmp_path, max_epochs=1).fit(task, Images(classes=4))
+    assert task.network.conv.in_channels == 1
+    assert task.network.fc.out_features == 4
+    assert [tuple(b) for b in task.penalty.patches.boxes] == BOXES  # type: ignore[union-attr]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def task() -> Classification:
+        torch.manual_seed(4)
+        return Classification(Net(), penalty(), weight=2.0, num_classes=2, in_channels=1)
+
+    whole = task()
+    trainer(tmp_path, max_epochs=4).fit(whole, Images())
+    first = trainer(tmp_path, max_epochs=2)
+    first.fit(part := task(), Images())
+    first.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = task()
+    trainer(tmp_path, max_epochs=4).fit(resumed, Images(), ckpt_path=tmp_path / "part.ckpt")
+    for name, expected in whole.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], expected), name
+    assert not torch.equal(part.network.fc.weight, whole.network.fc.weight)
+
+
+def test_warm_up_raises_the_weight_linearly(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Recording(Classification):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            seen.append(self._current_weight())
+            return super().training_step(batch, batch_idx)
+
+    task = Recording(Net(), penalty(), weight=3.0, warmup_epochs=2, num_classes=2, in_channels=1)
+    trainer(tmp_path, max_epochs=3).fit(task, Images())
+    assert seen == pytest.approx([0.5, 1, 1.5, 2, 2.5, 3, 3, 3, 3])
+
+
+def test_predict_gives_probabilities(tmp_path: Path) -> None:
+    for classes in (2, 3):
+        task = Classification(Net(), num_classes=classes, in_channels=1)
+        (first, *_) = trainer(tmp_path).predict(task, Images(classes))  # type: ignore[misc]
+        assert first.shape == (8, classes)
+        torch.testing.assert_close(first.sum(1), torch.ones(8))
+
+
+def test_non_finite_loss_stops_with_the_step_and_the_advice(tmp_path: Path) -> None:
+    data = Images()
+    data.x[10] = math.nan
+    task = Classification(Net(), num_classes=2, in_channels=1)
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step 2.*learning rate"):
+        trainer(tmp_path, max_epochs=1).fit(task, data)
+
+
+def test_stop_once_fitted(tmp_path: Path) -> None:
+    stop = StopOnceFitted(threshold=0.0, checks=3)
+    run = trainer(tmp_path, max_epochs=10, callbacks=[stop])
+    run.fit(Classification(Net(), num_classes=2, in_channels=1), Images())
+    assert run.current_epoch == 3
+    fresh = StopOnceFitted()
+    fresh.load_state_dict(stop.state_dict())
+    assert fresh.count == 3
+    never = StopOnceFitted(threshold=1.1, checks=1)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[never])
+    run.fit(Classification(Net(), num_classes=2, in_channels=1), Images())
+    assert run.current_epoch == 2
+    with pytest.raises(ValueError, match="which is not logged"):
+        trainer(tmp_path, max_epochs=1, callbacks=[StopOnceFitted("trian/accuracy")]).fit(
+            Classification(Net(), num_classes=2, in_channels=1), Images()
+        )
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weight must be 0 or more, got -1"):
+        Classification(Net(), penalty(), weight=-1)
+    with pytest.raises(ValueError, match="weight must be 0 or more, got nan"):
+        Classification(Net(), penalty(), weight=math.nan)
+    with pytest.raises(ValueError, match="there is no penalty"):
+        Classification(Net(), weight=1)
+    with pytest.raises(ValueError, match="num_classes must be at least 2"):
+        Classification(Net(), num_classes=1, in_channels=1)
+    with pytest.raises(ValueError, match="needs a second one as donor"):
+        trainer(tmp_path, max_epochs=1).fit(
+            Classification(Net(), penalty(), weight=1.0), Images(samples=17, batch_size=8)
+        )
+    with pytest.raises(ValueError, match="names none"):
+        data = Images()
+        del data.boxes
+        trainer(tmp_path, max_epochs=1).fit(Classification(Net(), AntiLocality(GivenPatches()), weight=1.0), data)
+    with pytest.raises(ValueError, match="are not known"):
+        task = Classification(Net(), AntiLocality(UniformPatches()), weight=1.0)
+        trainer(tmp_path, max_epochs=1).fit(task, Images().loader())

@@ -1,0 +1,90 @@
+"""Every YAML in configs/ runs a batch through the real command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_locality.runner import run
+from lightning_locality.sweep import Sweep
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DIGITS = ("--data.source=digits", "--data.train=8", "--data.validation=8", "--data.test=8", "--data.batch_size=2")
+CURVES = ("--data.train=4", "--data.validation=2", "--data.test=2", "--data.batch_size=2", "--data.workers=1")
+QUICK = ("--data.batch_size=4",)
+CASES = {
+    "same_class": (["same_class.yaml"], DIGITS),
+    "same_class + anti_locality": (["same_class.yaml", "overlays/anti_locality.yaml"], DIGITS),
+    "same_class + far_field": (["same_class.yaml", "overlays/far_field.yaml"], DIGITS),
+    "pathfinder": (["pathfinder.yaml"], CURVES),
+    "pathfinder + anti_locality": (["pathfinder.yaml", "overlays/anti_locality_pathfinder.yaml"], CURVES),
+    "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
+    "quickstart": (["quickstart.yaml"], QUICK),
+    "quickstart + far field": (["quickstart.yaml", "overlays/quickstart_far_field.yaml"], QUICK),
+}
+# needs a GPU: parsed here, run by the test marked gpu
+PARSED_ONLY = {"overlays/gpu.yaml"}
+
+
+@pytest.fixture(autouse=True)
+def single_precision() -> None:
+    """As a user runs it."""
+    torch.set_default_dtype(torch.float32)
+
+
+def fast(files: list[str], options: tuple[str, ...], root: Path, *more: str) -> list[str]:
+    data = [f"--data.root={root}"] if "pathfinder.yaml" in files else []
+    return ["fit", *(f"--config={CONFIGS / f}" for f in files), *options, *data, "--trainer.fast_dev_run=1", *more]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_runs_a_batch(name: str, tmp_path: Path) -> None:
+    files, options = CASES[name]
+    cli = run(fast(files, options, tmp_path))
+    assert cli.trainer.global_step == 1
+    for key in ("train/loss", "val/loss", "test/loss"):
+        assert torch.isfinite(cli.trainer.callback_metrics.get(key, torch.tensor(0.0)))
+    assert "test/accuracy" in cli.trainer.callback_metrics  # test_after_fit
+    assert (cli.model.weight > 0) == any("overlays" in f or f == "quickstart.yaml" for f in files)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_overlay_runs_a_batch(name: str, tmp_path: Path) -> None:
+    files, options = CASES[name]
+    cli = run(fast([*files, "overlays/gpu.yaml"], options, tmp_path))
+    assert cli.trainer.strategy.root_device.type == "cuda"
+
+
+def test_gpu_overlay_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(fast(["same_class.yaml", "overlays/gpu.yaml"], (), tmp_path, "--print_config"))
+    assert stop.value.code == 0
+    assert "precision: bf16-mixed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_sweep_runs_are_known_to_the_command_line(path: Path, tmp_path: Path) -> None:
+    plan = Sweep.read(path, tmp_path)
+    seen = set()
+    for one in plan.runs:
+        if one.variant in seen:
+            continue
+        seen.add(one.variant)
+        assert run([*one.arguments, "--trainer.fast_dev_run=1"]).trainer.global_step == 1
+
+
+def test_every_file_is_covered() -> None:
+    used = {f for files, _ in CASES.values() for f in files} | PARSED_ONLY
+    there = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "sweeps"}
+    assert there == used
+
+
+@pytest.mark.images
+def test_same_class_as_published_on_cifar10(image_root: Path) -> None:
+    options = (f"--data.root={image_root}", "--data.batch_size=4", "--data.download=false")
+    cli = run(fast(["same_class.yaml", "overlays/anti_locality.yaml"], options, image_root))
+    assert cli.datamodule.image_shape == (3, 224, 224)
+    assert cli.trainer.global_step == 1

@@ -12,6 +12,7 @@ __all__ = [
     "box_mask",
     "check_boxes",
     "check_fit",
+    "checked_boxes",
     "draw_content",
     "leaves_room",
     "leaves_room_for_pixel",
@@ -57,6 +58,17 @@ def check_boxes(boxes: Sequence[Box], height: int, width: int, name: str = "boxe
     for a, b in combinations(boxes, 2):
         if a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]:
             raise ValueError(f"{name}: {tuple(a)} and {tuple(b)} overlap; move one so that they share no pixel")
+
+
+def checked_boxes(boxes: Sequence[Box]) -> list[Box]:
+    """Two or more disjoint boxes as tuples of numbers; ``ValueError`` otherwise."""
+    if len(boxes) < 2:
+        raise ValueError(f"boxes must be at least two, to take I and J from, got {list(boxes)}")
+    if any(len(box) != 4 for box in boxes):
+        raise ValueError(f"boxes must be (top, left, height, width) each, got {list(boxes)}")
+    rows, columns = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    check_boxes(boxes, rows, columns)
+    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in boxes]
 
 
 def check_fit(size: int, distance: int, height: int, width: int) -> None:
@@ -143,8 +155,11 @@ def draw_content(content: Tensor, allowed: Tensor, generator: torch.Generator) -
     weight = torch.where(weight.any(1, keepdim=True), weight, allowed.expand_as(content).flatten(1).long())
     cumulated = weight.cumsum(1)
     # the numbers come from the CPU generator, so that they are the same on every device
-    number = torch.randint(2**62, (len(weight), 1), generator=generator).to(weight.device, non_blocking=True)
-    index = torch.searchsorted(cumulated, number % cumulated[:, -1:], right=True).squeeze(1)
+    number = torch.randint(2**30, (len(weight), 1), generator=generator).to(weight.device, non_blocking=True)
+    total = cumulated[:, -1:]
+    # number / 2^30 of the total, in integers that cannot overflow
+    target = number * (total >> 30) + (number * (total & (2**30 - 1)) >> 30)
+    index = torch.searchsorted(cumulated, target, right=True).squeeze(1)
     return index.div(content.shape[2], rounding_mode="floor"), index % content.shape[2]
 
 

@@ -1,7 +1,6 @@
 """Convolution and batch normalisation with fast second derivatives, for any network and without a change to it.
 
-Legend: B batch, C channels, n = B H W numbers per channel. ``g`` is the gradient at a layer's output, ``v`` the
-gradient that the second backward pass brings to the layer's input gradient.
+Legend: n numbers per channel, g gradient at a layer's output, v what the second backward brings to its input gradient.
 """
 
 from __future__ import annotations
@@ -31,19 +30,17 @@ class _Geometry(NamedTuple):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         zero = [0] * len(self.stride)
-        out: Tensor = torch.ops.aten.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, False, zero, self.groups
-        )
+        where = (self.stride, self.padding, self.dilation, False, zero, self.groups)
+        out: Tensor = torch.ops.aten.convolution(x, weight, bias, *where)
         return out
 
     def backward(
         self, g: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         zero, size = [0] * len(self.stride), [weight.shape[0]]
-        out: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-            g, x, weight, size, self.stride, self.padding, self.dilation, False, zero, self.groups, list(mask)
-        )
-        return out
+        where = (self.stride, self.padding, self.dilation, False, zero, self.groups)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(g, x, weight, size, *where, list(mask))
+        return grad_x, grad_weight, grad_bias
 
 
 class _Convolution(Function):
@@ -203,9 +200,9 @@ class _BatchNormBackward(Function):
 class FastDoubleBackward(TorchFunctionMode):
     r"""Inside, convolutions and train-mode batch normalisations are differentiable twice at the usual cost.
 
-    The numbers are those of torch up to rounding. Torch's own second derivative of a convolution takes a
-    convolution with a kernel as large as the image, that of batch normalisation some thirty elementwise passes;
-    here it is one weight gradient, and two fused passes and three elementwise ones. What is not known here
+    The numbers are those of torch up to rounding. Torch's second derivative of a convolution takes one with a kernel
+    as large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight
+    gradient, and two fused passes and three elementwise ones. What is not known here
     (transposed convolutions, padding given as a word, tensor subclasses, other layers) goes to torch unchanged.
     Third derivatives through batch normalisation raise an error.
 

@@ -86,7 +86,8 @@ def training_curves(rows: Rows) -> Figure:
             axes.set_ylabel(label)
             if name != "loss":
                 axes.set_ylim(0, 1.03 * scale)
-        figure.axes[0].legend(loc="lower right")
+        if figure.axes[0].lines:
+            figure.axes[0].legend(loc="lower right")
         return figure
 
 

@@ -40,7 +40,7 @@ class SuggestingParser(LightningArgumentParser):
             for cls in _subclasses(base)
         }
         hints += [nearest(name, known) for name in _CLASS.findall(message)]
-        return "".join("\nD" + hint.removeprefix(", d") for hint in dict.fromkeys(hints) if hint)
+        return "".join("\nD" + hint.strip(" ()d") for hint in dict.fromkeys(hints) if hint)
 
     def _options(self) -> set[str]:
         """Dotted names of the options, of the subcommands too, and the words they consist of."""

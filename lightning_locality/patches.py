@@ -31,6 +31,7 @@ from lightning_locality.boxes import (
     box_mask,
     check_boxes,
     check_fit,
+    checked_boxes,
     draw_content,
     leaves_room,
     leaves_room_for_pixel,
@@ -109,12 +110,12 @@ class GivenPatches(AbstractPatches):
 
     def __init__(self, boxes: Sequence[Box] | None = None) -> None:
         self.given = boxes is not None
-        self.boxes = None if boxes is None else _checked_boxes(boxes)
+        self.boxes = None if boxes is None else checked_boxes(boxes)
 
     def bind(self, boxes: Sequence[Box]) -> None:
         """Take the boxes of the data; boxes given to the constructor stay."""
         if not self.given:
-            self.boxes = _checked_boxes(boxes)
+            self.boxes = checked_boxes(boxes)
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
         """Two of the boxes, for the whole batch."""
@@ -124,16 +125,6 @@ class GivenPatches(AbstractPatches):
         check_boxes(self.boxes, height, width)
         i, j = torch.randperm(len(self.boxes), generator=generator)[:2].tolist()
         return PatchPair(*(box_mask(self.boxes[k], height, width, x.device) for k in (i, j)))
-
-
-def _checked_boxes(boxes: Sequence[Box]) -> list[Box]:
-    if len(boxes) < 2:
-        raise ValueError(f"boxes must be at least two, to take I and J from, got {list(boxes)}")
-    if any(len(box) != 4 for box in boxes):
-        raise ValueError(f"boxes must be (top, left, height, width) each, got {list(boxes)}")
-    rows, columns = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-    check_boxes(boxes, rows, columns)
-    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in boxes]
 
 
 @final

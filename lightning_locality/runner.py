@@ -10,14 +10,14 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
@@ -96,12 +96,12 @@ class LocalityCLI(LightningCLI):
         stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
         typed = config.get("model") or {}
         typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
-        values = {"class_path": typed.get("class_path"), **(typed.get("init_args") or {})}
-        stored = {"class_path": stored.pop("_class_path", None), **stored}
-        for name in sorted(values.keys() & stored.keys()):
-            if values[name] is not None and stored[name] is not None and values[name] != stored[name]:
+        values = _leaves({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})})
+        trained = _leaves({"class_path": stored.pop("_class_path", None), **stored})
+        for name in sorted(values.keys() & trained.keys()):
+            if values[name] is not None and trained[name] is not None and values[name] != trained[name]:
                 rank_zero_warn(
-                    f"{name}: the checkpoint {path} was trained with {stored[name]!r}, the command line says "
+                    f"{name}: the checkpoint {path} was trained with {trained[name]!r}, the command line says "
                     f"{values[name]!r}; the command line's value is used"
                 )
 
@@ -167,7 +167,8 @@ class LocalityCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test if asked to, and leave a summary and figures."""
-        if any(isinstance(callback, StopAfter) and callback.stopped for callback in self.trainer.callbacks):
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StopAfter) and callback.stopped for callback in callbacks):
             rank_zero_info(f"out of time; continue with --run_dir {self.run_dir} --ckpt_path last")
             return
         choice = self._get(self.config, "test_after_fit")
@@ -226,6 +227,15 @@ class LocalityCLI(LightningCLI):
         )
 
 
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, without the words that only structure them."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else name
+        leaves |= _leaves(value, path) if isinstance(value, Mapping) else {path: value}
+    return leaves
+
+
 def _global_rank() -> int:
     """Rank of this process, before Lightning has set up its strategy; 0 where nothing was launched."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
@@ -261,8 +271,12 @@ def run(args: Sequence[str]) -> LocalityCLI:
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
         # the run's folder holds its configuration before the first checkpoint
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # a checkpoint of one run may be tested, or continued, into another folder
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
         # testing needs no checkpoint callback
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        # a module may do without validation
+        warnings.filterwarnings("ignore", message=".*but have no `validation_step`")
         # metrics are logged per epoch
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         # args and sys.argv may both be set: the command line hands over a part of sys.argv

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the most similar of the known names, or nothing.
+    """``" (did you mean 'x'?)"`` for the most similar of the known names, or nothing.
 
     Args:
         name: What was given.
@@ -17,9 +17,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     Example:
         >>> nearest("distnce", ["distance", "source"])
-        ", did you mean 'distance'?"
+        " (did you mean 'distance'?)"
         >>> nearest("zzz", ["distance"])
         ''
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f", did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -8,6 +8,11 @@ import pytest
 import torch
 
 
+# the tests' tensors are small: threads cost more than they bring, here and in the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device the numerical tests run on")
 

@@ -161,8 +161,8 @@ def test_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 def test_checkpoint_of_another_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ("--model.network.widths=[8,8]", "--model.network.strides=[2,2]", f"--ckpt_path={trained / 'last.ckpt'}")
-    with pytest.warns(UserWarning, match="network: the checkpoint"):
+    args = ("--model.network.widths=[8,8,8,8,8]", f"--ckpt_path={trained / 'last.ckpt'}")
+    with pytest.warns(UserWarning, match=r"network.widths: the checkpoint"):
         message = refused(capsys, "test", f"--config={QUICKSTART}", *SMALL, *args)
     assert "does not fit" in message
 
@@ -196,14 +196,19 @@ def test_bad_values_name_the_argument(option: str, expected: str, capsys: pytest
     assert expected in message
 
 
-def test_non_finite_loss_keeps_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def overflowing(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (100 + logits.square()).exp().square().mean()
+
+
+def test_non_finite_loss_keeps_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit(tmp_path / "a")
     before = (tmp_path / "a" / "last.ckpt").read_bytes()
-    message = refused(
-        capsys,
-        *("fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={tmp_path / 'a'}"),
-        *("--trainer.max_epochs=4", "--ckpt_path=last", "--model.optimizer.lr=1e38"),
-    )
+    loss = "lightning_locality.tasks.classification.F.binary_cross_entropy_with_logits"
+    monkeypatch.setattr(loss, overflowing)
+    resume = (f"--run_dir={tmp_path / 'a'}", "--trainer.max_epochs=4", "--ckpt_path=last")
+    message = refused(capsys, "fit", f"--config={QUICKSTART}", *SMALL, *resume)
     assert "not finite at step" in message
     assert (tmp_path / "a" / "last.ckpt").read_bytes() == before
 

@@ -209,7 +209,7 @@ def test_an_empty_or_missing_folder_is_not_found(tmp_path: Path) -> None:
     [("cifar", "cifar10"), ("CIFAR10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("digit", "digits")],
 )
 def test_an_unknown_source_suggests_the_nearest(typed: str, near: str) -> None:
-    with pytest.raises(UnknownSourceError, match=f"unknown source '{typed}'; did you mean '{near}'.*folder:PATH"):
+    with pytest.raises(UnknownSourceError, match=rf"unknown source '{typed}' \(did you mean '{near}'\?\).*folder:PATH"):
         parse_source(typed)
 
 
@@ -377,3 +377,25 @@ def test_the_first_real_digit(image_root: Path) -> None:
     raw = gzip.decompress(packed.read_bytes()) if packed.exists() else packed.with_suffix("").read_bytes()
     twin = torch.tensor(list(raw[16 : 16 + 784]), dtype=torch.uint8).reshape(1, 28, 28)
     assert torch.equal(load_images("mnist", "train", image_root).images[0], twin)
+
+
+def test_file_of_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    arrays = {
+        "train_images": np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 2, 2),
+        "train_labels": np.array([1, 0]),
+    }
+    np.savez(path, **arrays)
+    found = load_images(f"file:{path}", "train")
+    assert found.images.tolist() == arrays["train_images"].tolist()
+    assert found.labels.tolist() == [1, 0]
+    with pytest.raises(CorruptImagesError, match="needs the arrays test_images and test_labels"):
+        load_images(f"file:{path}", "test")
+    with pytest.raises(ImagesNotFoundError, match="no file"):
+        load_images(f"file:{tmp_path / 'none.npz'}", "train")
+    np.savez(path, train_images=np.zeros((2, 2, 2)), train_labels=np.zeros(2))
+    with pytest.raises(CorruptImagesError, match="must be uint8"):
+        load_images(f"file:{path}", "train")
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(CorruptImagesError, match="cannot be read"):
+        load_images(f"file:{path}", "train")

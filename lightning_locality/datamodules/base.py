@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["AbstractImageDataModule", "Split", "SplitBatch"]
+__all__ = ["AbstractImageDataModule", "IndexLoader", "Split", "SplitBatch", "seeded_generator"]
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Split = Literal["train", "validation", "test"]
 
@@ -23,67 +24,123 @@ class SplitBatch(NamedTuple):
     indices: Tensor
 
 
-class _Indices(Dataset[int]):
-    """The numbers 0..size-1; fetched a batch at a time, without per-sample Python."""
+def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator whose stream depends on the seed and on every name, and on nothing else.
 
-    def __init__(self, split: Split, size: int) -> None:
-        self.split, self.size = split, size
+    Args:
+        seed: Any integer.
+        names: What the stream is for; other names give an unrelated stream.
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def __getitems__(self, indices: list[int]) -> SplitBatch:
-        return SplitBatch(self.split, torch.tensor(indices, dtype=torch.int64))
-
-
-def _as_fetched(batch: Any) -> Any:
-    return batch
-
-
-class _ShardedSampler(DistributedSampler[int]):
-    """Each index once per epoch over all ranks; a seeded order that does not depend on their number.
-
-    Rank r of W takes every W-th index of the epoch's order, so that the W local batches of a step are
-    together the batch that one process with W times the batch size would see. Nothing is padded: an uneven
-    remainder goes to the first ranks, except in training where it would give the ranks different numbers
-    of steps (DDP would hang); there at most W - 1 samples of the epoch's order are left out.
+    Example:
+        >>> draw = lambda *key: torch.rand((), generator=seeded_generator(*key)).item()
+        >>> draw(0, "pairs", "test") == draw(0, "pairs", "test")
+        True
+        >>> draw(0, "pairs", "test") == draw(0, "pairs", "train")
+        False
     """
+    digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
+    # 63 bits: torch takes signed seeds
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class _EpochOrder:
+    """The seeded order of an epoch; Lightning finds ``set_epoch`` at ``loader.sampler``."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def draw(self) -> Tensor:
+        return torch.randperm(self.size, generator=seeded_generator(self.seed, "order", self.epoch))
+
+
+@final
+class IndexLoader:
+    r"""Batches of sample indices: every sample once per epoch over all processes, in equally many steps.
+
+    Process r of W takes every W-th index of the epoch's order, and that order does not depend on W; so the
+    W batches of a step are together the batch that one process with W times the batch size would see.
+    Nothing is padded or repeated. Every process makes the same number of steps, as collective operations
+    need (gradients in training; the buffers of BatchNorm are also sent in evaluation): where a process has
+    one sample fewer than the others and would lack a batch, its last full batch gives one sample to a batch
+    of its own.
+
+    It is not a torch ``DataLoader``: there is nothing to load in other processes, and the Trainer must
+    replace neither the order nor the sharding. Without a Trainer call ``loader.sampler.set_epoch(epoch)``
+    before each epoch.
+
+    Args:
+        split: Split that the indices belong to.
+        size: Number of samples of the split.
+        batch_size: Samples per step and process.
+        shuffle: Draw a new seeded order for every epoch.
+        seed: Seed of the orders.
+        drop_last: Leave out the last batch where it is smaller.
+        rank: Number of this process.
+        world: Number of processes.
+
+    Raises:
+        ValueError: If the samples do not give every process at least one sample in every step.
+
+    Example:
+        >>> loaders = [IndexLoader("test", 9, 2, rank=rank, world=2) for rank in range(2)]
+        >>> for first, second in zip(*loaders, strict=True):
+        ...     print(first.indices.tolist(), second.indices.tolist())
+        [0, 2] [1, 3]
+        [4, 6] [5]
+        [8] [7]
+    """
+
+    sampler: _EpochOrder
 
     def __init__(
         self,
-        dataset: _Indices,
-        *,
-        rank: int,
-        world: int,
-        shuffle: bool,
-        seed: int,
+        split: Split,
+        size: int,
         batch_size: int,
-        drop_last: bool,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-        size = len(dataset)
-        steps = {self._steps(len(range(r, size, world)), batch_size, drop_last) for r in range(world)}
-        self.total = size if len(steps) == 1 or not shuffle else size - size % world
-        self.world = world
-
-    @staticmethod
-    def _steps(samples: int, batch_size: int, drop_last: bool) -> int:
-        return samples // batch_size if drop_last else -(-samples // batch_size)
-
-    def __iter__(self) -> Iterator[int]:
-        size = len(self.dataset)  # type: ignore[arg-type]
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(size, generator=generator)
-        else:
-            order = torch.arange(size)
-        return iter(order[: self.total][self.rank :: self.world].tolist())
+        self.split, self.size, self.batch_size = split, size, batch_size
+        self.drop_last, self.rank, self.world = drop_last, rank, world
+        least, most = size // world, -(-size // world)
+        self.steps = least // batch_size if drop_last else -(-most // batch_size)
+        if self.steps == 0:
+            raise ValueError(
+                f"the {split} split has {size} samples, too few for a full batch of batch_size={batch_size} "
+                f"in each of {world} process(es): lower it, set drop_last=False or ask for more samples"
+            )
+        if least < self.steps:
+            raise ValueError(
+                f"the {split} split has {size} samples, which batch_size={batch_size} does not divide over "
+                f"{world} processes in equally many steps: take a batch_size of at least 2 and at least "
+                f"{world} samples, or a multiple of {world} samples"
+            )
+        if shuffle:
+            # only then: the Trainer takes a loader with a sampler for one that it should unshuffle to overfit
+            self.sampler = _EpochOrder(size, seed)
+        self.shuffle = shuffle
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.total, self.world))
+        return self.steps
+
+    def __iter__(self) -> Iterator[SplitBatch]:
+        order = self.sampler.draw() if self.shuffle else torch.arange(self.size)
+        mine = order[self.rank :: self.world]
+        if self.drop_last:
+            mine = mine[: self.steps * self.batch_size]
+        bounds = [*range(0, self.steps * self.batch_size, self.batch_size), len(mine)]
+        # the last batch is never empty: the one before gives it a sample
+        bounds[-2] = min(bounds[-2], len(mine) - 1)
+        for start, stop in pairwise(bounds):
+            # a copy, since a view would carry the whole order along wherever it is sent
+            yield SplitBatch(self.split, mine[start:stop].clone())
 
 
 class AbstractImageDataModule(LightningDataModule, ABC):
@@ -91,12 +148,15 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     A loader yields :class:`SplitBatch`; ``on_after_batch_transfer`` turns it into ``(image, label)`` with
     ``image`` a float tensor ``(B, C, H, W)`` and ``label`` an int64 tensor ``(B,)``, by :meth:`compose`.
-    Under DDP every sample is seen once per epoch.
+    Under DDP every sample is seen once per epoch. Without a Trainer, :meth:`batch` gives the same.
 
     Args:
         batch_size: Samples per step and process.
         seed: Seed of the data and of the order of training batches.
         drop_last: Leave out the last, smaller training batch of an epoch.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
     """
 
     def __init__(self, batch_size: int = 64, seed: int = 0, drop_last: bool = False) -> None:
@@ -104,7 +164,8 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._moved: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._ready: set[Split] = set()
 
     @property
     @abstractmethod
@@ -125,46 +186,62 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Images ``(B, C, H, W)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
     def on_device(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
-        """``tensor`` on ``device``, moved once and kept under ``name``."""
+        """``tensor`` on ``device``, moved once and kept under ``name`` until another takes the name."""
         if tensor.device == device:
             return tensor
-        key = (name, device)
-        if key not in self._moved:
-            self._moved[key] = tensor.to(device, non_blocking=True)
-        return self._moved[key]
+        kept = self._moved.get((name, device))
+        if kept is None or kept[0] is not tensor:
+            kept = self._moved[name, device] = (tensor, tensor.to(device, non_blocking=True))
+        return kept[1]
 
-    def loader(self, split: Split) -> DataLoader[int]:
-        """Loader of a split: shuffled and sharded over ranks for training, in order otherwise."""
-        dataset = _Indices(split, self.size(split))
-        training = split == "train"
-        drop_last = training and self.drop_last
-        trainer = self.trainer
-        sampler = _ShardedSampler(
-            dataset,
+    def batch(
+        self, split: Split, indices: Tensor | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A batch for plain PyTorch: image ``(B, C, H, W)`` and label ``(B,)``.
+
+        Where no Trainer does it, the first call for a split prepares and sets up the data.
+
+        Args:
+            split: Split of the samples.
+            indices: Sample indices ``(B,)``, int64; the first ``batch_size`` samples if not given.
+            device: Where the batch is made; that of ``indices`` if not given.
+        """
+        if self.trainer is None and split not in self._ready:
+            self.prepare_data()
+            self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
+            self._ready.add(split)
+        if indices is None:
+            indices = torch.arange(min(self.batch_size, self.size(split)))
+        return self.compose(split, indices if device is None else indices.to(device))
+
+    def loader(self, split: Split) -> IndexLoader:
+        """Loader of a split: shuffled for training, in order otherwise, shared out over the processes."""
+        training, trainer = split == "train", self.trainer
+        return IndexLoader(
+            split,
+            self.size(split),
+            self.batch_size,
+            # the same batches in every epoch is what overfit_batches promises; Trainer sets it dynamically
+            shuffle=training and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
+            seed=self.seed,
+            drop_last=training and self.drop_last,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
-            shuffle=training,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            drop_last=drop_last,
-        )
-        return DataLoader(
-            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_fetched
         )
 
-    def train_dataloader(self) -> DataLoader[int]:
+    def train_dataloader(self) -> IndexLoader:
         """Loader of the training split."""
         return self.loader("train")
 
-    def val_dataloader(self) -> DataLoader[int]:
+    def val_dataloader(self) -> IndexLoader:
         """Loader of the validation split."""
         return self.loader("validation")
 
-    def test_dataloader(self) -> DataLoader[int]:
+    def test_dataloader(self) -> IndexLoader:
         """Loader of the test split."""
         return self.loader("test")
 
-    def predict_dataloader(self) -> DataLoader[int]:
+    def predict_dataloader(self) -> IndexLoader:
         """Loader of the test split."""
         return self.loader("test")
 
@@ -172,4 +249,8 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Compose the batch that a loader of this module has yielded."""
         if not isinstance(batch, SplitBatch):
             return batch
-        return self.compose(batch.split, batch.indices)
+        image, label = self.compose(batch.split, batch.indices)
+        if self.trainer is not None:
+            # Lightning converts a batch before the transfer, when there are no images yet
+            image = self.trainer.precision_plugin.convert_input(image)
+        return image, label

@@ -112,8 +112,11 @@ class Classification(LightningModule):
         adapt(self.network, in_channels, 1 if num_classes == 2 else num_classes)
         for stage in ("train", "val", "test"):
             accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
+            # "disable": looking for NaN would wait for the device at every step; torchmetrics 1.9 then drops weights,
+            # so means over batches are given one value per sample
+            loss, regularizer = (MeanMetric(nan_strategy="disable") for _ in range(2))
             self.metrics[f"{stage}_metrics"] = nn.ModuleDict(
-                {"loss": MeanMetric(), "accuracy": accuracy, "regularizer": MeanMetric()}
+                {"loss": loss, "accuracy": accuracy, "regularizer": regularizer}
             )
 
     def configure_model(self) -> None:
@@ -185,7 +188,7 @@ class Classification(LightningModule):
 
     def _record(self, stage: Stage, logits: Tensor, y: Tensor, loss: Tensor) -> None:
         metrics = self._metrics(stage)
-        metrics["loss"].update(loss.detach(), weight=len(y))
+        metrics["loss"].update(loss.detach().expand(len(y)))
         metrics["accuracy"].update(self._labels(logits.detach()), y)
         shown = stage != "test"
         for name in ("loss", "accuracy"):
@@ -193,7 +196,7 @@ class Classification(LightningModule):
 
     def _record_penalty(self, stage: Stage, value: Tensor, samples: int) -> None:
         metric = self._metrics(stage)["regularizer"]
-        metric.update(value.detach(), weight=samples)
+        metric.update(value.detach().expand(samples))
         self.log(f"{stage}/regularizer", metric, on_step=False, on_epoch=True, prog_bar=stage == "train")
 
     def _metrics(self, stage: Stage) -> dict[str, Metric]:
@@ -273,7 +276,7 @@ class Classification(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities ``(B, num_classes)`` of a batch."""
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        logits = self(x)
+        logits: Tensor = self(x)
         if self.num_classes != 2:
             return logits.softmax(dim=1)
         positive = logits.sigmoid()

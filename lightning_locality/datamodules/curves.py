@@ -1,0 +1,156 @@
+"""What a Pathfinder picture is made of: every parameter of the published experiment, with its value there."""
+
+from __future__ import annotations
+
+__all__ = ["PathfinderCurves"]
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PathfinderCurves:
+    r"""Two dashed curves, shorter distractors and two discs: are the discs on the same curve?
+
+    A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the one
+    before, with gaps of twice ``margin``. Both target curves are always drawn, the second one starting at
+    ``seed_distance`` from the first. Label 1: the discs lie on the two ends of one curve; label 0: on the start
+    of one and the end of the other. Defaults are those of the experiment in "Implicit Regularization in
+    Hierarchical Tensor Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022),
+    whose pictures follow "Learning long-range spatial dependencies with horizontal gated recurrent units"
+    (Linsley, Kim, Veerabadran, Windolf, Serre, 2018).
+
+    Args:
+        path_length: Dashes per target curve, at least 2; published: 3, 5, 7 and 9.
+        window: Side in pixels of the picture that is drawn.
+        size: Side in pixels of the finished picture, to which the drawn one is reduced with an antialiased
+            bilinear filter; ``window`` is a multiple of it.
+        padding: Width in pixels of the border that no dash starts, ends or touches.
+        seed_distance: Distance in pixels between the starts of the two target curves. The first one starts at
+            least twice as far from the border of the picture.
+        paddle_length: Length of a dash in pixels.
+        paddle_thickness: Thickness of a dash in pixels.
+        margin: Free distance in pixels that a dash keeps round itself; the gap in a curve is twice as long.
+        continuity: How straight curves are. The next dash turns by an angle t with a probability proportional to
+            cos(min(continuity t, pi/2))^2.
+        contrast: Brightness of a dash before the picture is divided by its maximum; the discs have 1.
+        antialias: Dashes and discs are drawn that many times larger and reduced.
+        marker_radius: Radius of the two discs in pixels.
+        paddle_retries: How often a dash that would touch another is drawn again before its curve is given up.
+        distractors: Number of distractor curves; None: as published, 30 / (path_length / 3), rounded up.
+        distractor_length: Dashes per distractor; None: as published, path_length / 3, rounded down, at least 1.
+        distractor_retries: How often a distractor that does not fit is tried again before it is left out.
+        stop_with_availability: No more distractors once less than this share of the picture is free.
+        balanced: False, as published: the label is a fair coin for each picture. True: of the pictures 2k and
+            2k + 1 exactly one has label 1.
+
+    Raises:
+        ValueError: A parameter is out of its range, or a curve cannot start in so small a window.
+
+    >>> curves = PathfinderCurves(path_length=7)
+    >>> curves.distractor_count, curves.paddles_per_distractor, curves.max_paddles
+    (13, 2, 40)
+    """
+
+    path_length: int = 9
+    window: int = 300
+    size: int = 150
+    padding: int = 22
+    seed_distance: int = 27
+    paddle_length: int = 5
+    paddle_thickness: int = 2
+    margin: int = 3
+    continuity: float = 1.8
+    contrast: float = 1.0
+    antialias: int = 2
+    marker_radius: int = 3
+    paddle_retries: int = 2
+    distractors: int | None = None
+    distractor_length: int | None = None
+    distractor_retries: int = 4
+    stop_with_availability: float = 0.01
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        smallest = {
+            "path_length": 2,
+            "window": 1,
+            "size": 1,
+            "padding": 0,
+            "seed_distance": 1,
+            "paddle_length": 1,
+            "paddle_thickness": 1,
+            "margin": 0,
+            "antialias": 1,
+            "marker_radius": 1,
+            "paddle_retries": 0,
+            "distractors": 0,
+            "distractor_length": 1,
+            "distractor_retries": 0,
+        }
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is None and name in ("distractors", "distractor_length"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("continuity", "contrast"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.continuity < 0.5:
+            raise ValueError(f"continuity must be at least 0.5 (a turn is at most 180 degrees), got {self.continuity}")
+        if not 0 <= self.stop_with_availability <= 1:
+            raise ValueError(f"stop_with_availability is a share between 0 and 1, got {self.stop_with_availability}")
+        if self.window % self.size or self.reduction > 11:
+            raise ValueError(
+                f"window must be 1 to 11 times size, a whole number, got window={self.window}, size={self.size}; "
+                f"with this size choose for instance window={2 * self.size}"
+            )
+        room = self.window - 2 * self.start_border - (2 * self.half_stamp + 1)
+        if room < 0:
+            raise ValueError(
+                f"window={self.window} is too small: curves start at least {self.start_border} pixels from its "
+                f"border (padding={self.padding}, twice seed_distance={self.seed_distance}) and a dash needs "
+                f"{2 * self.half_stamp + 1} pixels; choose window >= {self.window - room} or a smaller seed_distance"
+            )
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of the drawn picture per pixel of the finished one, along one side."""
+        return self.window // self.size
+
+    @property
+    def half_stamp(self) -> int:
+        """Distance in pixels up to which a dash with its margin reaches from the end that it is placed by."""
+        return self.paddle_length + self.paddle_thickness + self.margin
+
+    @property
+    def start_border(self) -> int:
+        """Distance in pixels that the first dash keeps from the border."""
+        return max(self.padding, 2 * self.seed_distance)
+
+    @property
+    def distractor_count(self) -> int:
+        """Number of distractors that are tried."""
+        return -(-90 // self.path_length) if self.distractors is None else self.distractors
+
+    @property
+    def paddles_per_distractor(self) -> int:
+        """Number of dashes of a distractor."""
+        return max(1, self.path_length // 3) if self.distractor_length is None else self.distractor_length
+
+    @property
+    def max_paddles(self) -> int:
+        """Number of dashes of a picture in which every distractor found its place."""
+        return 2 * self.path_length + self.distractor_count * self.paddles_per_distractor
+
+    def parameters(self) -> dict[str, Any]:
+        """All parameters by name, the rules that stand for None worked out."""
+        values = dataclasses.asdict(self)
+        return values | {
+            "distractors": self.distractor_count,
+            "distractor_length": self.paddles_per_distractor,
+        }

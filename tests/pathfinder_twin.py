@@ -1,0 +1,240 @@
+"""Pathfinder pictures one at a time and in plain loops: the slow twin, written from the published process.
+
+It shares with the package the random numbers (the same Philox words, in the same order) and nothing else: every
+dash is drawn on a whole canvas, masks are dilated pixel by pixel, and Pillow reduces the picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lightning_locality.datamodules.curves import PathfinderCurves
+
+Array = np.ndarray[Any, Any]
+Spot = tuple[int, int]
+
+
+def ceil(value: float) -> int:
+    return math.ceil(round(value, 9))
+
+
+def shift(spot: Spot, angle: float, distance: float) -> Spot:
+    return spot[0] + ceil(distance * math.sin(angle)), spot[1] + ceil(distance * math.cos(angle))
+
+
+def round_dilation(picture: Array, radius: int) -> Array:
+    height, width = picture.shape
+    padded, result = np.pad(picture, radius), picture.copy()
+    for down in range(2 * radius + 1):
+        for right in range(2 * radius + 1):
+            if (down - radius) ** 2 + (right - radius) ** 2 <= radius**2:
+                result = np.maximum(result, padded[down : down + height, right : right + width])
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def stamp(curves: PathfinderCurves, angle: float) -> tuple[Array, Array]:
+    """Ink (1 = 4096) and covered area (0 to 255) of a line from the middle of a small square."""
+    scale = curves.antialias
+    half = curves.paddle_length + curves.paddle_thickness + curves.margin
+    picture = Image.new("F", (2 * half * scale + 1,) * 2, 0)
+    middle = (half * scale, half * scale)
+    end = shift(middle, angle, curves.paddle_length * scale)
+    ImageDraw.Draw(picture).line([middle[::-1], end[::-1]], fill=255, width=curves.paddle_thickness * scale)
+    small = (2 * half + 1, 2 * half + 1)
+    ink = np.asarray(picture.resize(small, Image.Resampling.LANCZOS)).astype(float) / 255
+    dilated = round_dilation(np.asarray(picture), curves.margin * scale).astype(np.uint8)
+    area = np.asarray(Image.fromarray(dilated).resize(small, Image.Resampling.LANCZOS)).astype(int)
+    return np.maximum(np.rint(ink * curves.contrast * 4096), 0).astype(int), area
+
+
+def on_canvas(small: Array, spot: Spot, window: int) -> Array:
+    half = small.shape[0] // 2
+    large = np.zeros((window + 4 * half, window + 4 * half), dtype=int)
+    large[spot[0] + half : spot[0] + 3 * half + 1, spot[1] + half : spot[1] + 3 * half + 1] = small
+    return large[2 * half : -2 * half, 2 * half : -2 * half]
+
+
+class SlowPicture:
+    """One picture; ``curves_drawn`` lists for each curve its dashes as pairs (place, drawn direction)."""
+
+    def __init__(self, curves: PathfinderCurves, seed: int, stream: int, index: int) -> None:
+        self.curves = curves
+        self.words = np.random.Philox(key=[seed, stream * 2**56 + index]).random_raw(20_000).tolist()
+        self.ink = np.zeros((curves.window, curves.window), dtype=int)
+        coin = self.below(2)
+        if curves.balanced and index % 2:
+            before = np.random.Philox(key=[seed, stream * 2**56 + index - 1]).random_raw(1)
+            coin = 1 - (int(before[0]) >> 63)
+        self.label, marked = coin, self.below(2)
+        border = np.full((curves.window, curves.window), 255)
+        border[curves.padding : -curves.padding, curves.padding : -curves.padding] = 0
+        targets = None
+        while targets is None:
+            targets = self.targets(border)
+        self.curves_drawn = targets
+        mask = border
+        for curve in targets:
+            for dash in curve:
+                mask = np.maximum(mask, self.area(*dash))
+        self.distractors(mask)
+        for curve in self.curves_drawn:
+            for spot, angle in curve:
+                self.ink = np.maximum(self.ink, on_canvas(stamp(curves, angle)[0], spot, curves.window))
+        ends = (targets[marked][0][0], targets[marked if self.label else 1 - marked][-1][0])
+        for spot in ends:
+            self.ink = np.maximum(self.ink, self.disc(spot) * 4096 // 255)
+        drawn = Image.fromarray((self.ink * 255 // self.ink.max()).astype(np.uint8))
+        side = (curves.size, curves.size)
+        self.image = np.asarray(drawn.resize(side, Image.Resampling.BILINEAR))
+
+    def below(self, bound: int) -> int:
+        return (self.words.pop(0) >> 32) * bound >> 32
+
+    def area(self, spot: Spot, angle: float) -> Array:
+        return on_canvas(stamp(self.curves, angle)[1], spot, self.curves.window)
+
+    def disc(self, spot: Spot) -> Array:
+        scale, window = self.curves.antialias, self.curves.window
+        down, right = np.mgrid[0 : window * scale, 0 : window * scale]
+        distance = (down - spot[0] * scale) ** 2 + (right - spot[1] * scale) ** 2
+        large = np.where(distance <= (self.curves.marker_radius * scale) ** 2, 255, 0).astype(np.uint8)
+        return np.asarray(Image.fromarray(large).resize((window, window), Image.Resampling.LANCZOS)).astype(int)
+
+    def degrees(self) -> float:
+        return math.radians(self.below(360) - 180)
+
+    def next_dash(self, mask: Array, joint: Spot, heading: float) -> tuple[Spot, Spot, float] | None:
+        """New joint, end and heading; None where there is no way on."""
+        curves = self.curves
+        joint = shift(joint, heading, curves.paddle_length + 2 * curves.margin)
+        radius = curves.paddle_length + curves.margin
+        arc = np.arange(0, 360, 360 / (2 * radius * math.pi))
+        steps = {
+            (
+                math.floor(round(radius * math.sin(math.radians(a)), 9)),
+                math.floor(round(radius * math.cos(math.radians(a)), 9)),
+            )
+            for a in arc.tolist()
+        }
+        wide = round_dilation(np.pad(mask, 40, constant_values=255), curves.margin)
+        choices, weights = [], []
+        for down, right in sorted(steps):
+            angle = math.atan2(down, right)
+            turn = min(abs(angle - heading), 2 * math.pi - abs(angle - heading))
+            straight = math.cos(min(turn * curves.continuity, math.pi / 2)) ** 2
+            free = 255 - int(wide[joint[0] + down + 40, joint[1] + right + 40])
+            choices.append(((joint[0] + down, joint[1] + right), angle))
+            weights.append(free * round(straight * 65536))
+        total = sum(weights)
+        if total / (255 * 65536) < 1e-4:
+            return None
+        for _ in range(curves.paddle_retries + 1):
+            drawn, number = self.below(total), 0
+            while drawn >= weights[number]:
+                drawn -= weights[number]
+                number += 1
+            end, angle = choices[number]
+            if (mask + self.area(end, back(angle))).max() < 1.8 * 255:
+                return joint, end, angle
+        return None
+
+    def joint_of_first(self, start: Spot, heading: float) -> Spot:
+        head = shift(start, heading, self.curves.paddle_length)
+        return shift(head, heading, -self.curves.paddle_length - self.curves.margin)
+
+    def targets(self, border: Array) -> list[list[tuple[Spot, float]]] | None:
+        curves = self.curves
+        heading = self.degrees()
+        near = max(curves.padding, 2 * curves.seed_distance)
+        whole = np.argwhere(stamp(curves, heading)[1] == 255) - stamp(curves, heading)[1].shape[0] // 2
+        inside: Callable[[int, int], range] = lambda low, high: range(near - low, curves.window - near - high)
+        rows, columns = inside(*span(whole[:, 0])), inside(*span(whole[:, 1]))
+        chosen = self.below(len(rows) * len(columns))
+        first = (rows[chosen // len(columns)], columns[chosen % len(columns)])
+        other = self.degrees()
+        angle = math.radians(self.below(360))
+        second = (
+            first[0] + round(round(curves.seed_distance * math.sin(angle), 9)),
+            first[1] + round(round(curves.seed_distance * math.cos(angle), 9)),
+        )
+        if (np.maximum(border, self.area(first, heading)) + self.area(second, other)).max() >= 1.8 * 255:
+            return None
+        dashes = [[(first, heading)], [(second, other)]]
+        state = [(self.joint_of_first(first, heading), heading), (self.joint_of_first(second, other), other)]
+        for _ in range(curves.path_length - 1):
+            for own in (0, 1):
+                mask = border
+                for dash in dashes[own][:-1] + dashes[1 - own]:
+                    mask = np.maximum(mask, self.area(*dash))
+                found = self.next_dash(mask, *state[own])
+                if found is None:
+                    return None
+                joint, end, angle = found
+                state[own] = (joint, angle)
+                dashes[own].append((end, back(angle)))
+        return dashes
+
+    def distractors(self, mask: Array) -> None:
+        curves = self.curves
+        for _ in range(curves.distractor_count):
+            for _ in range(curves.distractor_retries + 1):
+                if (mask <= 0.3 * 255).sum() / curves.window**2 < curves.stop_with_availability:
+                    return
+                dashes = self.distractor(mask)
+                if dashes is not None:
+                    self.curves_drawn.append(dashes)
+                    for dash in dashes:
+                        mask = np.maximum(mask, self.area(*dash))
+                    break
+
+    def distractor(self, mask: Array) -> list[tuple[Spot, float]] | None:
+        curves, heading = self.curves, self.degrees()
+        side = curves.window - 2 * curves.padding
+        start = None
+        for _ in range(16):
+            down, right = divmod(self.below(side * side), side)
+            start = (curves.padding + down, curves.padding + right)
+            if self.has_room(mask, start, heading):
+                break
+            start = None
+        if start is None:
+            inner = range(curves.padding, curves.window - curves.padding)
+            free = [(y, x) for y in inner for x in inner if self.has_room(mask, (y, x), heading)]
+            if not free:
+                return None
+            start = free[self.below(len(free))]
+        dashes, joint = [(start, heading)], self.joint_of_first(start, heading)
+        for _ in range(curves.paddles_per_distractor - 1):
+            own = mask
+            for dash in dashes[:-1]:
+                own = np.maximum(own, self.area(*dash))
+            found = self.next_dash(own, joint, heading)
+            if found is None:
+                return None
+            joint, end, heading = found
+            dashes.append((end, back(heading)))
+        return dashes
+
+    def has_room(self, mask: Array, spot: Spot, angle: float) -> bool:
+        if mask[spot] > 0.3 * 255:
+            return False
+        small = stamp(self.curves, angle)[1]
+        half = small.shape[0] // 2
+        padded = np.pad(mask, half, constant_values=255)
+        window = padded[spot[0] : spot[0] + 2 * half + 1, spot[1] : spot[1] + 2 * half + 1]
+        return bool((window[small == 255] <= 0.3 * 255).all())
+
+
+def back(angle: float) -> float:
+    return angle + math.pi if angle < 0 else angle - math.pi
+
+
+def span(values: Array) -> tuple[int, int]:
+    return int(values.min()), int(values.max())

@@ -29,7 +29,7 @@ def _sweep(args: Sequence[str]) -> None:
 
     from lightning_locality.sweep import sweep
 
-    auto_cli(sweep, args=list(args), as_positional=True)
+    auto_cli(sweep, args=list(args), as_positional=True, prog="lightning-locality sweep")
 
 
 def _make_data(args: Sequence[str]) -> None:
@@ -37,7 +37,9 @@ def _make_data(args: Sequence[str]) -> None:
 
     from lightning_locality.datamodules.pathfinder import make_pathfinder
 
-    auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False)
+    auto_cli(
+        {"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog="lightning-locality make-data"
+    )
 
 
 def _dispatch(args: Sequence[str]) -> None:

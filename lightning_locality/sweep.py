@@ -153,7 +153,7 @@ def sweep(grid: Path, out: Path | None = None, parallel: int | None = None, dry_
     fails is reported with the last lines of its log and does not stop the others.
 
     Args:
-        grid: YAML file that describes the runs (see configs/quickstart.yaml for an example).
+        grid: YAML file that describes the runs (see configs/sweeps/quickstart.yaml for an example).
         out: Folder for the runs and their results.csv; the file's own if not given.
         parallel: Runs at a time; the file's own, or the number of cores, if not given. The cores are shared out.
         dry_run: Print the commands instead of running them.

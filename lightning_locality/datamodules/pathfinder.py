@@ -38,8 +38,9 @@ class Pathfinder(AbstractImageDataModule):
     Convolutional Neural Networks" (Razin, Maman, Cohen, 2022), after "Learning long-range spatial dependencies with
     horizontal gated recurrent units" (Linsley, Kim, Veerabadran, Windolf, Serre, 2018), with pictures drawn by this
     package: the published process without the faults of its first program, in which a distractor could touch the
-    last dash of one curve, the newest dashes of the two curves could touch each other, and test pictures were used
-    for validation. ``prepare_data`` draws what is missing under ``root``/pathfinder (0.3 ms per picture and core);
+    last dash of one curve, the newest dashes of the two curves could touch each other, the place for a first dash
+    was tested one pixel beside it, and test pictures were used for validation. ``prepare_data`` draws what is
+    missing under ``root``/pathfinder (0.2 to 0.4 ms per picture and core, benchmarks/pathfinder.py);
     a file that is incomplete or altered is reported and drawn again. A picture depends on ``seed``, its split and
     its number alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard deviation
     of the training split; labels are int64.

@@ -27,7 +27,7 @@ def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[in
 
     >>> images, labels = pictures(PathfinderCurves(), seed=0, split="test", index=range(4))
     >>> images.shape, labels.shape, int(images.max())
-    ((4, 150, 150), (4,), 180)
+    ((4, 150, 150), (4,), 214)
     """
     placement = place(curves, seed, STREAMS[split], index)
     return draw(curves, placement), placement.label.astype(np.uint8)

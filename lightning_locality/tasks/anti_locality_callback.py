@@ -67,21 +67,21 @@ class AntiLocalityCallback(Callback):
         """Refuse what cannot be differentiated twice, or not from outside."""
         if stage != "fit" or self.weight == 0:
             return
-        precision = str(trainer.precision)
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"AntiLocalityCallback adds to the gradient of automatic optimisation, and {type(pl_module).__name__} "
-                "optimises by itself: add weight * penalty(self, x, y) to the loss in its training_step"
-            )
-        if precision.startswith("16"):
-            raise MisconfigurationException(
-                f"precision={precision!r}: float16 overflows in the second derivatives; use 'bf16-mixed' or '32-true'"
-            )
         known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if not known or isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"AntiLocalityCallback cannot differentiate twice under {type(trainer.strategy).__name__}: use "
                 "'ddp' or one device"
+            )
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"AntiLocalityCallback adds to the gradient of automatic optimisation, and {type(pl_module).__name__} "
+                "optimises by itself: add weight * penalty(self, x, y) to the loss in its training_step"
+            )
+        precision = str(trainer.precision)
+        if precision.startswith("16"):
+            raise MisconfigurationException(
+                f"precision={precision!r}: float16 overflows in the second derivatives; use 'bf16-mixed' or '32-true'"
             )
         _refuse_synchronized(pl_module)
 

@@ -36,7 +36,7 @@ class Classification(LightningModule):
     r"""Classify images, with a term against locality: loss + weight * R.
 
     The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise. R is the
-    :class:`~lightning_locality.regularizer.AntiLocality` penalty. The defaults are those of the experiments of
+    value of the penalty. The defaults are those of the experiments of
     *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks*
     (Razin, Maman, Cohen, 2022): SGD with learning rate 0.01 and momentum 0.9, no schedule, no weight decay.
 
@@ -45,7 +45,7 @@ class Classification(LightningModule):
 
     Args:
         network: Any module that takes images ``(B, C, H, W)`` and ends in a linear layer; its first layer and
-            its head are fitted to the data (:func:`~lightning_locality.networks.adapt`).
+            its head are fitted to the data.
         penalty: The term against locality; None for none.
         weight: Weight of the term in the loss, 0 or more. At 0 the term is measured but not trained on.
         warmup_epochs: Epochs over which the weight rises linearly from 0 (ours; 0 as published).

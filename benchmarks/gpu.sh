@@ -8,7 +8,7 @@
 # A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run): commit those. Unfinished runs
 # live in runs/gpu. CIFAR-10 is taken from $LIGHTNING_LOCALITY_DATA, or from benchmarks/inputs/cifar10.npz
 # (benchmarks/pack_images.py writes it); without either the IsSameClass items are left out.
-# DEVICE=cpu TOY=1 runs every item at toy size, to test this script.
+# ONLY=REGEX does the items whose names match. DEVICE=cpu TOY=1 runs at toy size, to test this script.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,32 +30,38 @@ fi
 overlay=(--config configs/overlays/gpu.yaml)
 [ "$device" = cpu ] && overlay=()
 
-same_class=(--config configs/same_class.yaml)
+pairs=(--config configs/same_class.yaml)
 if [ "${TOY:-0}" = 1 ]; then
-  same_class+=(--data.source=digits)
+  pairs+=(--data.source=digits)
 elif [ -f "$packed" ]; then
-  same_class+=("--data.source=file:$packed")
+  pairs+=("--data.source=file:$packed")
 elif [ -n "${LIGHTNING_LOCALITY_DATA:-}" ]; then
-  same_class+=("--data.root=$LIGHTNING_LOCALITY_DATA" --data.download=false)
+  pairs+=("--data.root=$LIGHTNING_LOCALITY_DATA" --data.download=false)
 else
-  same_class=()
+  pairs=()
 fi
 
+# what a run may train for, with a reserve for start, last epoch, test and files
+slice() {
+  local rest=$(($(left) - ${RESERVE:-60}))
+  if [ "$rest" -ge 1 ]; then echo "$rest"; else echo 0.001; fi
+}
 left() { echo $((slot - SECONDS)); }
 
 # once ITEM COMMAND...: run it unless its result is there; it has to write the result itself
 once() {
   local item="$1"; shift
   local result="$results/$item.json"
+  [[ "$item" =~ ${ONLY:-.} ]] || return 0
   if [ -s "$result" ]; then echo "done     $item"; return; fi
   if [ "$list" = 1 ] || [ "$(left)" -lt 60 ]; then echo "pending  $item"; pending=1; return; fi
   echo "running  $item"
-  RESULT="$result" timeout "$(left)" "$@" || { echo "FAILED   $item (status $?)"; pending=1; }
+  RESULT="$result" "$@" || { echo "FAILED   $item (status $?)"; pending=1; }
 }
 
 tests() {
   local log="$runs/tests.log" status=0
-  "$python" -m pytest -q --device "$device" -m "gpu or not slow" -p no:cacheprovider "${toy_test[@]}" >"$log" 2>&1 || status=$?
+  timeout "$(left)" "$python" -m pytest -q --device "$device" -m "gpu or not slow" -p no:cacheprovider "${toy_test[@]}" >"$log" 2>&1 || status=$?
   tail -n 15 "$log"
   "$python" - "$RESULT" "$status" "$log" <<'PYTHON'
 import json, sys, torch
@@ -67,15 +73,15 @@ open(sys.argv[1], "w").write(json.dumps(content, indent=2) + "\n")
 PYTHON
 }
 
-step() { "$python" benchmarks/regularized_step.py --device "$device" --out "$RESULT" "$@" "${toy_step[@]}"; }
+step() { timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --out "$RESULT" "$@" "${toy_step[@]}"; }
 
 # train ITEM OPTIONS...: one run, continued over as many calls as it takes
 train() {
   local item="$1"; shift
   local folder="$runs/$item" resume=()
   [ -f "$folder/last.ckpt" ] && resume=(--ckpt_path "$folder/last.ckpt")
-  "$python" -m lightning_locality fit "$@" "${overlay[@]}" --run_dir "$folder" "${resume[@]}" "${toy_run[@]}" \
-    --trainer.callbacks+=StopAfter "--trainer.callbacks.seconds=$(($(left) - 45))" || return 1
+  timeout "$(left)" "$python" -m lightning_locality fit "$@" "${overlay[@]}" --run_dir "$folder" "${resume[@]}" "${toy_run[@]}" \
+    --trainer.callbacks+=StopAfter "--trainer.callbacks.seconds=$(slice)" || return 1
   [ -s "$folder/summary.json" ] || { echo "out of time, to be continued: $item"; pending=1; return 0; }
   cp "$folder/metrics.csv" "$results/$item.csv" && cp "$folder/summary.json" "$RESULT"
 }
@@ -88,10 +94,10 @@ pathfinder() { # LENGTH WEIGHT SEED
 }
 
 same_class() { # DISTANCE WEIGHT SEED
-  [ "${#same_class[@]}" = 0 ] && return
+  [ "${#pairs[@]}" = 0 ] && return
   local item="same_class_distance_$1_weight_$2_seed_$3" term=()
   [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality.yaml "--model.weight=$2")
-  once "$item" train "$item" "${same_class[@]}" "${term[@]}" "--data.distance=$1" \
+  once "$item" train "$item" "${pairs[@]}" "${term[@]}" "--data.distance=$1" \
     "--seed_everything=$3" "--data.seed=$3"
 }
 
@@ -102,6 +108,8 @@ for shape in "3 224 224" "1 150 150"; do
   for dtype in float32 bfloat16; do
     # shellcheck disable=SC2086
     once "step_resnet18_${shape// /x}_$dtype" step --dtype "$dtype" --shape $shape
+    # shellcheck disable=SC2086
+    once "step_resnet18_${shape// /x}_${dtype}_channels_last" step --dtype "$dtype" --channels-last --shape $shape
   done
 done
 pathfinder 9 9 0

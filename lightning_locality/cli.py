@@ -37,9 +37,7 @@ def _make_data(args: Sequence[str]) -> None:
 
     from lightning_locality.datamodules.pathfinder import make_pathfinder
 
-    auto_cli(
-        {"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog="lightning-locality make-data"
-    )
+    auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog="lightning-locality make-data")
 
 
 def _dispatch(args: Sequence[str]) -> None:

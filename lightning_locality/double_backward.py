@@ -182,7 +182,7 @@ class _BatchNormBackward(Function):
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
         # sum(v g) per channel: the weight gradient of a normalisation with mean 0 and deviation 1, one fused pass
         sum_vg = torch.ops.aten.native_batch_norm_backward(
-            g, v, None, None, None, zero, one, True, 0.0, [False, True, True]
+            g, v, one, None, None, zero, one, True, 0.0, [False, True, True]
         )[1].to(accumulate)
         inner = sum_vg - sum_v * sum_g / n - sum_vx * sum_gx / n
         # grad_x = -γ σ² [inner x_hat + sum_gx (v - mean v - x_hat mean(v x_hat)) + sum_vx (the same of g)] / n,

@@ -48,6 +48,7 @@ _NAMED = (
 )
 _TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
 _STORED = ("last", "best")
+_PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 
 
@@ -291,5 +292,9 @@ def run(args: Sequence[str]) -> LocalityCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_kwargs={
+                "prog": _PROGRAM,
+                **{name: {"prog": f"{_PROGRAM} {name}"} for name in LightningCLI.subcommands()},
+            },
             args=list(args),
         )

@@ -97,6 +97,11 @@ class Pathfinder(AbstractImageDataModule):
         self._mean, self._std = 0.0, 1.0
 
     @property
+    def class_names(self) -> tuple[str, str]:
+        """What the labels 0 and 1 mean."""
+        return ("not connected", "connected")
+
+    @property
     def num_classes(self) -> int:
         """Two: on different curves, on the same."""
         return 2

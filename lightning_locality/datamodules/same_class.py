@@ -156,6 +156,11 @@ class SameClass(AbstractImageDataModule):
         self._affine: dict[torch.dtype, Tensor] = {}
 
     @property
+    def class_names(self) -> tuple[str, str]:
+        """What the labels 0 and 1 mean."""
+        return ("different", "same class")
+
+    @property
     def num_classes(self) -> int:
         """Two: 0 for different classes, 1 for the same class."""
         return 2

@@ -6,6 +6,7 @@ __all__ = ["MetricsFile"]
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
@@ -40,3 +41,6 @@ class MetricsFile(CSVLogger):
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: the run's config.yaml holds them."""

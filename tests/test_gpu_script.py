@@ -1,0 +1,63 @@
+"""benchmarks/gpu.sh end to end, on the CPU at toy size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ONE_OF_EACH = (
+    "^(cuda_tests|step_resnet18_1x150x150_float32|pathfinder_length_9_weight_9_seed_0|"
+    "same_class_distance_160_weight_1_seed_0)$"
+)
+
+
+def call(tmp_path: Path, *args: str, **environment: str) -> str:
+    settings = {
+        "PYTHON": sys.executable,
+        "DEVICE": "cpu",
+        "TOY": "1",
+        "RESULTS": str(tmp_path / "results"),
+        "RUNS": str(tmp_path / "runs"),
+        "ONLY": ONE_OF_EACH,
+    }
+    result = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", *args],
+        cwd=ROOT,
+        env=os.environ | settings | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout + result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a bash script")
+def test_every_kind_of_item_at_toy_size(tmp_path: Path) -> None:
+    assert call(tmp_path, "--list").count("pending") == 4
+    output = call(tmp_path)
+    assert "all done" in output, output
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
+    assert len(results) == 4
+    assert results["cuda_tests"]["status"] == 0
+    for name in ("pathfinder_length_9_weight_9_seed_0", "same_class_distance_160_weight_1_seed_0"):
+        assert results[name]["epochs"] == 2
+        assert 0 <= results[name]["metrics"]["test/accuracy"] <= 1
+        assert (tmp_path / "results" / f"{name}.csv").exists()
+    assert call(tmp_path).count("done  ") == 4
+
+
+def test_a_run_out_of_time_is_continued(tmp_path: Path) -> None:
+    """With a reserve longer than the slot a call trains one epoch; the next goes on."""
+    item = "same_class_distance_160_weight_1_seed_0"
+    first = call(tmp_path, ONLY=f"^{item}$", SECONDS_PER_CALL="90", RESERVE="1000")
+    assert f"to be continued: {item}" in first, first
+    assert not (tmp_path / "results" / f"{item}.json").exists()
+    second = call(tmp_path, ONLY=f"^{item}$")
+    assert "all done" in second, second
+    assert json.loads((tmp_path / "results" / f"{item}.json").read_text())["epochs"] == 2

@@ -27,7 +27,7 @@ if [ "${TOY:-0}" = 1 ]; then
   toy_test=(tests/test_networks.py)
   toy_step=(--batch 2 --repeats 1 --shape 1 32 32)
 fi
-overlay=(--config configs/overlays/gpu.yaml)
+overlay=(--config configs/overlays/gpu.yaml --model.channels_last=true)
 [ "$device" = cpu ] && overlay=()
 
 pairs=(--config configs/same_class.yaml)

@@ -76,8 +76,12 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     try:
         _dispatch(given)
-    except (ValueError, OSError) as error:
-        if os.environ.get("LIGHTNING_LOCALITY_DEBUG"):
+    except Exception as error:
+        # Lightning's name for wrong settings; importing it here would cost seconds
+        wrong_input = isinstance(error, (ValueError, OSError, ImportError)) or (
+            type(error).__name__ == "MisconfigurationException"
+        )
+        if os.environ.get("LIGHTNING_LOCALITY_DEBUG") or not wrong_input:
             raise
         print(f"lightning-locality: {type(error).__name__}: {error}", file=sys.stderr)
         print("(LIGHTNING_LOCALITY_DEBUG=1 shows where)", file=sys.stderr)

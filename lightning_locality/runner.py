@@ -27,8 +27,8 @@ from lightning_locality import patches, regularizer
 from lightning_locality.datamodules.pathfinder import Pathfinder
 from lightning_locality.datamodules.same_class import SameClass
 from lightning_locality.networks import SmallResNet
-from lightning_locality.report import write_figures, write_json, write_predictions
 from lightning_locality.parser import SuggestingParser
+from lightning_locality.report import write_figures, write_json, write_predictions
 from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
 from lightning_locality.tasks.callbacks import StopAfter, StopOnceFitted
 from lightning_locality.tasks.classification import Classification

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # the tests' tensors are small: threads cost more than they bring, here and in the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

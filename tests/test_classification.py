@@ -167,6 +167,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert not torch.equal(part.network.fc.weight, whole.network.fc.weight)
 
 
+def test_channels_last_changes_the_layout_alone(tmp_path: Path) -> None:
+    results = []
+    for channels_last in (False, True):
+        torch.manual_seed(2)
+        task = Classification(
+            Net(), penalty(), weight=2.0, num_classes=3, in_channels=1, channels_last=channels_last
+        )
+        trainer(tmp_path, max_epochs=2).fit(task, Images(3))
+        results.append(task.network.state_dict())
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=1e-12, msg=name)
+
+
 def test_warm_up_raises_the_weight_linearly(tmp_path: Path) -> None:
     seen: list[float] = []
 
@@ -227,10 +240,11 @@ def test_errors(tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=1).fit(
             Classification(Net(), penalty(), weight=1.0), Images(samples=17, batch_size=8)
         )
+    data = Images()
+    del data.boxes
+    task = Classification(Net(), AntiLocality(GivenPatches()), weight=1.0)
     with pytest.raises(ValueError, match="names none"):
-        data = Images()
-        del data.boxes
-        trainer(tmp_path, max_epochs=1).fit(Classification(Net(), AntiLocality(GivenPatches()), weight=1.0), data)
+        trainer(tmp_path, max_epochs=1).fit(task, data)
+    task = Classification(Net(), AntiLocality(UniformPatches()), weight=1.0)
     with pytest.raises(ValueError, match="are not known"):
-        task = Classification(Net(), AntiLocality(UniformPatches()), weight=1.0)
         trainer(tmp_path, max_epochs=1).fit(task, Images().loader())

@@ -113,12 +113,13 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
                         100.0,
                         color=_COLOURS[position % len(_COLOURS)],
                         label=label if number == 0 else None,
-                        alpha=1.0 if len(runs) == 1 else 0.6,
+                        alpha=1.0 if len(runs) == 1 else 0.7,
+                        linewidth=1.2 if len(runs) == 1 else 0.7,
                     )
             axes.axhline(50, color="0.6", linewidth=0.6, linestyle=":")
             axes.set_title(title, fontsize=8)
             _epochs(axes)
-            axes.set_ylim(35, 103)
+            axes.set_ylim(30, 103)
         panels[0].set_ylabel("accuracy (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure

@@ -5,13 +5,11 @@ from __future__ import annotations
 __all__ = ["LocalityCLI", "run"]
 
 import json
-import os
 import platform
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from lightning_locality import patches, regularizer
 from lightning_locality.datamodules.pathfinder import Pathfinder
 from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.folder import default_folder, global_rank, keep_earlier_config, refuse_used, stored_checkpoint
 from lightning_locality.networks import SmallResNet
 from lightning_locality.parser import SuggestingParser
 from lightning_locality.report import write_figures, write_json, write_predictions
@@ -46,8 +45,6 @@ _NAMED = (
     StopAfter,
     StopOnceFitted,
 )
-_TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
-_STORED = ("last", "best")
 _PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 
@@ -79,21 +76,10 @@ class LocalityCLI(LightningCLI):
         if not self.config.get("subcommand"):
             return
         config = self.config[self.config.subcommand]
-        if config.get("ckpt_path") in _STORED:
-            folder = Path(config.run_dir) if config.run_dir else None
-            path = folder / f"{config.ckpt_path}.ckpt" if folder else None
-            if path is None or not path.is_file():
-                raise FileNotFoundError(
-                    f"--ckpt_path {config.ckpt_path}: there is no "
-                    f"{path or 'run folder given to look in'}; pass --run_dir of the trained run, or the path "
-                    "of a checkpoint"
-                )
-            config.ckpt_path = str(path)
         if not config.get("ckpt_path"):
             return
-        path = Path(config.ckpt_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"--ckpt_path {path}: there is no such file")
+        path = stored_checkpoint(config.ckpt_path, config.run_dir)
+        config.ckpt_path = str(path)
         stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
         typed = config.get("model") or {}
         typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
@@ -116,9 +102,9 @@ class LocalityCLI(LightningCLI):
                 f"{self.subcommand} without a checkpoint would measure a network with random weights: pass "
                 "--ckpt_path runs/NAME/best.ckpt (or last.ckpt), or --run_dir runs/NAME --ckpt_path best"
             )
-        self.run_dir = Path(config.run_dir or _default_run_dir(checkpoint))
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and _global_rank() == 0:
-            self._guard_folder(resuming=bool(checkpoint))
+        self.run_dir = Path(config.run_dir or default_folder(checkpoint))
+        if self.subcommand == "fit" and not checkpoint and not config.trainer.fast_dev_run and global_rank() == 0:
+            refuse_used(self.run_dir)
         config.run_dir = str(self.run_dir)
         if self.subcommand != "fit":
             self.save_config_callback = None
@@ -126,18 +112,6 @@ class LocalityCLI(LightningCLI):
             for name in ("enable_progress_bar", "enable_model_summary"):
                 if config.trainer[name] is None:
                     config.trainer[name] = False
-
-    def _guard_folder(self, resuming: bool) -> None:
-        found = [name for name in _TRACES if (self.run_dir / name).exists()]
-        if found and not resuming:
-            raise FileExistsError(
-                f"run_dir {self.run_dir} holds an earlier run ({', '.join(found)}): choose another --run_dir, or "
-                f"continue that run with --run_dir {self.run_dir} --ckpt_path last"
-            )
-        config = self.run_dir / "config.yaml"
-        if config.exists():
-            earlier = len(list(self.run_dir.glob("config.*.yaml")))
-            config.rename(self.run_dir / f"config.{earlier}.yaml")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the metrics file and the best and last checkpoints to what the configuration asks for."""
@@ -165,6 +139,11 @@ class LocalityCLI(LightningCLI):
         if monitor is None:
             return [last]
         return [ModelCheckpoint(dirpath=self.run_dir, filename="best", monitor=monitor, mode="max", **common), last]
+
+    def before_fit(self) -> None:
+        """Keep the configuration of the part of the run that is continued."""
+        if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
+            keep_earlier_config(self.run_dir)
 
     def after_fit(self) -> None:
         """Test if asked to, and leave a summary and figures."""
@@ -235,25 +214,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else name
         leaves |= _leaves(value, path) if isinstance(value, Mapping) else {path: value}
     return leaves
-
-
-def _global_rank() -> int:
-    """Rank of this process, before Lightning has set up its strategy; 0 where nothing was launched."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))
-
-
-def _default_run_dir(checkpoint: str | None) -> Path:
-    """The checkpoint's folder, or one named by the date, the same for all processes of a launch."""
-    if checkpoint:
-        return Path(checkpoint).parent
-    if _global_rank() != 0 and "LIGHTNING_LOCALITY_RUN_DIR" in os.environ:
-        return Path(os.environ["LIGHTNING_LOCALITY_RUN_DIR"])
-    launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-    if launch in (None, "none"):
-        launch = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    os.environ["LIGHTNING_LOCALITY_RUN_DIR"] = path = str(Path("runs") / launch)
-    return Path(path)
 
 
 def run(args: Sequence[str]) -> LocalityCLI:

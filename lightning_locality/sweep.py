@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _SWEEP_KEYS = ("base", "out", "parallel", "configs", "set", "variants", "grid")
 _VARIANT_KEYS = ("configs", "set")
 _POLL = 0.5  # seconds between looks at the jobs
 _LOG_LINES = 6
+_TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,14 @@ def sweep(grid: Path, out: Path | None = None, parallel: int | None = None, dry_
     failed = _run_all(plan, parallel, console)
     rows = collect(plan.runs, plan.folder / "results.csv")
     draw(plan.runs, plan.folder)
-    console.print(result_table(plan.runs, rows))
-    console.print(f"table, figures and a folder for every run: {plan.folder}", soft_wrap=True)
+    # where there is no terminal rich would wrap the table at 80 columns
+    wide = console if console.is_terminal else Console(width=_TABLE_WIDTH)
+    wide.print(result_table(plan.runs, rows))
+    console.print(
+        f"In {plan.folder}: results.csv, accuracy.png (accuracy against epoch), and a folder for every run, whose "
+        "figures/examples.png shows inputs with the two patches marked.",
+        soft_wrap=True,
+    )
     for run, log in failed:
         console.print(f"failed: {run.folder.name}\n{log}", soft_wrap=True, markup=False)
     if failed:
@@ -191,6 +199,8 @@ def _run_all(plan: Sweep, parallel: int, console: Console) -> list[tuple[Run, st
     running: list[tuple[Run, Any]] = []
     failed: list[tuple[Run, str]] = []
     started = time.time()
+    # so that the runs end with the sweep when it is terminated, not only when it is interrupted
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while waiting or running:

@@ -167,13 +167,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert not torch.equal(part.network.fc.weight, whole.network.fc.weight)
 
 
+@pytest.mark.parametrize("begin_with", [True, False])
+def test_a_run_may_gain_or_lose_the_penalty(tmp_path: Path, begin_with: bool) -> None:
+    def task(term: bool) -> Classification:
+        return Classification(Net(), penalty() if term else None, weight=float(term), num_classes=2, in_channels=1)
+
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(task(begin_with), Images())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    second = trainer(tmp_path, max_epochs=2)
+    second.fit(task(not begin_with), Images(), ckpt_path=tmp_path / "first.ckpt")
+    assert second.global_step == 2 * first.global_step
+
+
 def test_channels_last_changes_the_layout_alone(tmp_path: Path) -> None:
     results = []
     for channels_last in (False, True):
         torch.manual_seed(2)
-        task = Classification(
-            Net(), penalty(), weight=2.0, num_classes=3, in_channels=1, channels_last=channels_last
-        )
+        task = Classification(Net(), penalty(), weight=2.0, num_classes=3, in_channels=1, channels_last=channels_last)
         trainer(tmp_path, max_epochs=2).fit(task, Images(3))
         results.append(task.network.state_dict())
     for name, expected in results[0].items():

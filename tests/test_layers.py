@@ -14,6 +14,7 @@ BOTTOM = {"boxes", "double_backward", "figures", "patches", "suggest"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "figures": set(),
+    "folder": set(),
     "suggest": set(),
     "boxes": set(),
     "cosine": set(),
@@ -26,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "parser": {"patches", "suggest"},
     "report": {"datamodules", "regularizer", *BOTTOM},
     "results": {"figures"},
-    "runner": {"tasks", "datamodules", "networks", "parser", "report", "regularizer", *BOTTOM},
+    "runner": {"folder", "tasks", "datamodules", "networks", "parser", "report", "regularizer", *BOTTOM},
     "sweep": {"runner", "results", "suggest"},
     "cli": {"__init__", "runner", "sweep", "suggest", "datamodules"},
     "__main__": {"cli"},

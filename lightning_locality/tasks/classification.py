@@ -152,7 +152,15 @@ class Classification(LightningModule):
             patches.bind(boxes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, with what differs instead of a page of keys."""
+        """Refuse the checkpoint of another model, with what differs instead of a page of keys.
+
+        A run may go on with the penalty where it began without, and the other way round.
+        """
+        draws = "penalty._extra_state"
+        if self.penalty is None:
+            checkpoint["state_dict"].pop(draws, None)
+        else:
+            checkpoint["state_dict"].setdefault(draws, self.state_dict()[draws])
         own = {name: value.shape for name, value in self.state_dict().items() if isinstance(value, Tensor)}
         stored = {name: value.shape for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
         differ = [name for name in sorted(own.keys() | stored.keys()) if own.get(name) != stored.get(name)]

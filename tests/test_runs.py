@@ -157,9 +157,9 @@ def test_measuring_random_weights_is_refused(capsys: pytest.CaptureFixture[str])
 
 
 def test_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "no such file" in refused(capsys, "test", f"--config={QUICKSTART}", "--ckpt_path=nowhere.ckpt")
+    assert "there is no file" in refused(capsys, "test", f"--config={QUICKSTART}", "--ckpt_path=nowhere.ckpt")
     message = refused(capsys, "test", f"--config={QUICKSTART}", f"--run_dir={tmp_path}", "--ckpt_path=best")
-    assert "there is no" in message
+    assert "there is no file" in message
 
 
 def test_checkpoint_of_another_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,7 +164,8 @@ class LocalityCLI(LightningCLI):
         if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
             self._write_summary(scores, epochs)
             write_figures(self.run_dir, self.model, self.datamodule)
-            rank_zero_info(f"run folder: {self.run_dir}")
+            accuracies = [f"{name} {value:.4f}" for name, value in scores.items() if name.endswith("accuracy")]
+            rank_zero_info(", ".join([f"{epochs} epochs", *accuracies, f"run folder: {self.run_dir}"]))
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and leave the class probabilities as a table."""

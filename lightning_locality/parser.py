@@ -18,7 +18,8 @@ from lightning_locality.patches import AbstractPatches
 from lightning_locality.suggest import nearest
 
 _OPTION = re.compile(r"does not accept (?:option|nested key) '(?:\w+\.)*?([\w.]+)'")
-_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+# jsonargparse 4.39 says "Validation failed: Key 'x' is not expected", 4.53 "Option 'x' is not accepted"
+_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+(?:Validation failed: )?(?:Option|Key) '(\w+)' is not")
 _CLASS = re.compile(r"Expected a dot import path string: (\w+)")
 
 

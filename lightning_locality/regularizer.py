@@ -7,15 +7,16 @@ from __future__ import annotations
 
 __all__ = ["AntiLocality", "input_gradient_change"]
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_locality.batch_statistics import frozen_statistics
 from lightning_locality.boxes import Box, box_mask, check_boxes
 from lightning_locality.cosine import AbsoluteCosine
 from lightning_locality.double_backward import FastDoubleBackward
@@ -23,21 +24,6 @@ from lightning_locality.patches import AbstractPatches, PatchPair
 
 Model = Callable[[Tensor], Any]
 Output = Callable[[Any, Tensor | None], Tensor]
-
-
-@contextmanager
-def _frozen_statistics(model: Model) -> Iterator[None]:
-    """Batch normalisations inside neither update their running statistics nor count the batch."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    # in train mode this flag is read for the update alone, whatever the momentum
-    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    try:
-        for module in tracking:
-            module.track_running_stats = False
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
 
 
 def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
@@ -91,7 +77,9 @@ def _input_gradient(
 ) -> tuple[Any, Tensor]:
     """Output, and gradient of its summed score by ``x``: a leaf that nobody else reads (ours), or the caller's."""
     mode = FastDoubleBackward(x if ours else None)
-    with mode if fast and create_graph else nullcontext():
+    # of torch's attentions only the plain one can be differentiated twice
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+    with attention, mode if fast and create_graph else nullcontext():
         out = model(x)
     with mode.inputs_only():
         (gradient,) = torch.autograd.grad(_score(out, y, output, len(x)), x, create_graph=create_graph)
@@ -117,9 +105,9 @@ def _with_output(
     with torch.no_grad():
         # out=: in the memory format of x
         second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
-    with nullcontext() if update_statistics[0] else _frozen_statistics(model):
+    with nullcontext() if update_statistics[0] else frozen_statistics(model):
         out, u = _input_gradient(model, first, y, output, fast=fast, create_graph=create_graph, ours=ours)
-    with nullcontext() if update_statistics[1] else _frozen_statistics(model):
+    with nullcontext() if update_statistics[1] else frozen_statistics(model):
         _, v = _input_gradient(model, second, y, output, fast=fast, create_graph=create_graph, ours=True)
     return out, AbsoluteCosine.apply(u, v, pair.i).mean()
 

@@ -221,6 +221,37 @@ def test_value_does_not_depend_on_the_order_of_the_batch(training: bool) -> None
     assert permuted.item() == pytest.approx(value.item(), abs=1e-12)
 
 
+class Attention(nn.Module):
+    """One head over the pixels, by torch's attention or by its formula."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.inward, self.outward = nn.Linear(1, 6), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inward(x.flatten(2).transpose(1, 2)).chunk(3, dim=2)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = (query @ key.transpose(1, 2) / 2**0.5).softmax(2) @ value
+        return self.outward(mixed).tanh().mean(1)
+
+
+def test_attention_is_differentiated_twice(device: torch.device) -> None:
+    x, donor = torch.randn(3, 1, 4, 4, device=device), torch.tensor([1, 2, 0])
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(1)
+        model = Attention(fused).to(device)
+        value = input_gradient_change(model, x, box_i=(0, 0, 2, 2), box_j=(2, 2, 2, 2), donor=donor)
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
 def test_permutation_donors_are_one_circle() -> None:
     seen = set()
     for seed in range(40):

@@ -49,9 +49,14 @@ def _dispatch(args: Sequence[str]) -> None:
 
         print(f"lightning-locality {__version__}")
     elif command in _RUNS:
+        from torch import distributed
+
         from lightning_locality.runner import run
 
         run(args)
+        # Lightning leaves it open; the threads of gloo may then abort the process while it shuts down
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
     elif command == "sweep":
         _sweep(args[1:])
     elif command == "make-data":

@@ -247,6 +247,8 @@ trainer = Trainer(
 trainer.fit(module, data(24))
 state = {{k: v for k, v in module.state_dict().items() if "extra_state" not in k}}
 torch.save((module.gradients, state), sys.argv[1] + f"/{{sys.argv[2]}}_{{trainer.global_rank}}.pt")
+# else gloo's threads may end the interpreter while it shuts down
+torch.distributed.destroy_process_group()
 """
 
 

@@ -27,7 +27,7 @@ _SWEEP_KEYS = ("base", "out", "parallel", "configs", "set", "variants", "grid")
 _VARIANT_KEYS = ("configs", "set")
 _POLL = 0.5  # seconds between looks at the jobs
 _LOG_LINES = 6
-_TABLE_WIDTH = 120
+_TABLE_WIDTH = 130
 
 
 @dataclass(frozen=True)

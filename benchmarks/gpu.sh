@@ -6,8 +6,10 @@
 #   SECONDS_PER_CALL=3600 bash benchmarks/gpu.sh
 #
 # A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run): commit those. Unfinished runs
-# live in runs/gpu. CIFAR-10 is taken from $LIGHTNING_LOCALITY_DATA, or from benchmarks/inputs/cifar10.npz
-# (benchmarks/pack_images.py writes it); without either the IsSameClass items are left out.
+# live in runs/gpu. CIFAR-10, MNIST and Fashion-MNIST are taken from $LIGHTNING_LOCALITY_DATA, or from
+# benchmarks/inputs/{cifar10,mnist,fashion_mnist}.npz; items whose images are in neither are left out. To pack them:
+#   python benchmarks/pack_images.py --root DATA --out benchmarks/inputs/cifar10.npz
+#   python benchmarks/pack_images.py --root DATA --source mnist --train 90000 --test 20000 --out benchmarks/inputs/mnist.npz
 # ONLY=REGEX does the items whose names match. DEVICE=cpu TOY=1 runs at toy size, to test this script.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,13 +22,19 @@ runs="${RUNS:-runs/gpu}"
 packed="benchmarks/inputs/cifar10.npz"
 mkdir -p "$results" "$runs"
 
-toy_run=() toy_test=() toy_step=()
+toy_run=() toy_test=() toy_step=() toy_speed=() toy_binary=()
 if [ "${TOY:-0}" = 1 ]; then
   toy_run=(--trainer.max_epochs=2 --data.train=8 --data.validation=4 --data.test=4 --data.batch_size=4
     --model.network=SmallResNet)
   toy_test=(tests/test_networks.py)
   toy_step=(--batch 2 --repeats 1 --shape 1 32 32)
+  toy_speed=(--toy --steps-check 20 --seconds 0.01 --repeats 2)
+  # 8x8 digits, of which 60
+  toy_binary=(--data.train=60 --data.test=20 --model.batch_size=20 --model.max_iterations=24 --model.steps=6
+    --model.measure_every=6 --data.epoch_length=2)
 fi
+gpu=(--trainer.accelerator=gpu --trainer.devices=1)
+[ "$device" = cpu ] && gpu=(--trainer.accelerator=cpu)
 overlay=(--config configs/overlays/gpu.yaml --model.channels_last=true)
 [ "$device" = cpu ] && overlay=()
 
@@ -75,6 +83,10 @@ PYTHON
 
 step() { timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --out "$RESULT" "$@" "${toy_step[@]}"; }
 
+speed() {
+  timeout "$(left)" "$python" benchmarks/recovery_speed.py --device "$device" --out "$RESULT" --seconds 1 "$@" "${toy_speed[@]}"
+}
+
 # train ITEM OPTIONS...: one run, continued over as many calls as it takes
 train() {
   local item="$1"; shift
@@ -101,9 +113,27 @@ same_class() { # DISTANCE WEIGHT SEED
     "--seed_everything=$3" "--data.seed=$3"
 }
 
+# rank of binarised images (Razin, Maman and Cohen, 2021): error against the number of components
+binary_images() { # SOURCE VARIANT RANK
+  local item="binary_$1_$2_rank_$3" overlay=("${gpu[@]}") toy_run=("${toy_binary[@]}") images=()
+  if [ "${TOY:-0}" = 1 ]; then
+    images=(--data.source=digits "--model.model.shape=[$(printf '2,%.0s' {1..63})2]")
+  elif [ -f "benchmarks/inputs/$1.npz" ]; then
+    images=("--data.source=file:benchmarks/inputs/$1.npz")
+  elif [ -n "${LIGHTNING_LOCALITY_DATA:-}" ]; then
+    images=("--data.source=$1" "--data.root=$LIGHTNING_LOCALITY_DATA" --data.download=false)
+  else
+    return
+  fi
+  once "$item" train "$item" --config configs/recovery/binary_images.yaml "${images[@]}" "--data.variant=$2" \
+    "--model.model.rank=$3"
+}
+
 list=0; [ "${1:-}" = --list ] && list=1
 pending=0
 once cuda_tests tests
+once recovery_speed speed --tables cases
+[ "$device" = cpu ] || once recovery_sizes speed --tables sizes --repeats 3 --threads "$(( $(nproc) < 8 ? $(nproc) : 8 ))"
 for shape in "3 224 224" "1 150 150"; do
   for dtype in float32 bfloat16; do
     # shellcheck disable=SC2086
@@ -123,5 +153,11 @@ for distance in 160 120 80 40 0; do same_class "$distance" 0.1 0; done
 for seed in 1 2; do
   for weight in 9 0; do pathfinder 9 "$weight" "$seed"; done
   for weight in 1 0; do same_class 160 "$weight" "$seed"; done
+done
+# the ranks of which the published errors are known come first
+for rank in 1 5 10 15 2 3 4 6 7 8 9 11 12 13 14; do
+  for source in mnist fashion_mnist; do
+    for variant in original random_images random_labels; do binary_images "$source" "$variant" "$rank"; done
+  done
 done
 [ "$pending" = 0 ] && echo "all done" || echo "call again to continue"

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from hardware import device_name, own_high_water
 from torch import Tensor, nn
 
 from lightning_locality.boxes import Box
@@ -201,7 +202,7 @@ def main() -> None:
                 rows[name][f"ratio_to_{other}"] = statistics.median(ratios)
     result = {
         "command": " ".join(["python", "benchmarks/regularized_step.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(x.device) if cuda else processor_name(),
+        "device": device_name(x.device),
         "time": "wall clock" if cuda else "processor time of all threads",
         "threads": torch.get_num_threads(),
         "shape": [batch, *options.shape],
@@ -225,24 +226,6 @@ def main() -> None:
         content = [*old, result] if options.append else result
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def processor_name() -> str:
-    """Model of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def own_high_water() -> float:
-    """Peak resident memory of this process in MiB; getrusage would count that of the parent as well."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def own_peak(name: str, options: argparse.Namespace, batch: int) -> float:

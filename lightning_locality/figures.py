@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["accuracy_curves", "example_inputs", "read_metrics", "save_figure", "training_curves"]
+__all__ = [
+    "COLOURS",
+    "COLUMN",
+    "STYLE",
+    "accuracy_curves",
+    "example_inputs",
+    "read_metrics",
+    "save_figure",
+    "training_curves",
+]
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -18,8 +27,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 # Okabe and Ito, Color Universal Design (2008)
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE: Any = {
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE: Any = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,7 +39,7 @@ _STYLE: Any = {
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
 }
-_COLUMN = 3.4  # inches: one column of a two-column paper
+COLUMN = 3.4  # inches: one column of a two-column paper
 _CURVES = (
     ("accuracy", "accuracy (%)", 100.0),
     ("loss", "loss", 1.0),
@@ -77,10 +86,10 @@ def training_curves(rows: Rows) -> Figure:
     Args:
         rows: One mapping per epoch, as :func:`read_metrics` gives them.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _COLUMN, 1.9), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2 * COLUMN, 1.9), layout="constrained")
         for axes, (name, label, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
-            for stage, colour in (("train", _COLOURS[0]), ("val", _COLOURS[1])):
+            for stage, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
                 _draw(axes, rows, f"{stage}/{name}", scale, color=colour, label=stage)
             _epochs(axes)
             axes.set_ylabel(label)
@@ -98,8 +107,8 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
         histories: Label of a kind of run -> the rows of each of its runs; a thin line for every run, a panel
             for training and one for validation data.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _COLUMN, 2.4), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2 * COLUMN, 2.4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, stage, title in zip(
             panels, ("train", "val"), ("training pairs", "unseen (validation) pairs"), strict=True
@@ -111,7 +120,7 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
                         rows,
                         f"{stage}/accuracy",
                         100.0,
-                        color=_COLOURS[position % len(_COLOURS)],
+                        color=COLOURS[position % len(COLOURS)],
                         label=label if number == 0 else None,
                         alpha=1.0 if len(runs) == 1 else 0.7,
                         linewidth=1.2 if len(runs) == 1 else 0.7,
@@ -142,9 +151,9 @@ def example_inputs(
     height, width = images.shape[2:]
     columns = 1 if width > 3 * height else min(4, len(images))
     rows = -(-len(images) // columns)
-    panel = 2 * _COLUMN / columns
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _COLUMN, rows * (panel * height / width + 0.25) + 0.3), layout="constrained")
+    panel = 2 * COLUMN / columns
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2 * COLUMN, rows * (panel * height / width + 0.25) + 0.3), layout="constrained")
         for number, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).flat):
             axes.axis("off")
             if number >= len(images):
@@ -152,10 +161,10 @@ def example_inputs(
             picture = shown[number].transpose(1, 2, 0)
             axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
             axes.set_title(titles[number], fontsize=7, loc="left", pad=2)
-            for mask, colour in zip(masks or (), (_COLOURS[5], _COLOURS[4]), strict=False):
+            for mask, colour in zip(masks or (), (COLOURS[5], COLOURS[4]), strict=False):
                 _outline(axes, mask[number], colour)
         if masks is not None:
-            handles = [_handle(_COLOURS[5]), _handle(_COLOURS[4])]
+            handles = [_handle(COLOURS[5]), _handle(COLOURS[4])]
             labels = ["I: the gradient is compared here", "J: replaced by another sample's content"]
             figure.legend(handles, labels, loc="outside lower center", ncols=2)
         return figure
@@ -183,7 +192,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
         stem: Path without ending; its folder is made.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         # no date in the file: the same results give the same bytes
         figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
         figure.savefig(stem.with_suffix(".png"), dpi=200)

@@ -18,6 +18,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from lightning_locality.datamodules.base import AbstractImageDataModule
 from lightning_locality.figures import example_inputs, read_metrics, save_figure, training_curves
 from lightning_locality.regularizer import AntiLocality
+from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations
 
 _EXAMPLES = 4
 
@@ -44,7 +45,9 @@ def write_predictions(path: Path, batches: Sequence[Any]) -> None:
 
 
 def write_figures(folder: Path, model: LightningModule, data: LightningDataModule | None) -> None:
-    """Draw the training curves and example inputs of a run into ``FOLDER/figures``.
+    """Draw the curves and example inputs of a run into ``FOLDER/figures``.
+
+    A recovery run leaves ``dynamics``, another one ``training``.
 
     Args:
         folder: Folder of the run, with its ``metrics.csv``.
@@ -53,7 +56,11 @@ def write_figures(folder: Path, model: LightningModule, data: LightningDataModul
     """
     metrics = folder / "metrics.csv"
     if metrics.exists():
-        save_figure(training_curves(read_metrics(metrics)), folder / "figures" / "training")
+        measurements = read_iterations(metrics)
+        if magnitude_groups(measurements):
+            save_figure(component_curves({folder.name: measurements}), folder / "figures" / "dynamics")
+        else:
+            save_figure(training_curves(read_metrics(metrics)), folder / "figures" / "training")
     if not isinstance(data, AbstractImageDataModule):
         return
     penalty = getattr(model, "penalty", None)

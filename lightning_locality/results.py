@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FinishedRun", "collect", "draw", "progress_table", "result_table"]
+__all__ = ["FinishedRun", "collect", "progress_table", "result_table"]
 
 import csv
 import json
@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from lightning_locality.figures import accuracy_curves, read_metrics, save_figure
+from lightning_locality.figures import read_metrics
 
 Row = Mapping[str, Any]
+
+_TAIL = 16384  # bytes at the end of a metrics file that hold its last row
 
 
 class FinishedRun(Protocol):
@@ -52,8 +54,8 @@ def collect(runs: Sequence[FinishedRun], path: Path) -> list[dict[str, Any]]:
     for run in runs:
         if run.finished:
             summary = json.loads((run.folder / "summary.json").read_text())
-            own = {"epochs": summary["epochs"], "seconds": summary["seconds"], **summary["metrics"]}
-            rows.append({"variant": run.variant, **run.point, **own})
+            own = {key: summary[key] for key in ("epochs", "iterations", "seconds") if key in summary}
+            rows.append({"variant": run.variant, **run.point, **own, **summary["metrics"]})
     names = list(dict.fromkeys(key for row in rows for key in row))
     temporary = path.with_name(path.name + ".part")
     with temporary.open("w", newline="") as file:
@@ -65,36 +67,52 @@ def collect(runs: Sequence[FinishedRun], path: Path) -> list[dict[str, Any]]:
 
 
 def result_table(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Table:
-    """Accuracy of every variant: mean, and range where there are several runs.
+    """How every variant ended: mean, and range where there are several runs.
+
+    Accuracies where the runs have them, otherwise loss, reconstruction error and iterations.
 
     Args:
         runs: All runs, finished or not.
         rows: What :func:`collect` has returned for them.
     """
-    table = Table(title="accuracy in %, last epoch: mean (lowest to highest)")
-    for column in ("run", "finished", "training", "test", "R on test", "seconds"):
+    recovery = any("iterations" in row for row in rows) and not any("test/accuracy" in row for row in rows)
+    if recovery:
+        table = Table(title="last measurement: mean (lowest to highest)")
+        columns = [
+            ("training loss", "train/loss", 1.0, ".3g"),
+            ("test loss", "test/loss", 1.0, ".3g"),
+            ("reconstruction error", "reconstruction_error", 1.0, ".3g"),
+            ("iterations", "iterations", 1.0, ".0f"),
+        ]
+        columns = [column for column in columns if any(column[1] in row for row in rows)]
+    else:
+        table = Table(title="accuracy in %, last epoch: mean (lowest to highest)")
+        columns = [
+            ("training", "train/accuracy", 100.0, ".1f"),
+            ("test", "test/accuracy", 100.0, ".1f"),
+            ("R on test", "test/regularizer", 1.0, ".2f"),
+        ]
+    for column in ("run", "finished", *(title for title, *_ in columns), "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for variant in dict.fromkeys(run.variant for run in runs):
         own = [row for row in rows if row["variant"] == variant]
         table.add_row(
             variant,
             f"{len(own)} of {sum(run.variant == variant for run in runs)}",
-            _spread(own, "train/accuracy", 100, 1),
-            _spread(own, "test/accuracy", 100, 1),
-            _spread(own, "test/regularizer", 1, 2),
-            _spread(own, "seconds", 1, 0, with_range=False),
+            *(_spread(own, key, scale, digits) for _, key, scale, digits in columns),
+            _spread(own, "seconds", 1, ".0f", with_range=False),
         )
     return table
 
 
-def _spread(rows: Sequence[Row], key: str, scale: float, digits: int, with_range: bool = True) -> str:
+def _spread(rows: Sequence[Row], key: str, scale: float, digits: str, with_range: bool = True) -> str:
     values = [scale * row[key] for row in rows if key in row]
     if not values:
         return "-"
-    mean = f"{sum(values) / len(values):.{digits}f}"
+    mean = f"{sum(values) / len(values):{digits}}"
     if len(values) == 1 or not with_range:
         return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{mean} ({min(values):{digits}} to {max(values):{digits}})"
 
 
 def progress_table(runs: Sequence[FinishedRun], states: Sequence[tuple[FinishedRun, str]], seconds: float) -> Table:
@@ -115,6 +133,13 @@ def progress_table(runs: Sequence[FinishedRun], states: Sequence[tuple[FinishedR
 
 
 def _last_epoch(metrics: Path) -> str:
+    last = _last_row(metrics) if metrics.exists() else {}
+    if "iteration" in last:
+        parts = [f"iteration {int(last['iteration'])}"]
+        for name, key in (("loss", "train/loss"), ("error", "reconstruction_error")):
+            if key in last:
+                parts.append(f"{name} {last[key]:.3g}")
+        return ", ".join(parts)
     history = read_metrics(metrics) if metrics.exists() else []
     if not history:
         return "starting"
@@ -126,17 +151,14 @@ def _last_epoch(metrics: Path) -> str:
     return ", ".join(parts)
 
 
-def draw(runs: Sequence[FinishedRun], folder: Path) -> None:
-    """Draw accuracy against epoch for all runs into ``FOLDER/accuracy.pdf`` and ``.png``.
-
-    Args:
-        runs: The runs; those without metrics are left out.
-        folder: Where the figure goes.
-    """
-    histories: dict[str, list[list[dict[str, float]]]] = {}
-    for run in runs:
-        metrics = run.folder / "metrics.csv"
-        if metrics.exists():
-            histories.setdefault(run.variant, []).append(read_metrics(metrics))
-    if histories:
-        save_figure(accuracy_curves(histories), folder / "accuracy")
+def _last_row(metrics: Path) -> dict[str, float]:
+    """Last row of a metrics file, which may have many thousands and is looked at again and again."""
+    with metrics.open("rb") as file:
+        header = file.readline().decode()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(len(header), size - _TAIL))
+        lines = file.read().decode().split("\n")
+    # what follows the last line end is a row that is being written
+    for row in csv.DictReader(lines[:-1][-1:], fieldnames=next(csv.reader([header]), [])):
+        return {key: float(value) for key, value in row.items() if value}
+    return {}

@@ -21,9 +21,12 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_locality import patches, regularizer
+from lightning_locality import optim, patches, regularizer, tensors
+from lightning_locality.datamodules.binary_images import BinaryImages
 from lightning_locality.datamodules.pathfinder import Pathfinder
+from lightning_locality.datamodules.recovery import TensorRecovery
 from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.datamodules.two_by_two import UnboundedCompletion
 from lightning_locality.folder import default_folder, global_rank, keep_earlier_config, refuse_used, stored_checkpoint
 from lightning_locality.networks import SmallResNet
 from lightning_locality.parser import SuggestingParser
@@ -32,15 +35,22 @@ from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
 from lightning_locality.tasks.callbacks import StopAfter, StopOnceFitted
 from lightning_locality.tasks.classification import Classification
 from lightning_locality.tasks.logger import MetricsFile
+from lightning_locality.tasks.recovery import Recovery
 
 # what a configuration may call by its bare class name: everything imported here
 _NAMED = (
+    optim,
     patches,
     regularizer,
+    tensors,
+    BinaryImages,
     Pathfinder,
     SameClass,
+    TensorRecovery,
+    UnboundedCompletion,
     SmallResNet,
     Classification,
+    Recovery,
     AntiLocalityCallback,
     StopAfter,
     StopOnceFitted,
@@ -54,6 +64,7 @@ class LocalityCLI(LightningCLI):
 
     run_dir: Path
     started: float
+    fit_started: float
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run."""
@@ -144,6 +155,7 @@ class LocalityCLI(LightningCLI):
         """Keep the configuration of the part of the run that is continued."""
         if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
             keep_earlier_config(self.run_dir)
+        self.fit_started = time.time()
 
     def after_fit(self) -> None:
         """Test if asked to, and leave a summary and figures."""
@@ -151,9 +163,15 @@ class LocalityCLI(LightningCLI):
         if any(isinstance(callback, StopAfter) and callback.stopped for callback in callbacks):
             rank_zero_info(f"out of time; continue with --run_dir {self.run_dir} --ckpt_path last")
             return
+        seconds = time.time() - self.fit_started
         choice = self._get(self.config, "test_after_fit")
         scores: dict[str, float] = {key: float(v) for key, v in self.trainer.callback_metrics.items()}
         epochs = self.trainer.current_epoch
+        counts: dict[str, float] = {"epochs": epochs}
+        if isinstance(self.model, Recovery):
+            scores |= self.model.row
+            counts["iterations"] = self.model.iteration
+            counts["iterations_per_second"] = round(self.model.iterations_done / seconds, 2)
         if choice != "no":
             path = None
             checkpoint = self.trainer.checkpoint_callback
@@ -162,10 +180,9 @@ class LocalityCLI(LightningCLI):
             results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
             scores |= {key: float(value) for key, value in results[0].items()}
         if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
-            self._write_summary(scores, epochs)
+            self._write_summary(scores, counts)
             write_figures(self.run_dir, self.model, self.datamodule)
-            accuracies = [f"{name} {value:.4f}" for name, value in scores.items() if name.endswith("accuracy")]
-            rank_zero_info(", ".join([f"{epochs} epochs", *accuracies, f"run folder: {self.run_dir}"]))
+            rank_zero_info(", ".join([*_results(scores, counts), f"run folder: {self.run_dir}"]))
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and leave the class probabilities as a table."""
@@ -188,14 +205,14 @@ class LocalityCLI(LightningCLI):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / f"{name}.json", {"checkpoint": checkpoint, "metrics": scores})
 
-    def _write_summary(self, scores: dict[str, float], epochs: int) -> None:
+    def _write_summary(self, scores: dict[str, float], counts: dict[str, float]) -> None:
         device = self.trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
         write_json(
             self.run_dir / "summary.json",
             {
                 "metrics": scores,
-                "epochs": epochs,
+                **counts,
                 "steps": self.trainer.global_step,
                 "seconds": round(time.time() - self.started, 1),
                 "device": {
@@ -206,6 +223,14 @@ class LocalityCLI(LightningCLI):
                 "versions": {package: version(package) for package in _PACKAGES},
             },
         )
+
+
+def _results(scores: dict[str, float], counts: dict[str, float]) -> list[str]:
+    """What a fit ends with, in words."""
+    if "iterations" in counts:
+        errors = [f"{name} {scores[name]:.3g}" for name in ("train/loss", "reconstruction_error") if name in scores]
+        return [f"{counts['iterations']:.0f} iterations ({counts['iterations_per_second']:.0f} per second)", *errors]
+    return [f"{counts['epochs']:.0f} epochs", *(f"{k} {v:.4f}" for k, v in scores.items() if k.endswith("accuracy"))]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -239,6 +264,8 @@ def run(args: Sequence[str]) -> LocalityCLI:
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         # a module may do without validation
         warnings.filterwarnings("ignore", message=".*but have no `validation_step`")
+        # a recovery problem is measured as it is fitted
+        warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
         # metrics are logged per epoch
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         # args and sys.argv may both be set: the command line hands over a part of sys.argv

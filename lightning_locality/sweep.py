@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +20,11 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from lightning_locality.results import collect, draw, progress_table, result_table
+from lightning_locality.results import collect, progress_table, result_table
 from lightning_locality.suggest import nearest
+from lightning_locality.sweep_figure import SweepFigure
 
-_SWEEP_KEYS = ("base", "out", "parallel", "configs", "set", "variants", "grid")
+_SWEEP_KEYS = ("base", "out", "parallel", "configs", "set", "variants", "grid", "figure")
 _VARIANT_KEYS = ("configs", "set")
 _POLL = 0.5  # seconds between looks at the jobs
 _LOG_LINES = 6
@@ -60,11 +61,13 @@ class Sweep:
         runs: Every variant at every point of the grid, variants varying fastest.
         folder: Folder that holds the folders of the runs.
         parallel: Runs at a time; None for one per core.
+        figure: What is drawn of them.
     """
 
     runs: tuple[Run, ...]
     folder: Path
     parallel: int | None
+    figure: SweepFigure = field(default_factory=SweepFigure)
 
     @classmethod
     def read(cls, path: Path, out: Path | None = None) -> Self:
@@ -75,8 +78,9 @@ class Sweep:
                 (configuration files, relative to this one), ``set`` (option -> value), ``variants`` (name of
                 a row -> ``configs`` and ``set`` of its own) and ``grid`` (option -> list of values; every
                 variant is run at every combination). Several options that share their values are one entry
-                of the grid: ``seed_everything, data.seed: [0, 1, 2]``. ``base`` names another sweep file
-                whose entries hold where this one has none.
+                of the grid: ``seed_everything, data.seed: [0, 1, 2]``. ``figure`` says what is drawn
+                (``kind``, see :class:`~lightning_locality.sweep_figure.SweepFigure`, and its options). ``base``
+                names another sweep file whose entries hold where this one has none.
             out: Folder for the results, instead of the file's.
 
         Raises:
@@ -107,7 +111,7 @@ class Sweep:
                     f"--run_dir={folder / name}",
                 )
                 runs.append(Run(variant, named, arguments, folder / name))
-        return cls(tuple(runs), folder, content.get("parallel"))
+        return cls(tuple(runs), folder, content.get("parallel"), SweepFigure.read(content.get("figure"), str(path)))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -174,15 +178,13 @@ def sweep(grid: Path, out: Path | None = None, parallel: int | None = None, dry_
     console = Console()
     failed = _run_all(plan, parallel, console)
     rows = collect(plan.runs, plan.folder / "results.csv")
-    draw(plan.runs, plan.folder)
+    picture = plan.figure.save(plan.runs, plan.folder)
     # where there is no terminal rich would wrap the table at 80 columns
     wide = console if console.is_terminal else Console(width=_TABLE_WIDTH)
     wide.print(result_table(plan.runs, rows))
-    console.print(
-        f"In {plan.folder}: results.csv, accuracy.png (accuracy against epoch), and a folder for every run, whose "
-        "figures/examples.png shows inputs with the two patches marked.",
-        soft_wrap=True,
-    )
+    shown = f", {picture.name}" if picture else ""
+    folders = "a folder for every run, with figures of its own (figures/*.png)"
+    console.print(f"In {plan.folder}: results.csv{shown}, and {folders}.", soft_wrap=True)
     for run, log in failed:
         console.print(f"failed: {run.folder.name}\n{log}", soft_wrap=True, markup=False)
     if failed:

@@ -24,6 +24,30 @@ CASES = {
     "quickstart": (["quickstart.yaml"], QUICK),
     "quickstart + far field": (["quickstart.yaml", "overlays/quickstart_far_field.yaml"], QUICK),
 }
+SMALL_TENSOR = ("--model.model.rank=8", "--data.epoch_length=1")
+# 8x8 pixels, which need no download
+BITS = (
+    f"--model.model.shape={[2] * 64}",
+    "--data.source=digits",
+    "--trainer.accelerator=cpu",
+    "--model.batch_size=500",
+)
+RECOVERY = {
+    "matrix": (),
+    "cp": SMALL_TENSOR,
+    "htf": ("--model.model.widths=[8,8]",),
+    "cp_order4": SMALL_TENSOR,
+    "unbounded": (),
+    "unbounded_flow": (),
+    "completion_order3": SMALL_TENSOR,
+    "completion_order4": SMALL_TENSOR,
+    "binary_images": BITS,
+    "deep_cp": SMALL_TENSOR,
+    "deep_tucker": (),
+    "deep_tensor_train": (),
+}
+# what the runs of a sweep need beside the sweep's own options
+SWEEP_OPTIONS = {"binary_images": BITS, "binary_images_small": BITS}
 # needs a GPU: parsed here, run by the test marked gpu
 PARSED_ONLY = {"overlays/gpu.yaml"}
 
@@ -50,6 +74,17 @@ def test_config_runs_a_batch(name: str, tmp_path: Path) -> None:
     assert (cli.model.weight > 0) == any("overlays" in f or f == "quickstart.yaml" for f in files)
 
 
+@pytest.mark.parametrize("name", RECOVERY)
+def test_recovery_config_runs_a_batch(name: str, tmp_path: Path) -> None:
+    files = [f"recovery/{name}.yaml"]
+    cli = run(fast(files, RECOVERY[name], tmp_path))
+    assert cli.trainer.global_step == 1
+    assert cli.model.iteration == cli.model.steps
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+    # the problem fits the model, and is not solved by its first weights
+    assert cli.trainer.callback_metrics["train/loss"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_overlay_runs_a_batch(name: str, tmp_path: Path) -> None:
@@ -73,11 +108,14 @@ def test_sweep_runs_are_known_to_the_command_line(path: Path, tmp_path: Path) ->
         if one.variant in seen:
             continue
         seen.add(one.variant)
-        assert run([*one.arguments, "--trainer.fast_dev_run=1"]).trainer.global_step == 1
+        options = SWEEP_OPTIONS.get(path.stem, ())
+        assert run([*one.arguments, *options, "--trainer.fast_dev_run=1"]).trainer.global_step == 1
 
 
 def test_every_file_is_covered() -> None:
-    used = {f for files, _ in CASES.values() for f in files} | PARSED_ONLY
+    used = (
+        {f for files, _ in CASES.values() for f in files} | PARSED_ONLY | {f"recovery/{name}.yaml" for name in RECOVERY}
+    )
     there = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "sweeps"}
     assert there == used
 

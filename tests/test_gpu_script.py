@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ONE_OF_EACH = (
     "^(cuda_tests|step_resnet18_1x150x150_float32|pathfinder_length_9_weight_9_seed_0|"
-    "same_class_distance_160_weight_1_seed_0)$"
+    "same_class_distance_160_weight_1_seed_0|recovery_speed|binary_mnist_original_rank_3)$"
 )
 
 
@@ -39,17 +39,22 @@ def call(tmp_path: Path, *args: str, **environment: str) -> str:
 
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
 def test_every_kind_of_item_at_toy_size(tmp_path: Path) -> None:
-    assert call(tmp_path, "--list").count("pending") == 4
+    assert call(tmp_path, "--list").count("pending") == 6
     output = call(tmp_path)
     assert "all done" in output, output
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert len(results) == 4
+    assert len(results) == 6
     assert results["cuda_tests"]["status"] == 0
     for name in ("pathfinder_length_9_weight_9_seed_0", "same_class_distance_160_weight_1_seed_0"):
         assert results[name]["epochs"] == 2
         assert 0 <= results[name]["metrics"]["test/accuracy"] <= 1
         assert (tmp_path / "results" / f"{name}.csv").exists()
-    assert call(tmp_path).count("done  ") == 4
+    assert results["recovery_speed"]["cases"]["binary"]["ours"]["times_twin"]["median"] > 0
+    binary = results["binary_mnist_original_rank_3"]
+    assert binary["iterations"] == 24
+    assert len((tmp_path / "results" / "binary_mnist_original_rank_3.csv").read_text().splitlines()) == 6
+    assert binary["metrics"]["train/loss"] > 0
+    assert call(tmp_path).count("done  ") == 6
 
 
 def test_a_run_out_of_time_is_continued(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from lightning_locality.cli import main
-from lightning_locality.results import collect, result_table
+from lightning_locality.results import collect, progress_table, result_table
 from lightning_locality.sweep import Run, Sweep
+from lightning_locality.sweep_figure import SweepFigure
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = {
@@ -76,6 +77,10 @@ def test_base_is_overridden_entry_by_entry(tmp_path: Path) -> None:
         ({"gird": {}}, "did you mean 'grid'"),
         ({"variants": {"a": {"sets": {}}}}, "did you mean 'set'"),
         ({"configs": ["none.yaml"]}, "does not exist"),
+        ({"figure": "components"}, "must be a mapping with a kind"),
+        ({"figure": {"kind": "component"}}, "did you mean 'components'"),
+        ({"figure": {"kind": "components", "group": ["a"]}}, "did you mean 'groups'"),
+        ({"figure": {"kind": "accuracy", "top": 3}}, "has no option 'top'"),
     ],
 )
 def test_errors(tmp_path: Path, content: dict[str, object], expected: str) -> None:
@@ -149,3 +154,84 @@ def test_runs_skips_finished_reports_failed_and_resumes(tmp_path: Path, capsys: 
     with (tmp_path / "out" / "results.csv").open() as file:
         again = {row["variant"]: row for row in csv.DictReader(file)}
     assert again["good"]["test/loss"] == rows["good"]["test/loss"]
+
+
+def recovery_run(folder: Path, variant: str, point: dict[str, object], rows: list[dict[str, float]]) -> Run:
+    folder.mkdir(parents=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = {"iterations": rows[-1]["iteration"], "seconds": 2.0, "metrics": rows[-1]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return Run(variant, point, (), folder)
+
+
+def test_recovery_runs_are_tabled_by_loss_and_error(tmp_path: Path) -> None:
+    row = {"iteration": 50, "train/loss": 1e-5, "reconstruction_error": 0.25}
+    runs = [recovery_run(tmp_path / str(n), "v", {"seed": n}, [{**row, "train/loss": n * 1e-5}]) for n in (1, 3)]
+    rows = collect(runs, tmp_path / "results.csv")
+    table = result_table(runs, rows)
+    assert [column.header for column in table.columns] == [
+        "run",
+        "finished",
+        "training loss",
+        "reconstruction error",
+        "iterations",
+        "seconds",
+    ]
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells[:4] == ["v", "2 of 2", "2e-05 (1e-05 to 3e-05)", "0.25 (0.25 to 0.25)"]
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["reconstruction_error"] for row in csv.DictReader(file)] == ["0.25", "0.25"]
+
+
+def test_progress_of_a_recovery_run_is_read_from_the_end_of_its_metrics(tmp_path: Path) -> None:
+    rows = [{"iteration": n, "train/loss": 1 / (n + 1), "reconstruction_error": 0.5} for n in range(5000)]
+    run = recovery_run(tmp_path / "a", "v", {}, rows)
+    (run.folder / "summary.json").unlink()
+    with (run.folder / "metrics.csv").open("a") as file:
+        file.write("5000,0.1")  # half a row
+    table = progress_table([run], [(run, "running")], 1.0)
+    assert list(table.columns[2].cells) == ["iteration 4999, loss 0.0002, error 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"), [("components", 4), ("value", 1), ("depth", 3), ("rank", 2), ("observations", 1)]
+)
+def test_figures_of_recovery_runs(kind: str, axes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"iteration": 0, "train/loss": 1.0, "test/loss": 1.0, "component/1": 1.0, "entry/0-0": 1.0}
+    row["reconstruction_error"] = 1.0
+    last = {**row, "iteration": 25, "train/loss": 0.01, "entry/0-0": 7.0}
+    point = {"depth": 2, "rank": 3, "observations": 50}
+    runs = [recovery_run(tmp_path / v, v, point, [row, last]) for v in ("a", "b")]
+    problem = {"rows": 2, "cols": 2, "z": 1.0, "z_prime": 1.0, "eps": 0.0}
+    for run in runs:
+        (run.folder / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": problem}}))
+    drawn = []
+    monkeypatch.setattr(
+        "lightning_locality.sweep_figure.save_figure", lambda figure, stem: drawn.append((figure, stem))
+    )
+    picture = SweepFigure.read({"kind": kind}, "here").save(runs, tmp_path)
+    assert picture == tmp_path / f"{kind}.png"
+    ((figure, stem),) = drawn
+    assert (len(figure.axes), stem) == (axes, tmp_path / kind)
+    if kind == "value":
+        first, _, bound = figure.axes[0].lines
+        assert first.get_xydata().tolist() == [[1, 1], [0.01, 7]]
+        loss = bound.get_xdata()[0]
+        q = (2 * loss) ** 0.5
+        assert bound.get_ydata()[0] == pytest.approx((1 - q) ** 2 / q, rel=1e-12)  # papers' problem, z = z' = 1
+        assert bound.get_label() == "lower bound"
+    if kind == "components":
+        assert [panel.get_title() for panel in figure.axes[:2]] == ["a", "b"]
+    if kind in ("depth", "rank", "observations"):
+        assert {line.get_xdata()[0] for line in figure.axes[-1].lines if line.get_marker() != "None"} == {
+            {"depth": 2, "rank": 3, "observations": 50}[kind]
+        }
+
+
+def test_nothing_to_draw_before_the_first_metrics(tmp_path: Path) -> None:
+    runs = [Run("a", {}, (), tmp_path / "a")]
+    assert SweepFigure().save(runs, tmp_path) is None
+    assert SweepFigure("depth").save(runs, tmp_path) is None

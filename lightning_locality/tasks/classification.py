@@ -18,6 +18,7 @@ from torchmetrics import Accuracy, MeanMetric, Metric
 from lightning_locality.networks import adapt
 from lightning_locality.patches import GivenPatches
 from lightning_locality.regularizer import AntiLocality
+from lightning_locality.tasks.errors import NonFiniteLossError
 
 Stage = Literal["train", "val", "test"]
 _STEPS_BETWEEN_CHECKS = 50
@@ -26,10 +27,6 @@ _OBJECTS = ["network", "penalty", "optimizer", "scheduler"]
 
 def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(tuple(shape))
-
-
-class NonFiniteLossError(ValueError):
-    """Training has been stopped because the loss is infinite or not a number."""
 
 
 class Classification(LightningModule):

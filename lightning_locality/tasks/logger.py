@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = ["MetricsFile"]
 
 import csv
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,25 @@ class MetricsFile(CSVLogger):
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment
+
+    def keep(self, wanted: Callable[[Mapping[str, str]], bool]) -> None:
+        """Drop the other rows of the file, which an earlier part of the run has written.
+
+        Args:
+            wanted: Whether a row, as text by column, is kept.
+        """
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), list(reader.fieldnames or [])
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=names)
+            writer.writeheader()
+            writer.writerows(row for row in rows if wanted(row))
+        os.replace(temporary, path)
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: the run's config.yaml holds them."""

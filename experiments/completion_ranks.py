@@ -1,0 +1,111 @@
+"""CP ranks of the tensors that completion runs have ended with, and of the observed entries filled up with zeros.
+
+The rank is estimated as in "Implicit Regularization in Deep Learning May Not Be Explainable by Norms" (Razin, Cohen,
+2020): the smallest number of components with which alternating least squares, from random vectors and for at most 1000
+sweeps, comes within a mean squared error of 1e-6 (by bisection, so errors are taken to fall with the rank). The
+baseline "zeros elsewhere" is the paper's "linear" one.
+
+    lightning-locality sweep configs/sweeps/completion_rank_one.yaml
+    python experiments/completion_ranks.py runs/completion_rank_one
+
+writes ranks.csv and ranks.pdf and .png into the folder of the sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from tensorly.cp_tensor import cp_to_tensor
+from tensorly.decomposition import parafac
+
+from lightning_locality.datamodules.recovery import TensorRecovery
+from lightning_locality.figures import save_figure
+from lightning_locality.outcomes import completion_against_observations
+
+BASELINE = "zeros elsewhere"
+Array = NDArray[np.float64]
+
+
+def fits(tensor: Array, rank: int, tolerance: float = 1e-6, sweeps: int = 1000) -> bool:
+    """Whether alternating least squares with so many components comes within the mean squared error."""
+    # with more components than the tensor has, the systems are singular but for a little ridge
+    found = parafac(tensor, rank, n_iter_max=sweeps, init="random", tol=1e-9, random_state=0, l2_reg=1e-9)
+    return bool(np.mean((cp_to_tensor(found) - tensor) ** 2) < tolerance)
+
+
+def cp_rank(tensor: Array, tolerance: float = 1e-6, sweeps: int = 1000) -> int:
+    """Smallest number of components that fit, by bisection; 0 for what is zero within the tolerance."""
+    if np.mean(tensor**2) < tolerance:
+        return 0
+    low, high = 0, tensor.size // max(tensor.shape)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(tensor, middle, tolerance, sweeps):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def run_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rank and error of the end of a run, and of the baseline on the same observations."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    data = config["data"]["init_args"]
+    planted = config["model"]["init_args"]["model"]
+    module, _, name = planted["class_path"].rpartition(".")
+    settings = {**planted["init_args"], "dtype": None, "device": None}
+    model = getattr(import_module(module), name)(**settings).double()
+    stored = torch.load(folder / "last.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): value for key, value in stored.items()})
+    problem = TensorRecovery(**data).problem
+    target = problem.target
+    if target is None:
+        raise ValueError(f"{folder}: the target is too large to be written out")
+    zeros = torch.zeros_like(target)
+    zeros[tuple(problem.train.indices.T)] = problem.train.values
+    rows = []
+    for variant, tensor in (
+        (f"initial scale {settings['init_scale']:g}", model.to_tensor().detach()),
+        (BASELINE, zeros),
+    ):
+        row = {"variant": variant, "observations": data["observations"], "seed": data["seed"]}
+        error = float((tensor - target).norm() / target.norm())
+        rows.append({**row, "reconstruction_error": error, "cp rank": cp_rank(tensor.numpy())})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Estimate, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the sweep")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    folders = sorted(path.parent for path in options.folder.glob("*/summary.json"))
+    if not folders:
+        raise ValueError(f"{options.folder} holds no finished runs: run the sweep first")
+    with ProcessPoolExecutor(options.processes) as pool:
+        found = [row for rows in pool.map(run_rows, folders) for row in rows]
+    # the baseline does not depend on the start: once per problem
+    own = {(row["variant"], row["observations"], row["seed"]): row for row in found}
+    rows = sorted(own.values(), key=lambda row: (row["variant"], row["observations"], row["seed"]))
+    with (options.folder / "ranks.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    save_figure(completion_against_observations(rows), options.folder / "ranks")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

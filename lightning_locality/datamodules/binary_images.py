@@ -1,0 +1,145 @@
+"""An image set as a tensor: one mode of size 2 for each pixel."""
+
+from __future__ import annotations
+
+__all__ = ["BinaryImages"]
+
+import os
+from pathlib import Path
+from typing import Literal, final, get_args
+
+import torch
+
+from lightning_locality.datamodules.base import seeded_generator
+from lightning_locality.datamodules.images import LabelledImages
+from lightning_locality.datamodules.problem import AbstractRecoveryDataModule
+from lightning_locality.datamodules.sources import Part, load_images, parse_source, prepare_images
+from lightning_locality.tensors.observations import Entries, RecoveryBatch
+
+Variant = Literal["original", "random_images", "random_labels"]
+
+
+@final
+class BinaryImages(AbstractRecoveryDataModule):
+    r"""One class of an image set against the others, as the completion of a tensor of order 784.
+
+    A pixel rounded to 0 or 1 is the index of a mode of size 2, so an image is an entry of a tensor with one mode
+    for each pixel (row by row), and its label is the value of the entry. How well a factorisation of small rank
+    fits the training images, and predicts the test images, says how low the tensor's rank is.
+
+    The labels are 0 and 2, and the published errors are those of labels 0 and 1: the squared error of an image,
+    clamped at 4, divided by 4. To predict the mean of the labels gives :attr:`trivial_error`.
+
+    Source: Implicit Regularization in Tensor Factorization (Noam Razin, Asaf Maman, Nadav Cohen, 2021), the
+    experiments on tensor rank as a measure of complexity (MNIST and Fashion-MNIST). ``digits``, other
+    sources and smaller sets are ours.
+
+    Args:
+        source: ``mnist``, ``fashion_mnist``, ``digits`` (8x8, order 64, needs no download) or any other source of
+            :class:`SameClass`, in grey.
+        root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
+            where that is not set.
+        positive: The label that gets the second of ``values``.
+        variant: ``original``; ``random_images``: every bit a fair coin, labels kept; ``random_labels``: labels
+            permuted, those of training and test images separately.
+        train: Number of training images, drawn from the official ones; all if not given.
+        test: Number of test images, likewise.
+        values: What the tensor is at negative and at positive images.
+        image_size: Height and width in pixels to bring the images to; the source's own if not given.
+        seed: Of the choice of images, random bits and permutations.
+        download: Let torchvision download a set that is not in ``root``.
+        epoch_length: Training steps that Lightning calls an epoch.
+
+    Raises:
+        UnknownSourceError: If there is no such source.
+        ValueError: More images than there are, a label that does not occur, equal values.
+
+    Example:
+        >>> data = BinaryImages(source="digits", positive=6)
+        >>> data.problem.train.indices.shape, data.problem.train.indices.dtype
+        (torch.Size([1438, 64]), torch.uint8)
+        >>> data.problem.train.values.unique().tolist()
+        [0.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        source: str = "mnist",
+        root: str | Path | None = None,
+        positive: int = 6,
+        variant: Variant = "original",
+        train: int | None = None,
+        test: int | None = None,
+        values: tuple[float, float] = (0.0, 2.0),
+        image_size: int | None = None,
+        seed: int = 0,
+        download: bool = True,
+        epoch_length: int = 40,
+    ) -> None:
+        super().__init__(epoch_length)
+        # checkpoints are read with weights_only, which takes no Path
+        root = str(root) if root is not None else os.environ.get("LIGHTNING_LOCALITY_DATA", "data")
+        # not logged: Lightning stops when a model has a hyper-parameter of the same name
+        self.save_hyperparameters(logger=False)
+        parse_source(source, root)
+        if variant not in get_args(Variant):
+            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
+        for argument, count in (("train", train), ("test", test)):
+            if count is not None and count < 1:
+                raise ValueError(f"{argument} must be at least 1 image, or None for all, got {count}")
+        if len(values) != 2 or values[0] == values[1]:
+            raise ValueError(f"values must be two different numbers, for negative and positive images, got {values}")
+        self.source, self.root, self.download, self.image_size = source, root, download, image_size
+        self.positive, self.variant, self.seed = positive, variant, seed
+        self.values = (values[0], values[1])
+        self.sizes: dict[Part, int | None] = {"train": train, "test": test}
+
+    def prepare_data(self) -> None:
+        """Let torchvision download the set, where that is allowed and needed."""
+        if self.download:
+            prepare_images(self.source, self.root)
+
+    @property
+    def trivial_error(self) -> float:
+        """Variance of the training labels as 0 and 1: the error of predicting their mean, 0.09 for one digit of ten."""
+        share = (self.problem.train.values == self.values[1]).to(torch.float64).mean().item()
+        return share * (1 - share)
+
+    def draw(self) -> RecoveryBatch:
+        """Bits ``(M, pixels)``, uint8, and a value for each image; the tensor itself is never written out.
+
+        Raises:
+            ImagesNotFoundError: If the set is not under ``root`` (call ``prepare_data`` first).
+        """
+        return RecoveryBatch(self._entries("train"), self._entries("test"), None)
+
+    def _entries(self, part: Part) -> Entries:
+        found = load_images(self.source, part, self.root, image_size=self.image_size, channels=1)
+        images, labels = self._chosen(found, part)
+        if self.variant == "random_images":
+            bits = torch.randint(2, images.shape, dtype=torch.uint8, generator=self._generator("bits", part))
+        else:
+            # the nearer of black and white; 127.5 does not occur
+            bits = (images >= 128).to(torch.uint8)
+        positive = labels == self.positive
+        if self.variant == "random_labels":
+            positive = positive[torch.randperm(len(labels), generator=self._generator("labels", part))]
+        low, high = self.values
+        values = torch.where(positive, high, low).to(torch.float64)
+        return Entries(bits.flatten(1).contiguous(), values)
+
+    def _chosen(self, found: LabelledImages, part: Part) -> LabelledImages:
+        known = torch.unique(found.labels).tolist()
+        if self.positive not in known:
+            raise ValueError(f"positive={self.positive} is no label of {self.source}, which has {known}")
+        size = self.sizes[part]
+        if size is None:
+            return found
+        if size > len(found.labels):
+            raise ValueError(f"{part}={size} images asked for, but {self.source} has {len(found.labels)}: lower it")
+        order = torch.randperm(len(found.labels), generator=self._generator("images", part))
+        kept = order[:size].sort().values
+        return LabelledImages(found.images[kept], found.labels[kept])
+
+    def _generator(self, what: str, part: Part) -> torch.Generator:
+        return seeded_generator(self.seed, what, part)

@@ -1,0 +1,198 @@
+"""CP factorisation: a sum of rank-one tensors."""
+
+from __future__ import annotations
+
+__all__ = ["CP"]
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_locality.tensors.binary import binary_products
+from lightning_locality.tensors.chain import Chain
+from lightning_locality.tensors.factorization import LARGE_ORDER, Factorization, InitLaw, InitOf, divided, per_mode
+
+
+@final
+class CP(Factorization):
+    r"""A sum of R rank-one tensors, in the papers "tensor factorisation".
+
+    .. math:: \mathcal W = \sum_{r=1}^R \bigotimes_{n=1}^N v_r^n
+
+    Components that start near zero grow one after the other, at a balanced point by
+    :math:`\dot\sigma_r = N \sigma_r^{2 - 2/N} \langle -\nabla L(\mathcal W), \bigotimes_n v_r^n / \|v_r^n\| \rangle`
+    (*Implicit Regularization in Tensor Factorization*, Razin, Maman, Cohen, 2021). Gradient flow conserves the
+    differences of the squared norms of the vectors of a component.
+
+    Deep CP gives every vector by a chain of square matrices and a vector (:class:`Chain`; our reading of *Implicit
+    Regularization with Polynomial Growth in Deep Tensor Factorization*, Hariz, Kadri, Ayache, Moakher, Artières,
+    2022).
+
+    Weights of modes of equal size and depth lie in one parameter ``(modes, D, R)``. The whole tensor is one matrix
+    product of two halves of the modes. With 16 modes or more, entries and inner products are computed without
+    overflow or underflow on the way; where all modes have size 2, entries go through :func:`binary_products`.
+
+    Args:
+        shape: Sizes of the modes.
+        rank: Number of components R; None for the product of all sizes but the largest, enough for any tensor.
+        depth: Factors of every vector: one number, or one per mode.
+        init: ``"normal"``, or ``"balanced"``: the same with all weights of a component of equal norm.
+        init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
+        init_of: Which of the two.
+        init_mean: Mean of the weights.
+        seed: Of the draw; the same weights for all types and devices.
+        dtype: Type of the weights; None for torch's default.
+        device: Where they lie; None for torch's default.
+
+    Raises:
+        ValueError: Sizes, rank, depths or scale that make no sense.
+
+    Example:
+        >>> model = CP((2, 3, 4))
+        >>> model.rank, model.to_tensor().shape
+        (6, torch.Size([2, 3, 4]))
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        rank: int | None = None,
+        depth: int | Sequence[int] = 1,
+        init: InitLaw = "normal",
+        init_scale: float = 1e-2,
+        init_of: InitOf = "weights",
+        init_mean: float = 0.0,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(shape)
+        rank = math.prod(self.shape) // max(self.shape) if rank is None else rank
+        (self.rank,) = per_mode("rank", rank, 1)
+        self.depth = per_mode("depth", depth, self.order)
+        kinds = list(zip(self.shape, self.depth, strict=True))
+        members = [[mode for mode, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
+        self.groups = nn.ModuleList(Chain((len(g), kinds[g[0]][0], self.rank), kinds[g[0]][1]) for g in members)
+        # where in the groups, one after the other, the modes are found
+        stored = [mode for group in members for mode in group]
+        self._places = tuple(stored.index(mode) for mode in range(self.order))
+        self._split = min(
+            range(1, max(self.order, 2)), key=lambda k: math.prod(self.shape[:k]) + math.prod(self.shape[k:])
+        )
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
+
+    @property
+    def degree(self) -> int:
+        """Sum of the depths."""
+        return sum(self.depth)
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The vectors as columns, ``(D_n, R)`` for every mode."""
+        stacked = [factor for group in self.groups for factor in group().unbind(0)]
+        return tuple(stacked[place] for place in self._places)
+
+    def to_tensor(self) -> Tensor:
+        """The tensor, by one matrix product of the rank-one tensors of two halves of the modes."""
+        factors = self.factors
+        if self.order == 1:
+            return factors[0].sum(1)
+        left, right = (_khatri_rao(half) for half in (factors[: self._split], factors[self._split :]))
+        return (left @ right.T).reshape(self.shape)
+
+    def entries(self, indices: Tensor) -> Tensor:
+        """Entries ``(B,)`` at ``(B, N)``, by products over the modes."""
+        self._check_indices(indices)
+        if self.order >= LARGE_ORDER and len(self.groups) == 1 and self.shape[0] == 2:
+            return binary_products(indices, self.groups[0]()).sum(1)
+        columns = indices.long().unbind(1)
+        return self._sum_of_products(
+            nn.functional.embedding(index, factor) for index, factor in zip(columns, self.factors, strict=True)
+        )
+
+    def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
+        """Inner products ``(B,)``, by products over the modes of the components' inner products."""
+        split = self._split_vectors(vectors)
+        return self._sum_of_products(vector @ factor for vector, factor in zip(split, self.factors, strict=True))
+
+    def component_norms(self) -> Tensor:
+        """Norms ``(R,)`` of the rank-one tensors, in the order of the weights; in float64."""
+        return self._log_component_norms().exp()
+
+    def log_norm(self) -> Tensor:
+        """From the cosines between the vectors of every two components; in float64.
+
+        Precise to half the digits, relative to the largest component, where the components cancel.
+        """
+        log_norms = self._log_component_norms()
+        largest = log_norms.max()
+        if largest == -math.inf:
+            return largest
+        cosines = log_norms.new_ones(())
+        for group in self.groups:
+            columns = group().double()
+            lengths = columns.norm(dim=1, keepdim=True)
+            columns = columns / torch.where(lengths > 0, lengths, 1.0)
+            cosines = cosines * (columns.transpose(1, 2) @ columns).prod(0)
+        weights = (log_norms - largest).exp()
+        return 0.5 * (weights @ cosines @ weights).clamp_min(0).log() + largest
+
+    @torch.no_grad()
+    def balance_(self) -> None:
+        """All weights of a component get the same norm; the components stay."""
+        share = self._log_component_norms() / self.degree
+        for group in self._chains():
+            group.balance_(share * group.depth)
+
+    def unbalancedness(self) -> Tensor:
+        """Largest difference of squared norms in a component, or of Gramians in a chain; in float64."""
+        norms = torch.cat([chain.squared_norms().flatten(0, 1) for chain in self._chains()])
+        gaps = [chain.unbalancedness() for chain in self._chains()]
+        return torch.stack([(norms.amax(0) - norms.amin(0)).max(), *gaps]).max()
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Norms of the components."""
+        return {"component": self.component_norms().sort(descending=True).values}
+
+    def cuts(self) -> tuple[tuple[int, ...], ...]:
+        """All groups of modes up to order 5, and of a group and its complement one; single modes beyond."""
+        if self.order == 1:
+            return ()
+        if self.order > 5:
+            return tuple((mode,) for mode in range(self.order))
+        groups = [g for size in range(1, self.order // 2 + 1) for g in combinations(range(self.order), size)]
+        # of two halves the one with the first mode
+        return tuple(g for g in groups if 2 * len(g) < self.order or g[0] == 0)
+
+    def _chains(self) -> list[Chain]:
+        return [cast(Chain, group) for group in self.groups]
+
+    def _log_component_norms(self) -> Tensor:
+        return torch.cat([chain.log_norms() for chain in self._chains()]).sum(0)
+
+    def _sum_of_products(self, terms: Iterable[Tensor]) -> Tensor:
+        """Products of ``(B, R)`` over the modes, summed over the components."""
+        product: Tensor | None = None
+        log_scale: Tensor | None = None
+        for term in terms:
+            product = term if product is None else product * term
+            if self.order >= LARGE_ORDER:
+                product, more = divided(product, ())
+                log_scale = more.log() if log_scale is None else log_scale + more.log()
+        assert product is not None
+        return (product if log_scale is None else product * log_scale.exp()).sum(1)
+
+    def _first_weight(self) -> Tensor:
+        return self._chains()[0].vectors[0]
+
+
+def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Rank-one tensors as columns ``(D_1 ... D_k, R)``, the last mode running fastest."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = (product.unsqueeze(1) * factor.unsqueeze(0)).flatten(0, 1)
+    return product

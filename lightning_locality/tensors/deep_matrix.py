@@ -1,0 +1,206 @@
+"""Deep matrix factorisation."""
+
+from __future__ import annotations
+
+__all__ = ["DeepMatrix"]
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
+
+
+Sign = Literal["positive", "negative"]
+
+
+@final
+class DeepMatrix(Factorization):
+    r"""A matrix as the product of several.
+
+    .. math:: W = W_L W_{L-1} \cdots W_1
+
+    Singular values that start near zero grow one after the other, at a balanced point by
+    :math:`\dot\sigma_r = L\, \sigma_r^{2 - 2/L} \langle -\nabla \ell(W), u_r v_r^\top \rangle` (*Implicit
+    Regularization in Deep Matrix Factorization*, Arora, Cohen, Hu, Luo, 2019). Gradient flow conserves
+    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced where these are zero.
+
+    Args:
+        shape: Rows and columns of W.
+        depth: Number of layers L, at least 1.
+        hidden: Widths between the layers, one number or L - 1 from W_1 upwards; None for the smaller size of W.
+            Smaller widths bound the rank of W.
+        init: ``"normal"``; ``"balanced"``: normal layers moved to the balanced point of their product, or with
+            ``init_of="product"`` a normal product, factored by its singular value decomposition (*Implicit
+            Regularization in Deep Learning May Not Be Explainable by Norms*, Razin, Cohen, 2020);
+            ``"identity"``: layers that are multiples of the identity, for square W.
+        init_scale: Standard deviation of the layers' entries or of W's (root mean square of W's where the layers are
+            normal), or the multiple of the identity.
+        init_of: Whether the scale is that of the layers or of W.
+        init_mean: Mean of the normal entries, before any scaling of the product.
+        seed: Of the draw; the same weights for all types and devices.
+        dtype: Type of the weights; None for torch's default.
+        device: Where they lie; None for torch's default.
+        determinant: Sign of the determinant of W, which the flow cannot change: redraw until it is that; None for any.
+
+    Raises:
+        ValueError: Not two sizes, depth or widths below 1, or identity or determinant of what is not square.
+
+    Example:
+        >>> model = DeepMatrix((2, 2), depth=3, init="identity", init_scale=0.5)
+        >>> model.to_tensor().tolist()
+        [[0.125, 0.0], [0.0, 0.125]]
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        depth: int = 2,
+        hidden: int | Sequence[int] | None = None,
+        init: Literal["normal", "balanced", "identity"] = "normal",
+        init_scale: float = 1e-2,
+        init_of: InitOf = "weights",
+        init_mean: float = 0.0,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        determinant: Sign | None = None,
+    ) -> None:
+        super().__init__(shape)
+        if len(self.shape) != 2:
+            raise ValueError(f"shape must hold rows and columns, got {self.shape}: use CP, Tucker or TensorTrain")
+        (depth,) = per_mode("depth", depth, 1)
+        if hidden is None:
+            hidden = min(self.shape)
+        inner = per_mode("hidden", hidden, depth - 1)
+        square = self.shape[0] == self.shape[1] and min(inner, default=self.shape[0]) >= self.shape[0]
+        if not square and (determinant is not None or init == "identity"):
+            raise ValueError(
+                f"determinant and init='identity' need a square matrix and hidden widths of at least its size, "
+                f"got shape {self.shape} and hidden {inner}"
+            )
+        if determinant == "negative" and init == "identity":
+            raise ValueError("determinant='negative' and init='identity' exclude each other: choose init='normal'")
+        widths = [self.shape[1], *inner, self.shape[0]]
+        self.layers = nn.ParameterList(
+            torch.zeros(rows, columns, dtype=torch.float64) for columns, rows in pairwise(widths)
+        )
+        self.determinant = determinant
+        if init == "normal" or (init == "balanced" and init_of == "weights"):
+            self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
+            return
+        self._check_scale(init_scale)
+        with torch.no_grad():
+            if init == "identity":
+                multiple = init_scale ** (1 / depth) if init_of == "product" else init_scale
+                for layer in self.layers:
+                    nn.init.eye_(layer).mul_(multiple)
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                while True:
+                    draw = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
+                    product = init_mean + init_scale * draw
+                    if self._accepts(product):
+                        break
+                self._factor_(product, 0.0)
+        self._convert(dtype, device)
+
+    @property
+    def degree(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    def to_tensor(self) -> Tensor:
+        """The product, multiplied in the cheapest order."""
+        layers = list(self.layers)
+        # a copy of a single layer: whoever keeps the tensor must not see it trained
+        return cast(Tensor, torch.linalg.multi_dot(layers[::-1])) if len(layers) > 1 else layers[0].clone()
+
+    def entries(self, indices: Tensor) -> Tensor:
+        """Entries ``(B,)`` at ``(B, 2)``."""
+        self._check_indices(indices)
+        places = indices[:, 0].long() * self.shape[1] + indices[:, 1]
+        return self.to_tensor().reshape(-1).index_select(0, places)
+
+    def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
+        """Bilinear forms ``(B,)`` of rows' and columns' vectors."""
+        left, right = self._split_vectors(vectors)
+        return (left @ self.to_tensor() * right).sum(-1)
+
+    def log_norm(self) -> Tensor:
+        """From the product of layers that are divided by their largest entries; in float64."""
+        product, log_scale = self._scaled_product()
+        return cast(Tensor, product.norm().log() + log_scale)
+
+    @torch.no_grad()
+    def balance_(self) -> None:
+        """Layers from the singular value decomposition of the product, padded with zeros."""
+        self._factor_(*self._scaled_product())
+
+    def unbalancedness(self) -> Tensor:
+        """Largest Frobenius norm of the differences of neighbouring layers' Gramians."""
+        layers = [layer.double() for layer in self.layers]
+        gaps = [(above.T @ above - below @ below.T).norm() for below, above in pairwise(layers)]
+        return torch.stack(gaps).max() if gaps else layers[0].new_zeros(())
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Singular values of the product, in float64."""
+        return {"singular value": torch.linalg.svdvals(self._product())}
+
+    def cuts(self) -> tuple[tuple[int, ...], ...]:
+        """Rows against columns."""
+        return ((0,),)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Unbalancedness, and the determinant of a square matrix of size 16 at most."""
+        scalars = super().scalars()
+        if self.shape[0] == self.shape[1] <= 16:
+            scalars["determinant"] = torch.linalg.det(self._product())
+        return scalars
+
+    def _product(self) -> Tensor:
+        product, log_scale = self._scaled_product()
+        return product * log_scale.exp()
+
+    def _scaled_product(self) -> tuple[Tensor, Tensor]:
+        """A matrix and a number: the product is the matrix times e^number."""
+        product = self.layers[0].double()
+        log_scale = product.new_zeros(())
+        for layer in list(self.layers)[1:]:
+            product, scale = divided(layer.double() @ product)
+            log_scale = log_scale + scale.log()
+        return product, log_scale
+
+    def _factor_(self, product: Tensor, log_scale: Tensor | float) -> None:
+        # a copy: at depth 1 the product may be the layer itself
+        product = product.to(self.layers[0].device, copy=True)
+        left, values, right = torch.linalg.svd(product, full_matrices=False)
+        # a product of narrow layers has no more singular values than these can hold
+        count = min(*self.shape, *(min(layer.shape) for layer in self.layers))
+        roots = values[:count] ** (1 / self.degree) * math.exp(float(log_scale) / self.degree)
+        for place, layer in enumerate(self.layers):
+            layer.zero_()
+            if self.degree == 1:
+                layer.copy_(product * math.exp(float(log_scale)))
+            elif place == 0:
+                layer[:count] = (roots[:, None] * right[:count]).to(layer.dtype)
+            elif place == self.degree - 1:
+                layer[:, :count] = (left[:, :count] * roots).to(layer.dtype)
+            else:
+                layer[:count, :count] = roots.diag().to(layer.dtype)
+
+    def _draw(self, generator: torch.Generator, mean: float, deviation: float) -> None:
+        super()._draw(generator, mean, deviation)
+        while not self._accepts(self._scaled_product()[0]):
+            super()._draw(generator, mean, deviation)
+
+    def _accepts(self, product: Tensor) -> bool:
+        """Whether the determinant has the sign asked for."""
+        if self.determinant is None:
+            return True
+        sign = float(torch.linalg.slogdet(product)[0])
+        return sign > 0 if self.determinant == "positive" else sign < 0

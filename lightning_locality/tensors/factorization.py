@@ -1,0 +1,234 @@
+"""What all factorisations have in common."""
+
+from __future__ import annotations
+
+__all__ = ["LARGE_ORDER", "Factorization", "InitLaw", "InitOf", "divided", "per_mode"]
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+# from this order on, products over the modes are rescaled on the way
+LARGE_ORDER = 16
+
+InitLaw = Literal["normal", "balanced"]
+InitOf = Literal["weights", "product"]
+
+
+class Factorization(nn.Module, ABC):
+    r"""A tensor of order N given by the weights of a factorisation, for training by gradient descent.
+
+    The tensor W ("end tensor") is a homogeneous polynomial of the weights, of degree :attr:`degree`. Every
+    factorisation gives it as a whole, by entries and by inner products with rank-one tensors
+    (:meth:`to_tensor`, :meth:`entries`, :meth:`inner`), its norm without writing it out, and what gradient
+    descent is expected to grow one at a time (:meth:`magnitudes`).
+
+    A subclass builds its weights in float64 and then calls :meth:`_initialize`.
+
+    Args:
+        shape: Sizes of the modes D_1..D_N.
+
+    Raises:
+        ValueError: No modes, or sizes below 1.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        if len(shape) == 0:
+            raise ValueError("shape must hold the size of one mode at least, got none")
+        self.shape = per_mode("shape", shape, len(shape))
+
+    @property
+    def order(self) -> int:
+        """Number of modes N."""
+        return len(self.shape)
+
+    @property
+    @abstractmethod
+    def degree(self) -> int:
+        """Number of weights multiplied in each term: scaling all weights by c scales the tensor by c^degree."""
+
+    @abstractmethod
+    def to_tensor(self) -> Tensor:
+        """The tensor, of shape :attr:`shape`."""
+
+    @abstractmethod
+    def entries(self, indices: Tensor) -> Tensor:
+        """Entries ``(B,)`` at indices ``(B, N)`` of any integer type."""
+
+    @abstractmethod
+    def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
+        r"""Inner products :math:`\langle \bigotimes_n x^n, W \rangle` ``(B,)``.
+
+        Args:
+            vectors: One ``(B, D_n)`` per mode, or ``(B, N, D)`` where all modes have size D.
+        """
+
+    @abstractmethod
+    def log_norm(self) -> Tensor:
+        """Natural logarithm of the Frobenius norm, without the tensor and without underflow; -inf for zero."""
+
+    @abstractmethod
+    def balance_(self) -> None:
+        """Move to the balanced point of the same tensor: conserved quantities zero, weights of least norm."""
+
+    @abstractmethod
+    def unbalancedness(self) -> Tensor:
+        """Largest absolute value of what gradient flow conserves; 0 at a balanced point."""
+
+    @abstractmethod
+    def magnitudes(self) -> dict[str, Tensor]:
+        """What grows one at a time: name -> values ``(R,)``, descending (singular values, component norms, ...)."""
+
+    @abstractmethod
+    def cuts(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of modes whose matricisations the format bounds the rank of; of a group and its complement, one."""
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of the tensor, without the tensor."""
+        return self.log_norm().exp()
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Numbers worth following beside the magnitudes: name -> scalar."""
+        return {"unbalancedness": self.unbalancedness()}
+
+    @torch.no_grad()
+    def rescale_(self, factor: float) -> None:
+        """Multiply the tensor by a factor, every weight by the same one but for the sign.
+
+        Args:
+            factor: Any non-zero number.
+
+        Raises:
+            ValueError: Zero or not finite.
+        """
+        if factor == 0 or not math.isfinite(factor):
+            raise ValueError(f"factor must be finite and not zero, got {factor}")
+        self._scale_weights(math.log(abs(factor)))
+        if factor < 0:
+            self._first_weight().neg_()
+
+    @torch.no_grad()
+    def normalize_(self, norm: float = 1.0) -> None:
+        """Multiply all weights by one number, so that the tensor has the given Frobenius norm.
+
+        Args:
+            norm: Positive.
+
+        Raises:
+            ValueError: Norm not positive, or a tensor that is zero.
+        """
+        if not 0 < norm < math.inf:
+            raise ValueError(f"norm must be positive and finite, got {norm}")
+        now = float(self.log_norm())
+        if not math.isfinite(now):
+            raise ValueError(f"the tensor has norm {math.exp(now)} and cannot be scaled to {norm}")
+        self._scale_weights(math.log(norm) - now)
+
+    def _scale_weights(self, log_factor: float) -> None:
+        for weight in self.parameters():
+            weight.mul_(math.exp(log_factor / self.degree))
+
+    def _first_weight(self) -> Tensor:
+        """A weight that every term of the tensor contains once."""
+        return next(self.parameters())
+
+    @torch.no_grad()
+    def _initialize(
+        self,
+        init: InitLaw,
+        init_scale: float,
+        init_of: InitOf,
+        init_mean: float,
+        seed: int,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """Draw the weights on the CPU in float64, the same on any device, and only then convert them.
+
+        Args:
+            init: ``"normal"``: independent normal weights; ``"balanced"``: the same, moved to a balanced point.
+            init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
+            init_of: Which of the two.
+            init_mean: Mean of the weights.
+            seed: Of the draw.
+            dtype: Type of the weights; None for torch's default.
+            device: Where they lie; None for torch's default.
+        """
+        self._check_scale(init_scale)
+        generator = torch.Generator().manual_seed(seed)
+        self._draw(generator, init_mean, init_scale if init_of == "weights" else 1.0)
+        if init == "balanced":
+            self.balance_()
+        if init_of == "product":
+            # log of the root mean square of the entries, which may be too many for a float
+            rms = float(self.log_norm()) - 0.5 * sum(math.log(size) for size in self.shape)
+            self._scale_weights(math.log(init_scale) - rms)
+        self._convert(dtype, device)
+
+    def _draw(self, generator: torch.Generator, mean: float, deviation: float) -> None:
+        for weight in self.parameters():
+            draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
+            weight.copy_(mean + deviation * draw)
+
+    def _convert(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        self.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
+
+    @staticmethod
+    def _check_scale(init_scale: float) -> None:
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale must be positive and finite, got {init_scale}: at zero no gradient flows")
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if indices.ndim != 2 or indices.shape[1] != self.order:
+            raise ValueError(f"indices must be (B, {self.order}), one column per mode, got {tuple(indices.shape)}")
+
+    def _split_vectors(self, vectors: Sequence[Tensor] | Tensor) -> tuple[Tensor, ...]:
+        split = vectors.unbind(1) if isinstance(vectors, Tensor) else tuple(vectors)
+        sizes = tuple(vector.shape[-1] for vector in split)
+        if sizes != self.shape:
+            raise ValueError(f"vectors must be one (B, D_n) per mode with D_n of {self.shape}, got sizes {sizes}")
+        return split
+
+
+def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """One number for all of ``count`` places, or one for each.
+
+    Args:
+        name: Of the argument, for the message.
+        value: The number or numbers.
+        count: How many are wanted.
+
+    Raises:
+        ValueError: Another count, or numbers below 1.
+
+    Example:
+        >>> per_mode("depth", 2, 3)
+        (2, 2, 2)
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(values) != count or not all(isinstance(v, int) and v >= 1 for v in values):
+        raise ValueError(f"{name} must be one whole number of at least 1, or {count} of them, got {value}")
+    return values
+
+
+def divided(values: Tensor, axes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Values divided by the largest absolute value along the axes, and that value; 1 where all are zero.
+
+    The divisor is a constant to autograd, so that multiplying by it again gives the derivatives of the values.
+
+    Args:
+        values: Any shape.
+        axes: What the largest is taken over; none of them for every value by itself; None for all.
+    """
+    largest = values.detach().abs()
+    if axes is None:
+        largest = largest.max()
+    elif axes:
+        largest = largest.amax(axes, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return values / largest, largest

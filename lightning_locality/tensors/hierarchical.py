@@ -1,0 +1,229 @@
+"""Hierarchical tensor factorisation."""
+
+from __future__ import annotations
+
+__all__ = ["HierarchicalTensorFactorization"]
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+
+from lightning_locality.tensors.component_balance import balanced
+from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf
+from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
+from lightning_locality.tensors.node_groups import MOST_ENTRIES, NodeGroup, node_groups, per_node
+from lightning_locality.tensors.queries import EntryQuery, Query, RankOneQuery, answer, expand, product
+
+
+@final
+class HierarchicalTensorFactorization(Factorization):
+    r"""Hierarchical tensor factorisation over a mode tree.
+
+    .. math::
+        \mathcal{W}^{(\{n\}, r)} = W^{(\{n\})}_{:, r}, \qquad
+        \mathcal{W}^{(\nu, r)} = \sum_{r'=1}^{R_\nu} W^{(\nu)}_{r', r}
+            \bigotimes_{c \in C(\nu)} \mathcal{W}^{(c, r')}, \qquad
+        \mathcal{W} = \mathcal{W}^{([N], 1)}
+
+    Source: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
+    (Razin, Maman, Cohen, 2022). The weights of a leaf are ``(D_n, R_parent)``, of an interior node
+    ``(R_node, R_parent)``, of the root ``(R_root, 1)``. Local component r of an interior node is row r of its
+    weights together with column r of the weights of each child; its norm is the product of the norms of these
+    vectors. A depth above 1 (a chain of square matrices in front of every column) is ours for this factorisation.
+
+    Args:
+        tree: The modes that are merged, and in which order.
+        shape: Size of every mode, or one size for all.
+        widths: Number of local components: one for all interior nodes; one per level from below, as in the paper's
+            ``[512, 512]``; or by node, written ``(0, 1)`` or ``"0-1"``.
+        depth: Factors of every column: one number, or one per level from the leaves to the root.
+        init: ``"normal"`` or ``"balanced"``: see :class:`Factorization`.
+        init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
+        init_of: Which of the two: ``"weights"`` or ``"product"``.
+        init_mean: Mean of the weights.
+        seed: Of the weights.
+        dtype: Of the weights; None for torch's default.
+        device: Of the weights; None for torch's default.
+
+    Raises:
+        ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
+
+    Example:
+        >>> tree = ModeTree.perfect(order=4)
+        >>> model = HierarchicalTensorFactorization(tree, shape=8, widths=[512, 512], init_scale=1e-2)
+        >>> model.to_tensor().shape, model.degree, tuple(model.weight((0, 1)).shape)
+        (torch.Size([8, 8, 8, 8]), 7, (512, 512))
+        >>> bool(torch.allclose(model.entries(torch.tensor([[1, 2, 3, 4]])), model.to_tensor()[1, 2, 3, 4]))
+        True
+    """
+
+    def __init__(
+        self,
+        tree: ModeTree,
+        shape: int | Sequence[int],
+        widths: int | Sequence[int] | Mapping[Any, int],
+        depth: int | Sequence[int] = 1,
+        init: InitLaw = "normal",
+        init_scale: float = 1e-2,
+        init_of: InitOf = "weights",
+        init_mean: float = 0.0,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__([shape] * tree.order if isinstance(shape, int) else shape)
+        if len(self.shape) != tree.order:
+            raise ValueError(
+                f"shape must have as many modes as the tree, which has {tree.order}, "
+                f"got {len(self.shape)}: {self.shape}"
+            )
+        self.tree = tree
+        self.widths = per_node(widths, tree.levels, "widths", f"node {node_name(tree.interior[0])}")
+        depths = per_node(depth, (tree.leaves, *tree.levels), "depth", "the leaves")
+        self._degree = sum(depths.values())
+        self.groups = node_groups(tree, self.shape, self.widths, depths)
+        self._found = {node: (group, k) for group in self._each_group() for k, node in enumerate(group.nodes)}
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
+
+    def _each_group(self) -> list[NodeGroup]:
+        return [cast(NodeGroup, group) for group in self.groups]
+
+    @property
+    def degree(self) -> int:
+        """Number of nodes times their depths."""
+        return self._degree
+
+    def weight(self, node: Node) -> Tensor:
+        """Weights of a node, ``(R_node or D, R_parent or 1)``; at depth 1 a view of the parameters.
+
+        Args:
+            node: As in the tree.
+        """
+        self.tree.height(node)
+        group, place = self._found[node]
+        return group.weight()[place]
+
+    def to_tensor(self) -> Tensor:
+        """The tensor, of shape :attr:`shape`.
+
+        Raises:
+            ValueError: A tensor too large to be written out.
+        """
+        if math.prod(self.shape) > MOST_ENTRIES:
+            log10 = sum(math.log10(size) for size in self.shape)
+            raise ValueError(
+                f"shape has 10^{log10:.0f} entries, too many to be written out: use entries, inner, norm or log_norm"
+            )
+        tables: list[Tensor] = []
+        for group in self._each_group():
+            weight = group.weight()
+            tables.append(weight if group.leaf else expand(group.gather(tables), weight))
+        walk = self.tree.traversal
+        walked = tables[-1].reshape([self.shape[mode] for mode in walk])
+        return walked.permute(sorted(range(self.order), key=walk.__getitem__))
+
+    def entries(self, indices: Tensor) -> Tensor:
+        """Entries ``(B,)`` at indices ``(B, N)`` of any integer type."""
+        self._check_indices(indices)
+        # on a device the check would wait for it
+        if not indices.is_cuda and bool(((indices < 0) | (indices >= torch.tensor(self.shape))).any()):
+            raise ValueError(f"indices must be at least 0 and below the sizes of the modes, {self.shape}")
+        return self._answer(EntryQuery(indices))
+
+    def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
+        r"""Inner products :math:`\langle \bigotimes_n x^n, W \rangle` ``(B,)``; vectors as in the base class."""
+        return self._answer(RankOneQuery(self._split_vectors(vectors)))
+
+    def _answer(self, query: Query) -> Tensor:
+        return answer(self._each_group(), query).squeeze(1)
+
+    def log_norm(self) -> Tensor:
+        """Natural logarithm of the Frobenius norm, by Gram matrices from the leaves up; -inf for zero.
+
+        In float64. Differentiable where the tensor is not zero.
+        """
+        grams: list[Tensor] = []
+        logs: list[Tensor] = []
+        for group in self._each_group():
+            weight = group.weight().double()
+            if group.leaf:
+                gram, log = weight.mT @ weight, weight.new_zeros(len(weight))
+            else:
+                gram = weight.mT @ product(group.gather(grams)) @ weight
+                log = torch.stack(group.gather(logs)).sum(0)
+            # every node by its largest diagonal entry: at order 4096 plain products underflow
+            scale = gram.detach().diagonal(dim1=1, dim2=2).amax(1)
+            scale = torch.where(scale > 0, scale, 1.0)
+            grams.append(gram / scale[:, None, None])
+            logs.append(log + scale.log())
+        return 0.5 * (grams[-1].squeeze().log() + logs[-1].squeeze())
+
+    @torch.no_grad()
+    def local_component_norms(self) -> dict[Node, Tensor]:
+        """Product of the norms of the vectors of every local component: interior node -> ``(R_node,)``.
+
+        In float64, in the order of the weights.
+        """
+        columns, norms = [], dict[Node, Tensor]()
+        for group in self._each_group():
+            weight = group.weight().double()
+            columns.append(weight.norm(dim=1))
+            if not group.leaf:
+                of_group = weight.norm(dim=2) * product(group.gather(columns))
+                norms |= dict(zip(group.nodes, of_group.unbind(), strict=True))
+        return {node: norms[node] for node in self.tree.interior}
+
+    @torch.no_grad()
+    def unbalancedness(self) -> Tensor:
+        r"""Largest difference of two :math:`\|w\|^2` in a local component: gradient flow conserves them all.
+
+        With a depth above 1, each factor of a column's chain counts with its own (Frobenius) norm, and what a chain
+        conserves by itself is compared as well; rows of a node with chains are left out, as they are not conserved.
+        """
+        highs: list[Tensor] = []
+        lows: list[Tensor] = []
+        largest: list[Tensor] = []
+        for group in self._each_group():
+            squares = group.chain.squared_norms().double()
+            highs.append(squares.amax(0))
+            lows.append(squares.amin(0))
+            largest.append(group.chain.unbalancedness().double())
+            if not group.leaf:
+                inside = [*group.gather(highs), *group.gather(lows)]
+                if group.chain.depth == 1:
+                    inside.append(group.chain.vectors.double().square().sum(2))
+                stacked = torch.stack(inside)
+                largest.append((stacked.amax(0) - stacked.amin(0)).max())
+        return torch.stack(largest).max()
+
+    @torch.no_grad()
+    def balance_(self) -> None:
+        """Scale the vectors of every local component to equal norms, node by node until nothing moves.
+
+        The tensor stays; a local component whose norm is zero becomes zero altogether. Linear convergence.
+
+        Raises:
+            ValueError: A depth above 1, or no convergence.
+        """
+        groups = self._each_group()
+        if any(group.chain.depth > 1 for group in groups):
+            raise ValueError("depth must be 1 at every node to balance the weights: use init='normal', or depth=1")
+        for group, weight in zip(groups, balanced(groups), strict=True):
+            group.chain.vectors.copy_(weight)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Local component norms, descending: ``"node 0-1"`` -> ``(R,)``, for every interior node."""
+        norms = self.local_component_norms()
+        return {f"node {node_name(node)}": norm.sort(descending=True).values for node, norm in norms.items()}
+
+    def cuts(self) -> tuple[Node, ...]:
+        """All nodes but the root; of the two children of a binary root the first."""
+        below = self.tree.children(self.tree.root)
+        same = below[1:] if len(below) == 2 else ()
+        return tuple(node for node in self.tree.nodes[:-1] if node not in same)
+
+    def _first_weight(self) -> Tensor:
+        return self._each_group()[-1].chain.vectors

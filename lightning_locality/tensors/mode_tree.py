@@ -1,0 +1,259 @@
+"""Trees over the modes of a tensor: which modes a hierarchical factorisation merges first."""
+
+from __future__ import annotations
+
+__all__ = ["ModeTree", "Node", "node_name"]
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+Node = tuple[int, ...]
+Pattern = Literal["adjacent", "interleaved", "quadrant"]
+
+
+def node_name(node: Node) -> str:
+    """The modes of a node, joined: ``0-1``."""
+    return "-".join(map(str, node))
+
+
+# a Collection and not marked final, so that jsonargparse takes the class paths of perfect and nested for it
+@dataclass(frozen=True, repr=False)
+class ModeTree(Collection[Node]):
+    """A rooted tree whose leaves are the modes 0..N-1 of a tensor; an interior node is the union of its children.
+
+    Definition: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
+    Networks" (Razin, Maman, Cohen, 2022), with modes counted from 0. A node is the sorted tuple of its modes. Two
+    trees with the same nodes are equal; the order in which children were given does not count.
+
+    :meth:`perfect` and :meth:`nested` build trees; in YAML their class paths end in ``ModeTree.perfect`` and
+    ``ModeTree.nested``.
+
+    Args:
+        nodes: The interior nodes, each given by its modes, in any order. Single modes and the root, the set of all
+            modes that occur, may be left out.
+
+    Raises:
+        ValueError: Fewer than two modes, a mode that is missing, an empty node, or nodes that overlap without one
+            containing the other.
+
+    Example:
+        >>> tree = ModeTree([[0, 1], [2, 3]])
+        >>> tree == ModeTree.perfect(order=4)
+        True
+        >>> tree.interior
+        ((0, 1), (2, 3), (0, 1, 2, 3))
+        >>> tree.children((0, 1, 2, 3)), tree.parent((2,)), tree.complement((0, 1))
+        (((0, 1), (2, 3)), (2, 3), (2, 3))
+        >>> tree
+        ModeTree.nested([[0, 1], [2, 3]])
+    """
+
+    nodes: tuple[Node, ...]
+    _children: dict[Node, tuple[Node, ...]] = field(init=False, repr=False, compare=False)
+    _parent: dict[Node, Node] = field(init=False, repr=False, compare=False)
+    _height: dict[Node, int] = field(init=False, repr=False, compare=False)
+
+    # written out for the type of the argument: what is given need not be what is kept
+    def __init__(self, nodes: Sequence[Sequence[int]]) -> None:
+        given = {_checked_node(node) for node in nodes}
+        order = 1 + max(chain.from_iterable(given), default=0)
+        if order < 2:
+            raise ValueError(f"nodes must hold at least two modes, got {nodes}: a tree over one mode has no components")
+        given |= {(mode,) for mode in range(order)} | {tuple(range(order))}
+        children: dict[Node, tuple[Node, ...]] = {}
+        parent: dict[Node, Node] = {}
+        height: dict[Node, int] = {}
+        # by size: every node then finds its children as the largest nodes so far that hold its modes
+        highest: list[Node] = [(mode,) for mode in range(order)]
+        for node in sorted(given, key=lambda node: (len(node), node)):
+            below = () if len(node) == 1 else tuple(dict.fromkeys(highest[mode] for mode in node))
+            if below and sum(map(len, below)) != len(node):
+                other = next(child for child in below if not set(child) <= set(node))
+                raise ValueError(
+                    f"nodes {_shortened(node)} and {_shortened(other)} overlap and neither contains the other: "
+                    "every mode has one way to the root; remove one of the two"
+                )
+            children[node] = below
+            height[node] = 1 + max((height[child] for child in below), default=-1)
+            parent |= dict.fromkeys(below, node)
+            for mode in node:
+                highest[mode] = node
+        ordered = tuple(sorted(children, key=lambda node: (height[node], node)))
+        for name, value in (("nodes", ordered), ("_children", children), ("_parent", parent), ("_height", height)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def perfect(cls, order: int, arity: int | None = None, pattern: Pattern = "adjacent") -> ModeTree:
+        """A tree in which every level merges groups of neighbouring nodes until one is left.
+
+        The last group of a level takes what remains; a node that remains alone goes up one level unchanged (the
+        published code gives it a parent with one child, which is the same tree with an extra matrix).
+
+        Args:
+            order: Number of modes N, at least 2.
+            arity: Children per node, at least 2; None: 2, and 4 for quadrants.
+            pattern: ``"adjacent"`` merges neighbours first. ``"interleaved"`` deals the nodes of every level
+                alternately from its first and its second half before merging, so that distant modes merge first
+                ("half" in the published code). ``"quadrant"`` takes modes as row-major pixels of a square image
+                and merges blocks of 2 x 2.
+
+        Raises:
+            ValueError: Order or arity below 2, or an order or arity that has no quadrants.
+        """
+        if order < 2:
+            raise ValueError(f"order must be at least 2, got {order}: a tree over one mode has no components")
+        arity = arity if arity is not None else 4 if pattern == "quadrant" else 2
+        if arity < 2:
+            raise ValueError(f"arity must be at least 2 children per node, got {arity}")
+        level: list[Node] = [(mode,) for mode in range(order)]
+        if pattern == "quadrant":
+            level = [(mode,) for mode in _in_quadrants(order, arity)]
+        nodes = []
+        while len(level) > 1:
+            if pattern == "interleaved":
+                half = (len(level) + 1) // 2
+                dealt: list[Node] = [()] * len(level)
+                dealt[::2], dealt[1::2] = level[:half], level[half:]
+                level = dealt
+            level = [tuple(sorted(chain.from_iterable(level[k : k + arity]))) for k in range(0, len(level), arity)]
+            nodes += level
+        return cls(nodes)
+
+    @classmethod
+    def nested(cls, children: Sequence[Any]) -> ModeTree:
+        """Any tree, written as a list of the root's children: a mode, or the list of a node's own children.
+
+        Args:
+            children: For example ``[[0, 1], [2, [3, 4]]]``.
+
+        Raises:
+            ValueError: An empty list, a list with one child, or a mode that is missing or occurs twice.
+        """
+        nodes: list[Node] = []
+        seen: set[int] = set()
+
+        def modes(child: Any) -> Node:
+            if isinstance(child, int):
+                if child in seen:
+                    raise ValueError(f"children must hold every mode once, and mode {child} occurs twice")
+                seen.add(child)
+                return (child,)
+            if len(child) < 2:
+                raise ValueError(f"children must be modes or lists of at least two children, got {child}")
+            node = tuple(sorted(chain.from_iterable(modes(grandchild) for grandchild in child)))
+            nodes.append(node)
+            return node
+
+        root = modes(children)
+        if root != tuple(range(len(root))):
+            raise ValueError(f"children must hold every mode from 0 to {max(root)} once, and have {_shortened(root)}")
+        return cls(nodes)
+
+    @property
+    def order(self) -> int:
+        """Number of modes N."""
+        return len(self.root)
+
+    @property
+    def root(self) -> Node:
+        """The node of all modes."""
+        return self.nodes[-1]
+
+    @property
+    def leaves(self) -> tuple[Node, ...]:
+        """The nodes of one mode, by mode."""
+        return self.nodes[: self.order]
+
+    @property
+    def interior(self) -> tuple[Node, ...]:
+        """The nodes with children, children before parents, the root last."""
+        return self.nodes[self.order :]
+
+    @property
+    def levels(self) -> tuple[tuple[Node, ...], ...]:
+        """Interior nodes by height, the longest way down to a leaf; the root is alone in the last level."""
+        levels: list[list[Node]] = [[] for _ in range(self.height(self.root))]
+        for node in self.interior:
+            levels[self._height[node] - 1].append(node)
+        return tuple(map(tuple, levels))
+
+    @property
+    def traversal(self) -> Node:
+        """The modes in the order in which a walk through the tree, children from left to right, meets them."""
+        walk, stack = [], [self.root]
+        while stack:
+            node = stack.pop()
+            stack.extend(reversed(self._children[node]))
+            if len(node) == 1:
+                walk.append(node[0])
+        return tuple(walk)
+
+    def children(self, node: Node) -> tuple[Node, ...]:
+        """Children of a node by their smallest modes; none for a leaf."""
+        return self._children[self._checked(node)]
+
+    def parent(self, node: Node) -> Node:
+        """Parent of a node other than the root."""
+        if self._checked(node) == self.root:
+            raise ValueError(f"node {_shortened(node)} is the root and has no parent")
+        return self._parent[node]
+
+    def height(self, node: Node) -> int:
+        """Longest way from a node down to a leaf; 0 for a leaf."""
+        return self._height[self._checked(node)]
+
+    def complement(self, node: Node) -> Node:
+        """The modes that a node does not hold."""
+        held = set(self._checked(node))
+        return tuple(mode for mode in self.root if mode not in held)
+
+    def _checked(self, node: Node) -> Node:
+        if node not in self._children:
+            raise ValueError(f"node {_shortened(node)} is not in the tree {self!r}: see its nodes")
+        return node
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._children
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __repr__(self) -> str:
+        if self.order > 32:
+            return f"<ModeTree of order {self.order}, {len(self.interior)} interior nodes, {len(self.levels)} levels>"
+        written: dict[Node, str] = {}
+        for node in self.nodes:
+            below = self._children[node]
+            written[node] = f"[{', '.join(written[child] for child in below)}]" if below else str(node[0])
+        return f"ModeTree.nested({written[self.root]})"
+
+
+def _shortened(node: Node) -> str:
+    return str(node) if len(node) <= 16 else f"({', '.join(map(str, node[:8]))}, ... {len(node)} modes)"
+
+
+def _checked_node(node: Sequence[int]) -> Node:
+    modes = tuple(sorted(set(node)))
+    if not modes or modes[0] < 0 or len(modes) != len(node):
+        raise ValueError(f"nodes must be sets of modes, counted from 0 and each once, got {tuple(node)}")
+    return modes
+
+
+def _in_quadrants(order: int, arity: int) -> Node:
+    """Row-major pixels of a square in the order in which blocks of 4, 16, ... are contiguous."""
+    steps = (order.bit_length() - 1) // 2
+    if order != 4**steps or arity != 4:
+        raise ValueError(
+            f"order must be 4, 16, 64, ... and arity 4 for pattern 'quadrant', got order {order} and arity {arity}: "
+            "the modes are the pixels of a square with a power of 2 as its side, merged in blocks of 2 x 2"
+        )
+    side = 2**steps
+    pixels: list[int] = [0]
+    for step in (2**k for k in range(steps)):
+        pixels = [shift + pixel for shift in (0, step, step * side, step * side + step) for pixel in pixels]
+    return tuple(pixels)

@@ -1,0 +1,108 @@
+"""The scripts in experiments/, at small size."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name: str) -> ModuleType:
+    spec = spec_from_file_location(f"experiments_{name}", ROOT / "experiments" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where pickles and dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def growth() -> ModuleType:
+    return load("growth_exponents")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> ModuleType:
+    return load("completion_ranks")
+
+
+LAWS = [(order, 0, "component norm", 2 - 2 / order) for order in (2, 3, 4, 5)]
+LAWS += [(3, k, "component norm", 2 - 2 / (3 * (k + 1))) for k in (1, 2, 3)]
+LAWS += [(3, k, "norm of the vectors", k + 2 - 2 / 3) for k in (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize(("order", "matrices", "quantity", "exponent"), LAWS)
+def test_growth_exponents_at_balanced_points(
+    growth: ModuleType, order: int, matrices: int, quantity: str, exponent: float
+) -> None:
+    assert growth.predicted(order, matrices, quantity) == pytest.approx(exponent, rel=1e-15)
+    sizes, rates = growth.at_points(order, matrices, quantity, 6, seed=1)
+    assert sizes.max() / sizes.min() > 100
+    assert growth.slope((sizes, rates)) == pytest.approx(exponent, abs=1e-6)
+    factor = order * (matrices + 1 if quantity == "component norm" else 1)
+    np.testing.assert_allclose(rates, factor * sizes**exponent, rtol=1e-6)
+
+
+def test_growth_script_fits_writes_and_draws(growth: ModuleType, tmp_path: Path) -> None:
+    fits = growth.main([f"--out={tmp_path}", "--orders", "3", "--matrices", "0", "1", "--points", "8"])
+    with (tmp_path / "growth_exponents.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(fits) == 8
+    for row in rows:
+        tolerance = {"points": 1e-6, "flow": 1e-4}[row["source"]]
+        assert float(row["fitted"]) == pytest.approx(float(row["predicted"]), abs=tolerance)
+    assert {round(float(row["predicted"]), 12) for row in rows} == {round(e, 12) for e in (4 / 3, 5 / 3, 7 / 3)}
+    assert (tmp_path / "growth_exponents.pdf").exists()
+
+
+def test_cp_rank_of_known_tensors(ranks: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    for rank in (1, 2, 3):
+        factors = [rng.normal(size=(5, rank)) for _ in range(3)]
+        assert ranks.cp_rank(np.einsum("ar,br,cr->abc", *factors)) == rank
+    assert ranks.cp_rank(np.zeros((3, 3, 3))) == 0
+    assert ranks.cp_rank(np.eye(4)) == 4
+
+
+def test_completion_ranks_of_finished_runs(ranks: ModuleType, tmp_path: Path) -> None:
+    from lightning_locality.datamodules.recovery import TensorRecovery
+    from lightning_locality.tensors import CP
+
+    data = {"target": "cp", "shape": [4, 4, 4], "rank": 1, "norm": 1.0, "observations": 40, "seed": 3}
+    settings = {"shape": [4, 4, 4], "rank": 2, "init_scale": 0.5}
+    model = CP(**settings, seed=5)
+    config = {
+        "model": {"init_args": {"model": {"class_path": "lightning_locality.tensors.CP", "init_args": settings}}},
+        "data": {"init_args": data},
+    }
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "summary.json").write_text("{}")
+    torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, folder / "last.ckpt")
+    fitted, baseline = ranks.run_rows(folder)
+    problem = TensorRecovery(**data).problem
+    distance = (model.to_tensor().detach() - problem.target).norm() / problem.target.norm()
+    assert fitted == {
+        "variant": "initial scale 0.5",
+        "observations": 40,
+        "seed": 3,
+        "reconstruction_error": pytest.approx(float(distance), rel=1e-12),
+        "cp rank": 2,
+    }
+    missing = problem.test.values.norm() / problem.target.norm()
+    assert baseline["reconstruction_error"] == pytest.approx(float(missing), rel=1e-12)
+    assert baseline["variant"] == "zeros elsewhere"
+    assert baseline["cp rank"] > 2
+    with pytest.raises(ValueError, match="no finished runs"):
+        ranks.main([str(folder)])

@@ -77,11 +77,11 @@ def result_table(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Table:
     """
     recovery = any("iterations" in row for row in rows) and not any("test/accuracy" in row for row in rows)
     if recovery:
-        table = Table(title="last measurement: mean (lowest to highest)")
+        table = Table(title="loss and reconstruction error, last measurement: mean (lowest to highest)")
         columns = [
-            ("training loss", "train/loss", 1.0, ".3g"),
-            ("test loss", "test/loss", 1.0, ".3g"),
-            ("reconstruction error", "reconstruction_error", 1.0, ".3g"),
+            ("training loss", "train/loss", 1.0, ".2g"),
+            ("test loss", "test/loss", 1.0, ".2g"),
+            ("error", "reconstruction_error", 1.0, ".2g"),
             ("iterations", "iterations", 1.0, ".0f"),
         ]
         columns = [column for column in columns if any(column[1] in row for row in rows)]

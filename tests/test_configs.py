@@ -27,10 +27,11 @@ CASES = {
 SMALL_TENSOR = ("--model.model.rank=8", "--data.epoch_length=1")
 # 8x8 pixels, which need no download
 BITS = (
-    f"--model.model.shape={[2] * 64}",
+    "--model.model.order=64",
     "--data.source=digits",
     "--trainer.accelerator=cpu",
     "--model.batch_size=500",
+    "--data.train=1000",
 )
 RECOVERY = {
     "matrix": (),

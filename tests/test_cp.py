@@ -55,7 +55,7 @@ def test_default_rank(shape: tuple[int, ...], rank: int) -> None:
 
 
 def test_modes_of_one_kind_share_a_parameter() -> None:
-    assert [tuple(p.shape) for p in CP((2,) * 784, rank=3).parameters()] == [(784, 2, 3)]
+    assert [tuple(p.shape) for p in CP(2, order=784, rank=3).parameters()] == [(784, 2, 3)]
     assert [tuple(p.shape) for p in CP((4, 3, 4), rank=2).parameters()] == [(2, 4, 2), (1, 3, 2)]
 
 
@@ -374,6 +374,9 @@ def test_binary_entries_equal_those_by_gathering() -> None:
         ({"shape": (3, 2), "rank": 1.5}, "rank"),
         ({"shape": (3, 2), "depth": 0}, "depth"),
         ({"shape": (3, 2), "depth": (1, 2, 3)}, "depth"),
+        ({"shape": 2}, "how many"),
+        ({"shape": 2, "order": 0}, "how many"),
+        ({"shape": (2, 2), "order": 3}, "differ"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

@@ -32,12 +32,14 @@ ALLOWED: dict[str, set[str]] = {
     "parser": {"patches", "suggest"},
     "trajectories": {"figures"},
     "report": {"datamodules", "regularizer", "trajectories", *BOTTOM},
+    "outcomes": {"figures", "trajectories"},
     "results": {"figures", "trajectories"},
+    "sweep_figure": {"figures", "outcomes", "results", "suggest", "trajectories", "datamodules"},
     "runner": {
         *("folder", "tasks", "datamodules", "networks", "circuit", "parser", "report", "regularizer", "tensors", "optim"),
         *BOTTOM,
     },
-    "sweep": {"runner", "results", "suggest"},
+    "sweep": {"runner", "results", "suggest", "sweep_figure"},
     "cli": {"__init__", "runner", "sweep", "suggest", "datamodules"},
     "__main__": {"cli"},
 }

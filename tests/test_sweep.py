@@ -176,7 +176,7 @@ def test_recovery_runs_are_tabled_by_loss_and_error(tmp_path: Path) -> None:
         "run",
         "finished",
         "training loss",
-        "reconstruction error",
+        "error",
         "iterations",
         "seconds",
     ]

@@ -115,7 +115,8 @@ class Observed:
         if rows is None:
             rows = slice(None)
         if self.indices is not None:
-            return self.model.entries(self.indices[rows])
+            chosen = self.indices[rows] if isinstance(rows, slice) else self.indices.index_select(0, rows)
+            return self.model.entries(chosen)
         return self.model.inner([vector[rows] for vector in self.vectors])
 
     @torch.no_grad()

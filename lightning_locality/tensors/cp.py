@@ -37,7 +37,7 @@ class CP(Factorization):
     overflow or underflow on the way; where all modes have size 2, entries go through :func:`binary_products`.
 
     Args:
-        shape: Sizes of the modes.
+        shape: Sizes of the modes, or one size for all.
         rank: Number of components R; None for the product of all sizes but the largest, enough for any tensor.
         depth: Factors of every vector: one number, or one per mode.
         init: ``"normal"``, or ``"balanced"``: the same with all weights of a component of equal norm.
@@ -47,9 +47,10 @@ class CP(Factorization):
         seed: Of the draw; the same weights for all types and devices.
         dtype: Type of the weights; None for torch's default.
         device: Where they lie; None for torch's default.
+        order: Number of modes, where ``shape`` is one size; not needed where it is a list.
 
     Raises:
-        ValueError: Sizes, rank, depths or scale that make no sense.
+        ValueError: Sizes, order, rank, depths or scale that make no sense.
 
     Example:
         >>> model = CP((2, 3, 4))
@@ -59,7 +60,7 @@ class CP(Factorization):
 
     def __init__(
         self,
-        shape: Sequence[int],
+        shape: int | Sequence[int],
         rank: int | None = None,
         depth: int | Sequence[int] = 1,
         init: InitLaw = "normal",
@@ -69,8 +70,9 @@ class CP(Factorization):
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        order: int | None = None,
     ) -> None:
-        super().__init__(shape)
+        super().__init__(_sizes(shape, order))
         rank = math.prod(self.shape) // max(self.shape) if rank is None else rank
         (self.rank,) = per_mode("rank", rank, 1)
         self.depth = per_mode("depth", depth, self.order)
@@ -188,6 +190,17 @@ class CP(Factorization):
 
     def _first_weight(self) -> Tensor:
         return self._chains()[0].vectors[0]
+
+
+def _sizes(shape: int | Sequence[int], order: int | None) -> Sequence[int]:
+    """Sizes of the modes."""
+    if isinstance(shape, int):
+        if order is None or order < 1:
+            raise ValueError(f"shape={shape} is one size for all modes: say how many with order=, got order={order}")
+        return [shape] * order
+    if order is not None and order != len(shape):
+        raise ValueError(f"order={order} and shape={tuple(shape)} differ: leave order out where shape is a list")
+    return shape
 
 
 def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:

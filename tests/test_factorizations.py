@@ -129,6 +129,23 @@ class _Tensor(torch.nn.Module):
 
 
 @EVERY
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pullback(make: Maker, frozen: bool) -> None:
+    """What the training loop uses in place of automatic differentiation, where a weight is not trained too."""
+    model = make(init_scale=0.7)
+    parameters = list(model.parameters())
+    if frozen and len(parameters) > 1:
+        parameters.pop(1).requires_grad_(False)
+    expected = model.to_tensor()
+    given = torch.randn_like(expected)
+    tensor, pullback = model.with_pullback()
+    assert not tensor.requires_grad
+    torch.testing.assert_close(tensor, expected.detach(), rtol=1e-12, atol=1e-15)
+    for found, twin in zip(pullback(given), torch.autograd.grad(expected, parameters, given), strict=True):
+        torch.testing.assert_close(found, twin, rtol=1e-11, atol=1e-13)
+
+
+@EVERY
 def test_norm(make: Maker) -> None:
     model = make(init_scale=0.7)
     expected = model.to_tensor().norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["LARGEST_DENSE", "Loss", "LossName", "Objective", "Observed", "Route"]
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -184,42 +185,42 @@ class Objective:
                 self._slope = zeros
         self._order: tuple[int, Tensor] = (-1, torch.zeros(0))
 
-    def gradients(self, iteration: int) -> tuple[Tensor, ...]:
+    def gradients(self, iteration: int) -> Sequence[Tensor]:
         """Gradient of the loss by the weights, on the observations that are the turn of an iteration."""
         return self._evaluate(iteration, False)[0]
 
-    def gradients_and_value(self, iteration: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    def gradients_and_value(self, iteration: int) -> tuple[Sequence[Tensor], Tensor]:
         """Gradient and loss."""
         gradients, value = self._evaluate(iteration, True)
         assert value is not None
         return gradients, value
 
-    def _evaluate(self, iteration: int, with_value: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def _evaluate(self, iteration: int, with_value: bool) -> tuple[Sequence[Tensor], Tensor | None]:
         value = None
         if self._mask is not None:
-            prediction = self.model.to_tensor()
-            residual = prediction.detach() - self._target
+            tensor, pullback = self.model.with_pullback()
+            residual = tensor - self._target
             slope = self.loss.slope(residual) * self._mask
             if with_value:
                 scale = 1.0 if self.loss.name == "half_sse" else 1.0 / len(self.observed)
                 value = self.loss.terms(residual).mul_(self._mask != 0).sum() * scale
-        elif self._slope is not None:
+            return pullback(slope), value
+        if self._slope is not None:
             flat = self.observed.flat
             assert flat is not None
-            prediction = self.model.to_tensor()
-            residual = prediction.detach().reshape(-1)[flat] - self.observed.values
+            tensor, pullback = self.model.with_pullback()
+            residual = tensor.reshape(-1)[flat] - self.observed.values
             part = self.loss.slope(residual) * self.loss.factor(len(residual))
             if self._repeated:
                 self._slope.zero_().index_add_(0, flat, part)
             else:
                 self._slope.index_copy_(0, flat, part)
-            slope = self._slope.view(prediction.shape)
-        else:
-            rows = self._rows(iteration)
-            prediction = self.observed.predict(rows)
-            residual = prediction.detach() - (self.observed.values if rows is None else self.observed.values[rows])
-            slope = self.loss.slope(residual) * self.loss.factor(len(residual))
-        if with_value and value is None:
+            return pullback(self._slope.view(tensor.shape)), self.loss.total(residual) if with_value else None
+        rows = self._rows(iteration)
+        prediction = self.observed.predict(rows)
+        residual = prediction.detach() - (self.observed.values if rows is None else self.observed.values[rows])
+        slope = self.loss.slope(residual) * self.loss.factor(len(residual))
+        if with_value:
             value = self.loss.total(residual)
         return torch.autograd.grad(prediction, self.weights, slope), value
 

@@ -12,7 +12,7 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
+from lightning_locality.tensors.factorization import Factorization, InitOf, Pullback, divided, per_mode
 
 
 Sign = Literal["positive", "negative"]
@@ -119,6 +119,31 @@ class DeepMatrix(Factorization):
         layers = list(self.layers)
         # a copy of a single layer: whoever keeps the tensor must not see it trained
         return cast(Tensor, torch.linalg.multi_dot(layers[::-1])) if len(layers) > 1 else layers[0].clone()
+
+    def with_pullback(self) -> tuple[Tensor, Pullback]:
+        """The product and its derivative written down: automatic differentiation costs as much as small products."""
+        layers = [layer.detach() for layer in self.layers]
+        # from the smaller side of W the products on the way are the smaller ones
+        flip = self.shape[0] < self.shape[1]
+        if flip:
+            layers = [layer.T for layer in reversed(layers)]
+        products = [layers[0].clone() if len(layers) == 1 else layers[0]]
+        for layer in layers[1:]:
+            products.append(layer @ products[-1])
+
+        def pullback(gradient: Tensor) -> list[Tensor]:
+            slope, slopes = gradient.T if flip else gradient, []
+            for layer, below in zip(layers[:0:-1], products[-2::-1], strict=True):
+                slopes.append(slope @ below.T)
+                slope = layer.T @ slope
+            slopes.append(slope)
+            if flip:
+                slopes = [part.T for part in slopes]
+            else:
+                slopes.reverse()
+            return [part for part, layer in zip(slopes, self.layers, strict=True) if layer.requires_grad]
+
+        return products[-1].T if flip else products[-1], pullback
 
     def entries(self, indices: Tensor) -> Tensor:
         """Entries ``(B,)`` at ``(B, 2)``."""

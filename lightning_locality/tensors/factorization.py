@@ -6,7 +6,7 @@ __all__ = ["LARGE_ORDER", "Factorization", "InitLaw", "InitOf", "divided", "per_
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ LARGE_ORDER = 16
 
 InitLaw = Literal["normal", "balanced"]
 InitOf = Literal["weights", "product"]
+Pullback = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Factorization(nn.Module, ABC):
@@ -55,6 +56,15 @@ class Factorization(nn.Module, ABC):
     @abstractmethod
     def to_tensor(self) -> Tensor:
         """The tensor, of shape :attr:`shape`."""
+
+    def with_pullback(self) -> tuple[Tensor, Pullback]:
+        """The tensor, detached, and what turns a gradient by the tensor into those by the weights.
+
+        What a training loop needs at the least cost; to be called once per tensor, before the weights change.
+        """
+        tensor = self.to_tensor()
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        return tensor.detach(), lambda gradient: torch.autograd.grad(tensor, weights, gradient)
 
     @abstractmethod
     def entries(self, indices: Tensor) -> Tensor:

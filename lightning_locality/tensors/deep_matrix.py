@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.factorization import Factorization, InitOf, Pullback, divided, per_mode
 
-
 Sign = Literal["positive", "negative"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -106,3 +107,43 @@ def test_completion_ranks_of_finished_runs(ranks: ModuleType, tmp_path: Path) ->
     assert baseline["cp rank"] > 2
     with pytest.raises(ValueError, match="no finished runs"):
         ranks.main([str(folder)])
+
+
+def test_read_off(tmp_path: Path) -> None:
+    read_off = load("read_off")
+    run = tmp_path / "one"
+    run.mkdir()
+    # the loss falls by e every iteration, the entry is the square root of 1 / (2 loss), a component comes at iteration 4
+    rows = [
+        {
+            "iteration": i,
+            "train/loss": math.exp(-i),
+            "entry/0-0": -math.sqrt(math.exp(i) / 2),
+            "determinant": -1e-9,
+            "component/1": 2.0 * (i >= 1),
+            "component/2": 1.0 * (i >= 4),
+            "component/3": 1e-4,
+            "reconstruction_error": 0.7**i + 0.005 * (i == 12),
+        }
+        for i in range(13)
+    ]
+    with (run / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    found = {quantity: value for _, quantity, value in read_off.main([str(tmp_path)])}
+    assert found["component/1"] == 2
+    assert found["component/1 at half"] == 1
+    assert found["component/2 at half"] == 4
+    assert "component/3" not in found
+    assert found["error below 0.5 at"] == 2
+    assert found["error below 0.1 at"] == 7
+    assert "error below 0.01 at" not in found
+    assert found["least error"] == pytest.approx(0.7**12 + 0.005)
+    for loss in (1e-1, 1e-2, 1e-3, 1e-4):
+        assert found[f"|entry/0-0| at loss {loss:g}"] == pytest.approx(math.sqrt(1 / (2 * loss)), rel=1e-9)
+        assert found[f"sign of the determinant at loss {loss:g}"] == -1
+    with (tmp_path / "readings.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(found)
+    with pytest.raises(ValueError, match="no runs"):
+        read_off.main([str(run / "nothing")])

@@ -113,7 +113,7 @@ def test_read_off(tmp_path: Path) -> None:
     read_off = load("read_off")
     run = tmp_path / "one"
     run.mkdir()
-    # the loss falls by e every iteration, the entry is the square root of 1 / (2 loss), a component comes at iteration 4
+    # the loss falls by e every iteration, the entry is the root of 1 / (2 loss), a component comes at iteration 4
     rows = [
         {
             "iteration": i,

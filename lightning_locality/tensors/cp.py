@@ -106,6 +106,22 @@ class CP(Factorization):
         left, right = (_khatri_rao(half) for half in (factors[: self._split], factors[self._split :]))
         return (left @ right.T).reshape(self.shape)
 
+    def with_pullback(self) -> tuple[Tensor, Pullback]:
+        """The derivative written down where there are no chains: two matrix products, then products of halves."""
+        if self.order == 1 or self.degree > self.order or not all(w.requires_grad for w in self.parameters()):
+            return super().with_pullback()
+        factors = [factor.detach() for factor in self.factors]
+        left, right = (_partial_products(half) for half in (factors[: self._split], factors[self._split :]))
+
+        def pullback(gradient: Tensor) -> list[Tensor]:
+            matrix = gradient.reshape(len(left[0]), len(right[0]))
+            slopes = [*_slopes(left, matrix @ right[0]), *_slopes(right, matrix.T @ left[0])]
+            in_order = [slopes[self._places.index(place)] for place in range(self.order)]
+            sizes = [len(group.vectors) for group in self._chains()]
+            return [torch.stack(in_order[sum(sizes[:k]) :][:size]) for k, size in enumerate(sizes)]
+
+        return (left[0] @ right[0].T).reshape(self.shape), pullback
+
     def entries(self, indices: Tensor) -> Tensor:
         """Entries ``(B,)`` at ``(B, N)``, by products over the modes."""
         self._check_indices(indices)
@@ -205,7 +221,25 @@ def _sizes(shape: int | Sequence[int], order: int | None) -> Sequence[int]:
 
 def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     """Rank-one tensors as columns ``(D_1 ... D_k, R)``, the last mode running fastest."""
-    product = factors[0]
+    return _partial_products(factors)[0]
+
+
+def _partial_products(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Rank-one tensors of all factors, of all but the last, and so on to the first alone, then the factors."""
+    products = [factors[0]]
     for factor in factors[1:]:
-        product = (product.unsqueeze(1) * factor.unsqueeze(0)).flatten(0, 1)
-    return product
+        products.insert(0, (products[0].unsqueeze(1) * factor.unsqueeze(0)).flatten(0, 1))
+    return [*products, *factors]
+
+
+def _slopes(products: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Gradients by the factors, from that by their rank-one tensors; products as of :func:`_partial_products`."""
+    count = len(products) // 2
+    slopes = []
+    for place in range(count - 1, 0, -1):
+        # all but the last factor, and the last
+        before, factor = products[count - place], products[count + place]
+        blocks = gradient.reshape(len(before), len(factor), -1)
+        slopes.append((blocks * before.unsqueeze(1)).sum(0))
+        gradient = (blocks * factor).sum(1)
+    return [gradient, *reversed(slopes)]

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.binary import binary_products
 from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.factorization import LARGE_ORDER, Factorization, InitLaw, InitOf, Pullback, divided, per_mode
+from lightning_locality.tensors.factorization import (
+    LARGE_ORDER,
+    Factorization,
+    InitLaw,
+    InitOf,
+    Pullback,
+    divided,
+    per_mode,
+)
 
 
 @final

@@ -2,8 +2,8 @@
 
 The rank is estimated as in "Implicit Regularization in Deep Learning May Not Be Explainable by Norms" (Razin, Cohen,
 2020): the smallest number of components with which alternating least squares, from random vectors and for at most 1000
-sweeps, comes within a mean squared error of 1e-6 (by bisection, so errors are taken to fall with the rank). The
-baseline "zeros elsewhere" is the paper's "linear" one.
+sweeps, comes within a mean squared error of 1e-6 (by doubling and bisection, so errors are taken to fall with the
+rank). The baseline "zeros elsewhere" is the paper's "linear" one.
 
     lightning-locality sweep configs/sweeps/completion_rank_one.yaml
     python experiments/completion_ranks.py runs/completion_rank_one
@@ -45,10 +45,13 @@ def fits(tensor: Array, rank: int, tolerance: float = 1e-6, sweeps: int = 1000) 
 
 
 def cp_rank(tensor: Array, tolerance: float = 1e-6, sweeps: int = 1000) -> int:
-    """Smallest number of components that fit, by bisection; 0 for what is zero within the tolerance."""
+    """Smallest number of components that fit, by doubling and bisection; 0 for what is zero within the tolerance."""
     if np.mean(tensor**2) < tolerance:
         return 0
-    low, high = 0, tensor.size // max(tensor.shape)
+    # so many are enough for any tensor
+    low, high, enough = 0, 1, tensor.size // max(tensor.shape)
+    while high < enough and not fits(tensor, high, tolerance, sweeps):
+        low, high = high, min(2 * high, enough)
     while high - low > 1:
         middle = (low + high) // 2
         if fits(tensor, middle, tolerance, sweeps):
@@ -58,9 +61,15 @@ def cp_rank(tensor: Array, tolerance: float = 1e-6, sweeps: int = 1000) -> int:
     return high
 
 
-def run_rows(folder: Path) -> list[dict[str, Any]]:
+def config_of(folder: Path) -> dict[str, Any]:
+    """Configuration of a run."""
+    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return config
+
+
+def run_rows(folder: Path, with_baseline: bool) -> list[dict[str, Any]]:
     """Rank and error of the end of a run, and of the baseline on the same observations."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = config_of(folder)
     data = config["data"]["init_args"]
     planted = config["model"]["init_args"]["model"]
     module, _, name = planted["class_path"].rpartition(".")
@@ -72,13 +81,12 @@ def run_rows(folder: Path) -> list[dict[str, Any]]:
     target = problem.target
     if target is None:
         raise ValueError(f"{folder}: the target is too large to be written out")
-    zeros = torch.zeros_like(target)
-    zeros[tuple(problem.train.indices.T)] = problem.train.values
+    tensors = {f"initial scale {settings['init_scale']:g}": model.to_tensor().detach()}
+    if with_baseline:
+        tensors[BASELINE] = torch.zeros_like(target)
+        tensors[BASELINE][tuple(problem.train.indices.T)] = problem.train.values
     rows = []
-    for variant, tensor in (
-        (f"initial scale {settings['init_scale']:g}", model.to_tensor().detach()),
-        (BASELINE, zeros),
-    ):
+    for variant, tensor in tensors.items():
         row = {"variant": variant, "observations": data["observations"], "seed": data["seed"]}
         error = float((tensor - target).norm() / target.norm())
         rows.append({**row, "reconstruction_error": error, "cp rank": cp_rank(tensor.numpy())})
@@ -94,11 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     folders = sorted(path.parent for path in options.folder.glob("*/summary.json"))
     if not folders:
         raise ValueError(f"{options.folder} holds no finished runs: run the sweep first")
-    with ProcessPoolExecutor(options.processes) as pool:
-        found = [row for rows in pool.map(run_rows, folders) for row in rows]
     # the baseline does not depend on the start: once per problem
-    own = {(row["variant"], row["observations"], row["seed"]): row for row in found}
-    rows = sorted(own.values(), key=lambda row: (row["variant"], row["observations"], row["seed"]))
+    drawn = [config_of(folder)["data"]["init_args"] for folder in folders]
+    problems = [(data["observations"], data["seed"]) for data in drawn]
+    first = [problem not in problems[:place] for place, problem in enumerate(problems)]
+    with ProcessPoolExecutor(options.processes) as pool:
+        found = [row for rows in pool.map(run_rows, folders, first) for row in rows]
+    rows = sorted(found, key=lambda row: (row["variant"], row["observations"], row["seed"]))
     with (options.folder / "ranks.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

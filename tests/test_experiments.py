@@ -91,7 +91,7 @@ def test_completion_ranks_of_finished_runs(ranks: ModuleType, tmp_path: Path) ->
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "summary.json").write_text("{}")
     torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, folder / "last.ckpt")
-    fitted, baseline = ranks.run_rows(folder)
+    fitted, baseline = ranks.run_rows(folder, True)
     problem = TensorRecovery(**data).problem
     distance = (model.to_tensor().detach() - problem.target).norm() / problem.target.norm()
     assert fitted == {

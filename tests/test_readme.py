@@ -64,6 +64,9 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             exec(compile(block, "README.md", "exec"), names)
     assert 0 <= float(names["value"].detach()) <= 1
     assert torch.isfinite(names["loss"])
+    assert names["values"].shape == names["products"].shape == (100,)
+    assert len(names["norms"]) == 4095
+    assert {node: len(values) for node, values in names["spectra"].items()}[0, 1] == 4
     assert not torch.equal(module.net[3].weight, weight)
 
 
@@ -75,7 +78,8 @@ def test_fit_lines_are_understood(
     with pytest.raises(SystemExit) as stop:
         main([*shlex.split(line)[1:], "--print_config"])
     assert stop.value.code == 0
-    assert "class_path: lightning_locality.tasks.classification.Classification" in capsys.readouterr().out
+    task = "recovery.Recovery" if "recovery" in line else "classification.Classification"
+    assert f"class_path: lightning_locality.tasks.{task}" in capsys.readouterr().out
 
 
 def test_length_and_the_two_commands() -> None:

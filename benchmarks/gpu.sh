@@ -117,7 +117,7 @@ same_class() { # DISTANCE WEIGHT SEED
 binary_images() { # SOURCE VARIANT RANK
   local item="binary_$1_$2_rank_$3" overlay=("${gpu[@]}") toy_run=("${toy_binary[@]}") images=()
   if [ "${TOY:-0}" = 1 ]; then
-    images=(--data.source=digits "--model.model.shape=[$(printf '2,%.0s' {1..63})2]")
+    images=(--data.source=digits --model.model.order=64)
   elif [ -f "benchmarks/inputs/$1.npz" ]; then
     images=("--data.source=file:benchmarks/inputs/$1.npz")
   elif [ -n "${LIGHTNING_LOCALITY_DATA:-}" ]; then

@@ -127,3 +127,10 @@ def test_same_class_as_published_on_cifar10(image_root: Path) -> None:
     cli = run(fast(["same_class.yaml", "overlays/anti_locality.yaml"], options, image_root))
     assert cli.datamodule.image_shape == (3, 224, 224)
     assert cli.trainer.global_step == 1
+
+
+def test_another_optimizer_has_its_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["fit", f"--config={CONFIGS / 'recovery' / 'binary_images.yaml'}", "--print_config"])
+    # not GroupRMSprop's 1e-6
+    assert "eps: 1.0e-08" in capsys.readouterr().out

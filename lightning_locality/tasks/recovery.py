@@ -48,7 +48,7 @@ class Recovery(LightningModule):
         model: The factorisation.
         loss: Mean squared error, half the sum of squares, mean absolute error, or mean Huber loss.
         huber_delta: Where the Huber loss becomes linear.
-        optimizer: Called with the weights: GroupRMSprop, GradientFlow or any of torch.
+        optimizer: Called with the weights: GroupRMSprop (where None), GradientFlow or any of torch.
         steps: Iterations per training step.
         measure_every: Iterations between measurements.
         max_iterations: Iterations after which the run stops in any case.
@@ -77,7 +77,7 @@ class Recovery(LightningModule):
         model: Factorization,
         loss: LossName = "mse",
         huber_delta: float = 1.0,
-        optimizer: OptimizerCallable = GroupRMSprop,
+        optimizer: OptimizerCallable | None = None,
         steps: int = 25,
         measure_every: int = 25,
         max_iterations: int = 500_000,
@@ -109,7 +109,8 @@ class Recovery(LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.loss = Loss(loss, huber_delta)
-        self.optimizer = optimizer
+        # not a default of the argument: on the command line its settings would go over to another optimiser
+        self.optimizer = optimizer or GroupRMSprop
         self.steps, self.measure_every, self.max_iterations = steps, measure_every, max_iterations
         self.tolerance, self.patience = tolerance, patience
         self.batch_size, self.route, self.seed, self.graph = batch_size, route, seed, graph

@@ -50,14 +50,12 @@ def _spread(
             continue
         xs = sorted(own)
         columns = [np.asarray(own[value]) for value in xs]
-        if spread == "quartiles":
-            low, centre, high = (np.array([np.percentile(c, q) for c in columns]) for q in (25, 50, 75))
+        if spread != "deviation":
+            shares = (25, 50, 75) if spread == "quartiles" else (0, 50, 100)
+            low, centre, high = (np.array([np.percentile(c, q) for c in columns]) for q in shares)
         else:
-            centre = np.array([c.mean() for c in columns])
-            width = np.array([c.std() for c in columns])
+            centre, width = (np.array([f(c) for c in columns]) for f in (np.mean, np.std))
             low, high = centre - width, centre + width
-            if spread == "range":
-                low, high = np.array([c.min() for c in columns]), np.array([c.max() for c in columns])
         colour = COLOURS[position % len(COLOURS)]
         axes.plot(xs, centre, color=colour, marker=_MARKERS[position % len(_MARKERS)], markersize=3, label=label)
         if any(len(c) > 1 for c in columns):
@@ -73,7 +71,7 @@ def _legend(figure: Figure, axes: Axes, title: str | None = None) -> None:
 def against_depth(rows: Rows, *, x: str = "depth", by: str = "variant") -> Figure:
     """Effective rank, number of components and reconstruction error at the end of the runs, against the depth.
 
-    Mean and range over the runs of a point. The effective rank is the mean over the matricisations logged.
+    Median and range over the runs of a point. The effective rank is the mean over the matricisations logged.
 
     Args:
         rows: One per run: its point and its last measurement.

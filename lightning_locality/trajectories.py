@@ -207,7 +207,7 @@ def value_against_loss(
         for axes, (title, names) in zip(grid, panels.items(), strict=True):
             _value_panel(axes, runs, names, f"entry/{entry}", bounds or {})
             axes.set_title(title, fontsize=8)
-            axes.legend(loc="upper left", fontsize=6.5 if len(panels) == 1 else 5.5)
+            axes.legend(loc="best", fontsize=6.5 if len(panels) == 1 else 5.5)
         grid[0].set_ylabel(f"|entry ({entry.replace('-', ', ')})|")
         return figure
 

@@ -68,6 +68,14 @@ def _dispatch(args: Sequence[str]) -> None:
         raise ValueError(f"unknown command {command!r}{nearest(command, known)}; there are {', '.join(known)}")
 
 
+def _reason(message: str) -> str:
+    """What was wrong, without what the parser says around it: the types that it tried and all the settings."""
+    _, wrapped, rest = message.partition("Union subtypes")
+    errors = rest.partition("Errors:\n  - ")[2].partition("\nGiven value type:")[0].split("\n  - ")
+    reasons = [error for error in errors if error and not error.startswith("Expected a <class")]
+    return "; ".join(reasons) if wrapped and reasons else message
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -88,6 +96,6 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         if os.environ.get("LIGHTNING_LOCALITY_DEBUG") or not wrong_input:
             raise
-        print(f"lightning-locality: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"lightning-locality: {type(error).__name__}: {_reason(str(error))}", file=sys.stderr)
         print("(LIGHTNING_LOCALITY_DEBUG=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error

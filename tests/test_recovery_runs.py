@@ -107,3 +107,26 @@ def test_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[s
         main(["fit", f"--config={path}", f"--run_dir={tmp_path / 'a'}"])
     assert "lower the learning rate" in capsys.readouterr().err
     assert [int(row["iteration"]) for row in rows_of(tmp_path / "a")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--data.observations=5000",
+            "observations=5000 are more than the 4096 entries of shape (8, 8, 8, 8): lower it",
+        ),
+        ("--model.model.shape=[8,8,8]", "shape must have as many modes as the tree, which has 4, got 3: (8, 8, 8)\n"),
+        ("--model.model.widths=0", "widths must be at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line(option: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = Path(__file__).parent.parent / "configs" / "recovery" / "htf.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={config}", option, f"--run_dir={tmp_path}"])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert next(line for line in lines if "Error:" in line).startswith(
+        f"lightning-locality: ValueError: {message}".strip()
+    )
+    assert not any("Given value" in line for line in lines)

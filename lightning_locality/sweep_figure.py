@@ -23,7 +23,7 @@ Kind = Literal["accuracy", "components", "value", "depth", "rank", "observations
 _OPTIONS: dict[Kind, tuple[str, ...]] = {
     "accuracy": (),
     "components": ("groups", "top", "x"),
-    "value": ("entry", "split"),
+    "value": ("entry", "least", "split"),
     "depth": ("x", "by"),
     "rank": ("by", "scale", "trivial"),
     "observations": ("by", "x"),

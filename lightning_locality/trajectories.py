@@ -183,6 +183,7 @@ def value_against_loss(
     *,
     entry: str = "0-0",
     split: str = "",
+    least: float = 0.0,
     bounds: Mapping[str, Bound] | None = None,
 ) -> Figure:
     """Size of an unobserved entry against the loss, which decreases to the right.
@@ -193,9 +194,11 @@ def value_against_loss(
         runs: Label -> the rows of each of its runs; one colour per label.
         entry: Its indices, joined by ``-``; its column is ``entry/0-0``.
         split: Labels are ``PANEL SPLIT LABEL``, and there is a panel for every PANEL.
+        least: Smallest loss that is shown.
         bounds: Label -> lower bound of the entry as a function of an array of losses, NaN where it says nothing;
             dotted, in the colour of the runs with that label, in black and in all panels where there are none.
     """
+    runs = {label: [[row for row in r if row["train/loss"] >= least] for r in own] for label, own in runs.items()}
     panels: dict[str, dict[str, str]] = {}
     for label in runs:
         title, _, rest = label.partition(split) if split and split in label else ("", "", label)

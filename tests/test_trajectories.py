@@ -153,3 +153,9 @@ def test_completion_draws_median_and_quartiles_and_ranks_where_there_are_any() -
 def test_figures_are_saved_with_embedded_fonts(tmp_path: Path) -> None:
     save_figure(component_curves({"a": CP}), tmp_path / "a")
     assert b"/FontFile2" in (tmp_path / "a.pdf").read_bytes()
+
+
+def test_value_against_loss_down_to_a_least_loss() -> None:
+    rows = [{"train/loss": 10.0**-k, "entry/0-0": float(k + 1)} for k in range(6)]
+    (axes,) = value_against_loss({"a": [rows]}, least=5e-4).axes
+    assert [x for x, _ in lines(axes)[0]] == pytest.approx([1, 1e-1, 1e-2, 1e-3])

@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the sweep")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--baselines", type=int, help="seeds for which the baseline's rank is estimated (default: all)")
     options = parser.parse_args(arguments)
     folders = sorted(path.parent for path in options.folder.glob("*/summary.json"))
     if not folders:
@@ -105,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     # the baseline does not depend on the start: once per problem
     drawn = [config_of(folder)["data"]["init_args"] for folder in folders]
     problems = [(data["observations"], data["seed"]) for data in drawn]
-    first = [problem not in problems[:place] for place, problem in enumerate(problems)]
+    wanted = sorted({data["seed"] for data in drawn})[: options.baselines]
+    first = [problem not in problems[:k] and problem[1] in wanted for k, problem in enumerate(problems)]
     with ProcessPoolExecutor(options.processes) as pool:
         found = [row for rows in pool.map(run_rows, folders, first) for row in rows]
     rows = sorted(found, key=lambda row: (row["variant"], row["observations"], row["seed"]))

@@ -64,8 +64,8 @@ def test_local_components_emerge_one_after_the_other(tmp_path: Path) -> None:
     root = "node 0-1-2-3"
     times = staircase(rows, root, 3)
     assert 8_000 < times[0] < times[1] < times[2]
-    assert rows[-1][f"{root}/6"] < 0.02 * rows[-1][f"{root}/5"]
-    assert rows[-1]["reconstruction_error"] < 0.01
+    assert rows[-1][f"{root}/6"] < 0.1 * rows[-1][f"{root}/5"]  # 0.011 seen
+    assert rows[-1]["reconstruction_error"] < 0.02  # 0.0057 seen
     assert rows[-1]["effective rank/0-1"] < 5 < 10 < rows[-1]["effective rank/0-2"]
 
 

@@ -6,7 +6,6 @@ __all__ = ["write_figures", "write_json", "write_predictions"]
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,15 @@ from lightning_locality.datamodules.base import AbstractImageDataModule
 from lightning_locality.figures import example_inputs, read_metrics, save_figure, training_curves
 from lightning_locality.regularizer import AntiLocality
 from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations
+from lightning_locality.whole import written_whole
 
 _EXAMPLES = 4
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def write_predictions(path: Path, batches: Sequence[Any]) -> None:

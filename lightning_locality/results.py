@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from lightning_locality.figures import read_metrics
+from lightning_locality.whole import written_whole
 
 Row = Mapping[str, Any]
 
@@ -57,12 +58,10 @@ def collect(runs: Sequence[FinishedRun], path: Path) -> list[dict[str, Any]]:
             own = {key: summary[key] for key in ("epochs", "iterations", "seconds") if key in summary}
             rows.append({"variant": run.variant, **run.point, **own, **summary["metrics"]})
     names = list(dict.fromkeys(key for row in rows for key in row))
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", newline="") as file:
+    with written_whole(path) as file:
         writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
     return rows
 
 

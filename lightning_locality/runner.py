@@ -264,8 +264,6 @@ def run(args: Sequence[str]) -> LocalityCLI:
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         # a module may do without validation
         warnings.filterwarnings("ignore", message=".*but have no `validation_step`")
-        # a recovery problem is measured as it is fitted
-        warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero")
         # metrics are logged per epoch
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         # args and sys.argv may both be set: the command line hands over a part of sys.argv

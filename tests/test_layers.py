@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "figures": set(),
     "folder": set(),
     "suggest": set(),
+    "whole": set(),
     "batch_statistics": set(),
     "boxes": set(),
     "cosine": set(),
@@ -28,12 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "circuit": {"tensors"},
     "ranks": {"tensors"},
     "datamodules": {"suggest", "tensors"},
-    "tasks": {"networks", *BOTTOM, "regularizer", "tensors", "optim", "ranks"},
+    "tasks": {"networks", *BOTTOM, "regularizer", "tensors", "optim", "ranks", "whole"},
     "parser": {"patches", "suggest"},
     "trajectories": {"figures"},
-    "report": {"datamodules", "regularizer", "trajectories", *BOTTOM},
+    "report": {"datamodules", "regularizer", "trajectories", "whole", *BOTTOM},
     "outcomes": {"figures", "trajectories"},
-    "results": {"figures", "trajectories"},
+    "results": {"figures", "whole"},
     "sweep_figure": {"figures", "outcomes", "results", "suggest", "trajectories", "datamodules"},
     "runner": {
         *(

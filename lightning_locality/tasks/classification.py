@@ -19,14 +19,11 @@ from lightning_locality.networks import adapt
 from lightning_locality.patches import GivenPatches
 from lightning_locality.regularizer import AntiLocality
 from lightning_locality.tasks.errors import NonFiniteLossError
+from lightning_locality.tasks.fitting_checkpoint import refuse_other_model
 
 Stage = Literal["train", "val", "test"]
 _STEPS_BETWEEN_CHECKS = 50
 _OBJECTS = ["network", "penalty", "optimizer", "scheduler"]
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(tuple(shape))
 
 
 class Classification(LightningModule):
@@ -158,16 +155,7 @@ class Classification(LightningModule):
             checkpoint["state_dict"].pop(draws, None)
         else:
             checkpoint["state_dict"].setdefault(draws, self.state_dict()[draws])
-        own = {name: value.shape for name, value in self.state_dict().items() if isinstance(value, Tensor)}
-        stored = {name: value.shape for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-        differ = [name for name in sorted(own.keys() | stored.keys()) if own.get(name) != stored.get(name)]
-        if differ:
-            name = differ[0]
-            raise ValueError(
-                f"the checkpoint does not fit this model: {len(differ)} of {len(own)} tensors differ, first "
-                f"{name} (checkpoint {_shape(stored.get(name))}, model {_shape(own.get(name))}); load it with the "
-                "config.yaml of the run that wrote it"
-            )
+        refuse_other_model(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""

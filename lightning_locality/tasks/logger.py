@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["MetricsFile"]
 
 import csv
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+
+from lightning_locality.whole import written_whole
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -56,12 +57,10 @@ class MetricsFile(CSVLogger):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             rows, names = list(reader), list(reader.fieldnames or [])
-        temporary = path.with_name(path.name + ".part")
-        with temporary.open("w", newline="") as file:
+        with written_whole(path) as file:
             writer = csv.DictWriter(file, fieldnames=names)
             writer.writeheader()
             writer.writerows(row for row in rows if wanted(row))
-        os.replace(temporary, path)
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: the run's config.yaml holds them."""

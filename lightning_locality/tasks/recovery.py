@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_locality.optim import GradientFlow, GroupRMSprop
 from lightning_locality.tasks.errors import NonFiniteLossError
+from lightning_locality.tasks.fitting_checkpoint import refuse_other_model
 from lightning_locality.tasks.iterations import Graph, Iterations
 from lightning_locality.tasks.logger import MetricsFile
 from lightning_locality.tasks.measurements import Measurements
@@ -153,16 +154,11 @@ class Recovery(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint was."""
-        own = {name: value.shape for name, value in self.state_dict().items()}
-        differ = [
-            name
-            for name in sorted(own.keys() | checkpoint["state_dict"].keys())
-            if own.get(name) != getattr(checkpoint["state_dict"].get(name), "shape", None)
-        ]
-        if differ or "recovery" not in checkpoint:
+        refuse_other_model(self, checkpoint["state_dict"])
+        if "recovery" not in checkpoint:
             raise ValueError(
-                f"the checkpoint does not fit this model: {len(differ)} of {len(own)} tensors differ"
-                f"{', first ' + differ[0] if differ else ''}; load it with the config.yaml of the run that wrote it"
+                "the checkpoint does not fit this model: it is not of a recovery run; load it with the config.yaml of "
+                "the run that wrote it"
             )
         progress = checkpoint["recovery"]
         self.iteration, self.below, self.row = progress["iteration"], progress["below"], dict(progress["row"])

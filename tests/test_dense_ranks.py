@@ -10,7 +10,7 @@ import tensorly
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks import effective_rank, node_spectra
+from lightning_locality.ranks import dense_spectra, effective_rank
 from lightning_locality.tensors.mode_tree import ModeTree
 
 
@@ -31,7 +31,7 @@ def slow_matricize(tensor: Tensor, group: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("tree", [ModeTree.perfect(4), ModeTree.nested([[0, 2], 1, 3]), ModeTree.perfect(4, 4)])
 def test_spectra_of_a_tree(tree: ModeTree, device: torch.device) -> None:
     tensor = torch.randn(2, 3, 4, 3, device=device)
-    spectra = node_spectra(tensor, tree)
+    spectra = dense_spectra(tensor, tree)
     assert tuple(spectra) == tree.nodes[:-1]
     for node, values in spectra.items():
         matrix = slow_matricize(tensor.cpu(), node)
@@ -46,7 +46,7 @@ def test_cuts_that_are_not_in_a_tree_keep_their_order() -> None:
     factors = [torch.linalg.qr(torch.randn(4, 3)).Q for _ in range(4)]
     # pairs (0, 2) and (1, 3): rank 3 between pairs (0, 1) | (2, 3) squared, rank 1 between (0, 2) | (1, 3)
     tensor = torch.einsum("ar,br,cs,ds->acbd", *factors)
-    spectra = node_spectra(tensor, [(0, 2), (2, 0), (0, 1), (1,)])
+    spectra = dense_spectra(tensor, [(0, 2), (2, 0), (0, 1), (1,)])
     assert list(spectra) == [(0, 2), (2, 0), (0, 1), (1,)]
     ranks = {cut: int((s > 1e-12).sum()) for cut, s in spectra.items()}
     assert ranks == {(0, 2): 1, (2, 0): 1, (0, 1): 9, (1,): 3}
@@ -55,7 +55,7 @@ def test_cuts_that_are_not_in_a_tree_keep_their_order() -> None:
 
 def test_any_type_is_measured_in_float64_and_without_a_graph() -> None:
     tensor = torch.randn(3, 3, 3, dtype=torch.float32, requires_grad=True)
-    for values in node_spectra(tensor, [(0,), (1, 2)]).values():
+    for values in dense_spectra(tensor, [(0,), (1, 2)]).values():
         assert values.dtype is torch.float64
         assert not values.requires_grad
 
@@ -63,7 +63,7 @@ def test_any_type_is_measured_in_float64_and_without_a_graph() -> None:
 def test_backend_of_tensorly_is_restored_also_in_other_threads() -> None:
     seen = []
     with tensorly.backend_context("numpy"):
-        node_spectra(torch.randn(2, 2), [(0,)])
+        dense_spectra(torch.randn(2, 2), [(0,)])
         thread = threading.Thread(target=lambda: seen.append(tensorly.get_backend()))
         thread.start()
         thread.join()
@@ -105,9 +105,9 @@ def test_effective_rank_of_many() -> None:
 @pytest.mark.parametrize("cut", [(), (0, 0), (0, 1, 2), (3,), (-1,)])
 def test_cuts_that_make_no_sense(cut: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cuts must be groups of some, not all, of the modes 0 to 2"):
-        node_spectra(torch.zeros(2, 2, 2), [cut])
+        dense_spectra(torch.zeros(2, 2, 2), [cut])
 
 
 def test_tree_of_another_order() -> None:
     with pytest.raises(ValueError, match="cuts is a tree of order 4 and the tensor has order 3"):
-        node_spectra(torch.zeros(2, 2, 2), ModeTree.perfect(4))
+        dense_spectra(torch.zeros(2, 2, 2), ModeTree.perfect(4))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.dense import node_spectra
+from lightning_locality.ranks import dense_spectra
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization as HTF
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
@@ -470,7 +470,7 @@ def test_unbalancedness_is_conserved_to_first_order(depth: Any) -> None:
 def test_few_components_give_low_rank_at_the_children_only() -> None:
     model = perfect_model(4, 3, [9, 9])
     few = without(model, lambda node, r: node != model.tree.root or r < 2)
-    spectra = node_spectra(few.to_tensor(), [(0, 1), (2, 3), (0, 2)])
+    spectra = dense_spectra(few.to_tensor(), [(0, 1), (2, 3), (0, 2)])
     ranks = {node: int((s > 1e-10 * s[0]).sum()) for node, s in spectra.items()}
     assert ranks == {(0, 1): 2, (2, 3): 2, (0, 2): 9}
 

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "tensors": set(),
     "optim": set(),
     "circuit": {"tensors"},
-    "ranks": {"tensors"},
+    "rank_figures": {"figures", "tensors"},
+    "ranks": {"tensors", "rank_figures"},
     "datamodules": {"suggest", "tensors"},
     "tasks": {"networks", *BOTTOM, "regularizer", "tensors", "optim", "ranks", "whole"},
     "parser": {"patches", "suggest"},
@@ -52,10 +53,13 @@ ALLOWED: dict[str, set[str]] = {
         *BOTTOM,
     },
     "sweep": {"runner", "results", "suggest", "sweep_figure"},
-    "cli": {"__init__", "runner", "sweep", "suggest", "datamodules"},
+    "trained": {"runner", "circuit", "datamodules", "folder", "tasks", "tensors"},
+    "measured": {"ranks", "rank_figures", "tensors", "trained", "whole"},
+    "measure": {"measured", "ranks", "rank_figures", "suggest", "tensors", "trained", "whole"},
+    "cli": {"__init__", "runner", "sweep", "suggest", "datamodules", "measure"},
     "__main__": {"cli"},
 }
-LIGHTNING_ONLY_IN = {"datamodules", "tasks", "parser", "report", "runner"}
+LIGHTNING_ONLY_IN = {"datamodules", "tasks", "parser", "report", "runner", "trained", "measure"}
 
 
 def imports(path: Path) -> set[str]:

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["effective_rank", "node_spectra"]
+__all__ = [
+    "NodeSpectra",
+    "dense_spectra",
+    "effective_rank",
+    "entanglement_entropy",
+    "epsilon_rank",
+    "numerical_rank",
+    "participation_ratio",
+    "stable_rank",
+]
 
-from lightning_locality.ranks.dense import effective_rank, node_spectra
+from lightning_locality.ranks.dense import dense_spectra
+from lightning_locality.ranks.quantities import (
+    effective_rank,
+    entanglement_entropy,
+    epsilon_rank,
+    numerical_rank,
+    participation_ratio,
+    stable_rank,
+)
+from lightning_locality.ranks.spectra import NodeSpectra

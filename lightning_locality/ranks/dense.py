@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["effective_rank", "node_spectra"]
+__all__ = ["dense_spectra"]
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 
@@ -26,7 +27,7 @@ def _torch_in_tensorly() -> Iterator[None]:
         tensorly.set_backend(before, local_threadsafe=True)
 
 
-def node_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> dict[Node, Tensor]:
+def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectra:
     r"""Singular values of the matricisations of a tensor, through tensorly and in float64.
 
     .. math:: \sigma \left( [\![ \mathcal{W}; \nu ]\!] \right), \qquad [\![ \mathcal{W}; \nu ]\!]
@@ -41,7 +42,8 @@ def node_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> dict[Node, 
         cuts: A tree, for all its nodes but the root, or groups of modes, counted from 0.
 
     Returns:
-        For every group, in the order given, its singular values, descending.
+        For every group, in the order given, its singular values, descending. Their tolerance is the rounding of the
+        tensor's own type times the longer side of the matricisation, the usual rule for dense matrices.
 
     Raises:
         ValueError: A tree of another order, or a group of modes that the tensor does not have, has twice or that is
@@ -50,7 +52,7 @@ def node_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> dict[Node, 
     Example:
         >>> tensor = torch.zeros(2, 2, 2)
         >>> tensor[0, 0, 0], tensor[1, 1, 1] = 3.0, 2.0
-        >>> {node: values.round(decimals=6).tolist() for node, values in node_spectra(tensor, [(0, 1)]).items()}
+        >>> {node: values.round(decimals=6).tolist() for node, values in dense_spectra(tensor, [(0, 1)]).items()}
         {(0, 1): [3.0, 2.0]}
     """
     import tensorly
@@ -68,36 +70,8 @@ def node_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> dict[Node, 
     measured = tensor.detach().double()
     with _torch_in_tensorly():
         matrices = [tensorly.base.matricize(measured, group) for group in groups]
+    eps = torch.finfo(tensor.dtype if tensor.is_floating_point() else torch.float64).eps
     # a wide matrix is transposed: some drivers take longer for it
-    return {
-        group: torch.linalg.svdvals(m if m.shape[0] >= m.shape[1] else m.mT)
-        for group, m in zip(groups, matrices, strict=True)
-    }
-
-
-def effective_rank(spectrum: Tensor) -> Tensor:
-    r"""Exponential of the entropy of the normalised singular values; 0 for a spectrum of zeros.
-
-    .. math:: \operatorname{erank}(\sigma) = \exp \Bigl( -\sum_r p_r \ln p_r \Bigr), \qquad
-        p_r = \sigma_r / \sum_{r'} \sigma_{r'}
-
-    Source: "The effective rank: a measure of effective dimensionality" (Roy, Vetterli, 2007). Values below the
-    rounding of a float64 decomposition, :math:`100 \cdot 2^{-52} \sigma_1` (ours), are left out, so that noise does
-    not count.
-
-    Args:
-        spectrum: Singular values ``(..., R)``.
-
-    Returns:
-        ``(...)``, between 1 and R.
-
-    Example:
-        >>> effective_rank(torch.tensor([5.0, 5.0, 0.0])).round(decimals=6)
-        tensor(2., dtype=torch.float64)
-    """
-    values = spectrum.double()
-    largest = values.amax(-1, keepdim=True)
-    values = torch.where(values > 100 * torch.finfo(torch.float64).eps * largest, values, 0.0)
-    total = values.sum(-1)
-    shares = values / torch.where(total > 0, total, 1.0).unsqueeze(-1)
-    return torch.where(total > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)
+    values = [torch.linalg.svdvals(m if m.shape[0] >= m.shape[1] else m.mT) for m in matrices]
+    tolerances = [max(m.shape) * eps for m in matrices]
+    return NodeSpectra(dict(zip(groups, values, strict=True)), dict(zip(groups, tolerances, strict=True)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 __all__ = ["Measurements"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.dense import effective_rank, node_spectra
+from lightning_locality.ranks import dense_spectra, effective_rank
 from lightning_locality.tasks.objective import LARGEST_DENSE, Loss, Observed
 from lightning_locality.tensors.factorization import Factorization
 from lightning_locality.tensors.observations import RecoveryBatch
@@ -122,9 +122,9 @@ class Measurements:
             return 0.0 if distance == 0 else math.inf
         return distance / self.target_norm
 
-    def _spectra(self, tensor: Tensor, magnitudes: dict[str, Tensor]) -> dict[tuple[int, ...], Tensor]:
+    def _spectra(self, tensor: Tensor, magnitudes: dict[str, Tensor]) -> Mapping[tuple[int, ...], Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             return dict.fromkeys(self.cuts, torch.full((1,), math.nan))
         # the singular values of a matrix are among what it grows
         values = magnitudes.get("singular value")
-        return node_spectra(tensor, self.cuts) if values is None else dict.fromkeys(self.cuts, values)
+        return dense_spectra(tensor, self.cuts) if values is None else dict.fromkeys(self.cuts, values)

@@ -5,8 +5,8 @@
 #   bash benchmarks/gpu.sh --list      # what is done and what is pending
 #   SECONDS_PER_CALL=3600 bash benchmarks/gpu.sh
 #
-# A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run): commit those. Unfinished runs
-# live in runs/gpu. CIFAR-10, MNIST and Fashion-MNIST are taken from $LIGHTNING_LOCALITY_DATA, or from
+# A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run, a figure for rank_speed): commit
+# those. Unfinished runs live in runs/gpu. CIFAR-10, MNIST and Fashion-MNIST are taken from $LIGHTNING_LOCALITY_DATA, or from
 # benchmarks/inputs/{cifar10,mnist,fashion_mnist}.npz; items whose images are in neither are left out. To pack them:
 #   python benchmarks/pack_images.py --root DATA --out benchmarks/inputs/cifar10.npz
 #   python benchmarks/pack_images.py --root DATA --source mnist --train 90000 --test 20000 --out benchmarks/inputs/mnist.npz
@@ -22,13 +22,14 @@ runs="${RUNS:-runs/gpu}"
 packed="benchmarks/inputs/cifar10.npz"
 mkdir -p "$results" "$runs"
 
-toy_run=() toy_test=() toy_step=() toy_speed=() toy_binary=()
+toy_run=() toy_test=() toy_step=() toy_speed=() toy_ranks=() toy_binary=()
 if [ "${TOY:-0}" = 1 ]; then
   toy_run=(--trainer.max_epochs=2 --data.train=8 --data.validation=4 --data.test=4 --data.batch_size=4
     --model.network=SmallResNet)
   toy_test=(tests/test_networks.py)
   toy_step=(--batch 2 --repeats 1 --shape 1 32 32)
   toy_speed=(--toy --steps-check 20 --seconds 0.01 --repeats 2)
+  toy_ranks=(--toy --methods qr)
   # 8x8 digits, of which 60
   toy_binary=(--data.train=60 --data.test=20 --model.batch_size=20 --model.max_iterations=24 --model.steps=6
     --model.measure_every=6 --data.epoch_length=2)
@@ -83,8 +84,20 @@ PYTHON
 
 step() { timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --out "$RESULT" "$@" "${toy_step[@]}"; }
 
+# what was written before the time was up is kept, but not taken for the result
+unfinished() {
+  [ -s "$RESULT" ] && mv "$RESULT" "$RESULT.partial"
+  return 1
+}
+
 speed() {
-  timeout "$(left)" "$python" benchmarks/recovery_speed.py --device "$device" --out "$RESULT" --seconds 1 "$@" "${toy_speed[@]}"
+  timeout "$(left)" "$python" benchmarks/recovery_speed.py --device "$device" --out "$RESULT" --seconds 1 "$@" "${toy_speed[@]}" ||
+    unfinished
+}
+
+ranks() {
+  timeout "$(left)" "$python" benchmarks/rank_speed.py --device "$device" --out "$RESULT" "$@" "${toy_ranks[@]}" ||
+    unfinished
 }
 
 # train ITEM OPTIONS...: one run, continued over as many calls as it takes
@@ -132,6 +145,9 @@ binary_images() { # SOURCE VARIANT RANK
 list=0; [ "${1:-}" = --list ] && list=1
 pending=0
 once cuda_tests tests
+# ranks on the GPU beside one core, and of a ResNet-18 with images of 224 pixels
+once rank_speed ranks --tables factored --orders 16 256 1024 4096 --dense-orders 8 10 --repeats 3
+once rank_networks ranks --tables networks
 once recovery_speed speed --tables cases
 [ "$device" = cpu ] || once recovery_sizes speed --tables sizes --repeats 3 --threads "$(( $(nproc) < 8 ? $(nproc) : 8 ))"
 for shape in "3 224 224" "1 150 150"; do

@@ -17,6 +17,7 @@ Train convolutional networks that see far, and measure how far any network sees.
   validate | test       measure a checkpoint:   --config FILE --ckpt_path runs/NAME/best.ckpt
   predict               class probabilities of the test images
   sweep GRID.yaml       a grid of runs on the cores of this machine, collected in a table and figures
+  rank                  how far models see:     --checkpoint runs/NAME/last.ckpt [--checkpoint ...] [--out FOLDER]
   make-data pathfinder  draw the Pathfinder images ahead of a run
 
   --version
@@ -40,6 +41,18 @@ def _make_data(args: Sequence[str]) -> None:
     auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog="lightning-locality make-data")
 
 
+def _rank(args: Sequence[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from lightning_locality.measure import gathered, rank
+
+    # jsonargparse itself shows the first line alone
+    description = (rank.__doc__ or "").partition("Args:")[0]
+    auto_cli(
+        rank, args=gathered(args), as_positional=False, prog="lightning-locality rank", description=description.strip()
+    )
+
+
 def _dispatch(args: Sequence[str]) -> None:
     command = args[0] if args else "--help"
     if command in ("--help", "-h", "help"):
@@ -59,12 +72,14 @@ def _dispatch(args: Sequence[str]) -> None:
             distributed.destroy_process_group()
     elif command == "sweep":
         _sweep(args[1:])
+    elif command == "rank":
+        _rank(args[1:])
     elif command == "make-data":
         _make_data(args[1:])
     else:
         from lightning_locality.suggest import nearest
 
-        known = (*_RUNS, "sweep", "make-data")
+        known = (*_RUNS, "sweep", "rank", "make-data")
         raise ValueError(f"unknown command {command!r}{nearest(command, known)}; there are {', '.join(known)}")
 
 

@@ -35,6 +35,7 @@ from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
 from lightning_locality.tasks.callbacks import StopAfter, StopOnceFitted
 from lightning_locality.tasks.classification import Classification
 from lightning_locality.tasks.logger import MetricsFile
+from lightning_locality.tasks.rank_monitor import RankMonitor
 from lightning_locality.tasks.recovery import Recovery
 
 # what a configuration may call by its bare class name: everything imported here
@@ -52,6 +53,7 @@ _NAMED = (
     Classification,
     Recovery,
     AntiLocalityCallback,
+    RankMonitor,
     StopAfter,
     StopOnceFitted,
 )

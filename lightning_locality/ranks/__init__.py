@@ -1,19 +1,61 @@
-"""How far modes or regions depend on one another: spectra, ranks and interaction distances."""
+"""How far modes or regions depend on one another: spectra, ranks and interaction distances.
+
+Running values for torchmetrics are in :mod:`lightning_locality.ranks.metrics`, which loads more than these need.
+"""
 
 from __future__ import annotations
 
 __all__ = [
+    "CPRank",
+    "CPRankNotFoundError",
+    "CutShare",
+    "Evaluation",
+    "InteractionProfile",
     "NodeSpectra",
+    "balanced_component_norms",
+    "blocks",
+    "checkerboard",
+    "contribution_norms",
+    "cp_epsilon_ranks",
+    "cp_rank",
+    "cut_share",
+    "data_alignment",
+    "data_entanglement",
+    "data_spectra",
     "dense_spectra",
     "effective_rank",
     "entanglement_entropy",
     "epsilon_rank",
+    "grid_tensor",
+    "halves",
+    "interaction_profile",
+    "measuring",
+    "mixing_matrix",
+    "node_spectra",
     "numerical_rank",
+    "pair_moments",
     "participation_ratio",
+    "participation_ratios",
+    "quad_tree",
     "stable_rank",
+    "standard_cuts",
+    "tree_separation",
+    "variance_components",
 ]
 
+from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
+from lightning_locality.ranks.cp_rank import CPRank, CPRankNotFoundError, cp_epsilon_ranks, cp_rank
+from lightning_locality.ranks.cuts import CutShare, cut_share
+from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra
 from lightning_locality.ranks.dense import dense_spectra
+from lightning_locality.ranks.evaluation import Evaluation, measuring
+from lightning_locality.ranks.grid import grid_tensor, tree_separation
+from lightning_locality.ranks.interactions import InteractionProfile
+from lightning_locality.ranks.masks import blocks, checkerboard, halves, quad_tree, standard_cuts
+from lightning_locality.ranks.mixing import mixing_matrix
+from lightning_locality.ranks.moments import pair_moments, variance_components
+from lightning_locality.ranks.nodes import node_spectra, participation_ratios
+from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.ranks.quantities import (
     effective_rank,
     entanglement_entropy,

@@ -1,4 +1,4 @@
-"""Numbers that say how many singular values count."""
+"""Numbers that say how many singular values count; NaN of a spectrum with NaN."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:
     Returns:
         ``(...)``, int64.
 
+    Raises:
+        ValueError: Values that are not finite, which an integer could not show.
+
     Example:
         >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-20])).item(), numerical_rank(torch.zeros(3)).item()
         (2, 0)
     """
-    values = spectrum.double()
+    values = _finite(spectrum).double()
     share = torch.as_tensor(rtol, dtype=torch.float64, device=values.device)
     return (values > share[..., None] * values.amax(-1, keepdim=True)).sum(-1)
 
@@ -51,11 +54,14 @@ def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
     Returns:
         ``(...)``, int64.
 
+    Raises:
+        ValueError: Values that are not finite.
+
     Example:
         >>> epsilon_rank(torch.tensor([4.0, 3.0, 0.1]), epsilon=0.1).item()
         2
     """
-    squares = _scaled(spectrum).square().sort(-1).values
+    squares = _scaled(_finite(spectrum)).square().sort(-1).values
     # summed from the smallest up: what is left out must not be lost beside what is kept
     left_out = squares.cumsum(-1) <= epsilon**2 * squares.sum(-1, keepdim=True)
     return squares.shape[-1] - left_out.sum(-1)
@@ -82,8 +88,8 @@ def effective_rank(spectrum: Tensor) -> Tensor:
         tensor(2., dtype=torch.float64)
     """
     values = _scaled(spectrum)
-    shares, total = _shares(torch.where(values > ROUNDING, values, 0.0))
-    return torch.where(total > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)
+    shares, total = _shares(torch.where(values <= ROUNDING, 0.0, values))
+    return torch.where(total == 0, 0.0, torch.special.entr(shares).sum(-1).exp())
 
 
 def entanglement_entropy(spectrum: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ def participation_ratio(spectrum: Tensor) -> Tensor:
         3.0
     """
     shares, total = _shares(_scaled(spectrum).square())
-    return torch.where(total > 0, 1 / torch.where(total > 0, shares.square().sum(-1), 1.0), 0.0)
+    return torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, shares.square().sum(-1)))
 
 
 def stable_rank(spectrum: Tensor) -> Tensor:
@@ -146,13 +152,19 @@ def stable_rank(spectrum: Tensor) -> Tensor:
     return _scaled(spectrum).square().sum(-1)
 
 
+def _finite(spectrum: Tensor) -> Tensor:
+    if bad := int((~spectrum.isfinite()).sum()):
+        raise ValueError(f"spectrum has {bad} of {spectrum.numel()} values that are not finite: look where it is from")
+    return spectrum
+
+
 def _scaled(spectrum: Tensor) -> Tensor:
     """In float64, the largest value 1: squares then neither overflow nor vanish altogether."""
     values = spectrum.double()
     largest = values.amax(-1, keepdim=True)
-    return values / torch.where(largest > 0, largest, 1.0)
+    return values / torch.where(largest == 0, 1.0, largest)
 
 
 def _shares(values: Tensor) -> tuple[Tensor, Tensor]:
     total = values.sum(-1)
-    return values / torch.where(total > 0, total, 1.0).unsqueeze(-1), total
+    return values / torch.where(total == 0, 1.0, total).unsqueeze(-1), total

@@ -1,0 +1,250 @@
+"""How networks are evaluated to be measured: state, chunks, memory, processes, progress."""
+
+from __future__ import annotations
+
+__all__ = ["Evaluation", "Processes", "measuring", "scores"]
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_locality.ranks.memory import OUT_OF_MEMORY, is_out_of_memory, peak_bytes, too_large
+from lightning_locality.ranks.model_state import measuring
+
+GIB = 2**30
+# rows per call at most, or a part of all rows: several processes find work, and progress is seen
+MOST_ROWS, LEAST_CHUNKS = 512, 64
+
+
+class Processes(Protocol):
+    """Processes that share the work, one device each: a ``Fabric`` of Lightning is one, after ``launch()``."""
+
+    @property
+    def global_rank(self) -> int:
+        """Number of this process."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+
+    def all_gather(self, data: Any) -> Any:
+        """The tensors ``(...)`` of all processes, ``(world_size, ...)``."""
+
+
+def scores(outputs: Tensor) -> Tensor:
+    """A network's outputs as ``(n, C)``, whether it has one or several.
+
+    Args:
+        outputs: ``(n,)`` or ``(n, C)``.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or not outputs.is_floating_point():
+        got = f"{tuple(outputs.shape)} of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"model must give real numbers (n,) or (n, C) for n images, got {got}: wrap it in a module whose forward "
+            "returns the logits alone, flattened to (n, C)"
+        )
+    return outputs[:, None] if outputs.ndim == 1 else outputs
+
+
+@final
+class Evaluation:
+    """How a network is evaluated at thousands of inputs.
+
+    Results are the same for any number of processes: the chunks do not depend on it.
+
+    Args:
+        chunk: Rows per call; None: as many as the memory allows, found by calls with one and two rows, up to 512
+            or a 64th of all rows.
+        memory: What a call may take beyond the model and its data, in GiB per process; None: 1 on the CPU, 80 % of
+            what is free on CUDA.
+        dtype: Of weights and images while evaluating; None: the model's own. Another one evaluates a copy.
+        processes: Those that share the work, each of which must make the same calls; None: this one alone.
+        progress: Called after every chunk with the number of rows done, as far as this process knows, and of all.
+
+    Raises:
+        ValueError: A chunk or memory of nothing, or a type that is not floating.
+
+    Example:
+        >>> Evaluation(chunk=2).map(lambda rows: rows.double().square(), 5, torch.device("cpu"))
+        tensor([ 0.,  1.,  4.,  9., 16.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        chunk: int | None = None,
+        memory: float | None = None,
+        dtype: torch.dtype | None = None,
+        processes: Processes | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least one row per call, got {chunk}")
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory must be above 0 GiB, got {memory}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating type, got {dtype}")
+        self.chunk, self.memory, self.dtype = chunk, memory, dtype
+        self.processes = processes if processes is not None and processes.world_size > 1 else None
+        self.progress = progress
+
+    @contextmanager
+    def prepared(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model as it is evaluated, in this type and :func:`measuring`; a copy where the type is another one.
+
+        Args:
+            model: What is measured; as it was afterwards.
+        """
+        with measuring(model):
+            tensors = chain(model.parameters(), model.buffers())
+            kept = self.dtype is None or all(not t.is_floating_point() or t.dtype == self.dtype for t in tensors)
+            yield model if kept else copy.deepcopy(model).to(self.dtype)
+
+    def map(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device) -> Tensor:
+        """Values of a function of row numbers.
+
+        Args:
+            function: Takes row numbers ``(n,)``, int64 on ``device``, and gives real numbers ``(n, ...)``; the value
+                of a row must not depend on the other rows of the call.
+            count: How many rows there are.
+            device: Where the function works.
+
+        Returns:
+            ``(count, ...)`` in float64 on ``device``; the same on every process.
+
+        Raises:
+            ValueError: No rows, results of another shape, or results that are not finite.
+            MemoryError: One row takes more than there is, or than ``memory`` gives.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least one row, got {count}")
+        device, results, failure = torch.device(device), list[Tensor](), None
+        rank, world = (0, 1) if self.processes is None else (self.processes.global_rank, self.processes.world_size)
+        chunk = self._together(lambda: self._chunk(function, count, device), device)
+        numbers = range(0, count, chunk)
+        try:
+            # a process without a chunk of its own learns the shape of the results from the first one
+            step = chunk
+            for start in numbers[rank::world] or numbers[:1]:
+                part, step = _evaluated(function, start, min(start + chunk, count), step, device)
+                results.append(part)
+                if self.progress is not None:
+                    self.progress(min(start + world * chunk, count), count)
+        except Exception as error:
+            failure = error
+        values = self._gathered(results, failure, -(-len(numbers) // world) * chunk, chunk, count, device)
+        if bad := int((~values.isfinite()).sum()):
+            raise ValueError(
+                f"model gave {bad} of {values.numel()} results that are not finite: look at its weights and images, or "
+                "evaluate it in float64 with Evaluation(dtype=torch.float64)"
+            )
+        return values
+
+    def _chunk(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device) -> int:
+        """Rows per call: as given, or the power of two that fits."""
+        if self.chunk is not None:
+            return self.chunk
+        budget = self._budget(device)
+        peaks = []
+        for rows in range(1, min(count, 2) + 1):
+            numbers = torch.arange(rows, device=device)
+            try:
+                result, peak = peak_bytes(lambda numbers=numbers: _checked(function(numbers), numbers), device)  # type: ignore[misc]
+            except OUT_OF_MEMORY as error:
+                if not is_out_of_memory(error):
+                    raise
+                if rows > 1:
+                    return 1
+                raise too_large("there is", device) from error
+            peaks.append(peak)
+        budget -= 8 * count * result[0].numel()
+        if peaks[0] > budget and self.memory is not None:
+            raise too_large(f"memory = {self.memory:g} GiB allows, namely {peaks[0] / GIB:.3g} GiB", device)
+        fitting = 1 + max(0, budget - peaks[0]) // max(1, peaks[-1] - peaks[0]) if len(peaks) > 1 else 1
+        most = min(fitting, max(MOST_ROWS, count // LEAST_CHUNKS))
+        # a power of two: results do not hang on a few bytes more or less, which there are on a device in use
+        return 1 << (int(most).bit_length() - 1)
+
+    def _budget(self, device: torch.device) -> int:
+        if self.memory is not None:
+            return int(self.memory * GIB)
+        if device.type != "cuda":
+            return GIB
+        free = torch.cuda.mem_get_info(device)[0]
+        return int(0.8 * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))
+
+    def _together(self, number: Callable[[], int], device: torch.device) -> int:
+        """The least of all processes' numbers; an error of one is an error of all."""
+        if self.processes is None:
+            return number()
+        failure, value = None, 0
+        try:
+            value = number()
+        except Exception as error:
+            failure = error
+        least = int(self.processes.all_gather(torch.tensor(value, device=device)).min())
+        _raise(failure, least == 0)
+        return least
+
+    def _gathered(
+        self,
+        results: list[Tensor],
+        failure: Exception | None,
+        padded: int,
+        chunk: int,
+        count: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Results of all processes in the order of the rows."""
+        if self.processes is None:
+            _raise(failure, False)
+            return torch.cat(results)
+        failed = torch.tensor(int(failure is not None), device=device)
+        _raise(failure, bool(self.processes.all_gather(failed).any()))
+        own = torch.cat(results)
+        shares = own.new_zeros(padded, *own.shape[1:])
+        shares[: len(own)] = own
+        everything: Tensor = self.processes.all_gather(shares).to(device)
+        in_turn = everything.reshape(len(everything), -1, chunk, *own.shape[1:]).transpose(0, 1)
+        return in_turn.reshape(-1, *own.shape[1:])[:count]
+
+
+def _raise(failure: Exception | None, elsewhere: bool) -> None:
+    if failure is not None:
+        raise failure
+    if elsewhere:
+        raise RuntimeError("another process failed to evaluate the model: its own message says why")
+
+
+def _evaluated(
+    function: Callable[[Tensor], Tensor], start: int, stop: int, step: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """Rows from start to stop, in smaller steps where memory does not suffice; and the step that did."""
+    while True:
+        try:
+            parts = (torch.arange(k, min(k + step, stop), device=device) for k in range(start, stop, step))
+            return torch.cat([_checked(function(rows), rows) for rows in parts]), step
+        except OUT_OF_MEMORY as error:
+            if not is_out_of_memory(error):
+                raise
+            if step == 1:
+                raise too_large("there is", device) from error
+        # outside the handler, which holds on to the tensors of the failed call
+        step = (step + 1) // 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _checked(result: Tensor, rows: Tensor) -> Tensor:
+    if result.ndim == 0 or len(result) != len(rows) or result.is_complex():
+        raise ValueError(
+            f"function must give real numbers for each of {len(rows)} rows, got {tuple(result.shape)} of {result.dtype}"
+        )
+    return result.detach().to(rows.device, torch.float64)

@@ -1,0 +1,181 @@
+"""Least-squares fits of a sum of rank-one tensors, from several starts at once."""
+
+from __future__ import annotations
+
+__all__ = ["CPFit", "fit_cp"]
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# a fit is given up when in so many steps no start has come closer by so much
+PATIENCE, PROGRESS = 25, 0.97
+
+
+class CPFit(NamedTuple):
+    """The closest of several fits.
+
+    Args:
+        factors: For every mode ``(D_n, R)``; the tensor is the sum over r of the outer products of their columns.
+        error: Distance from the tensor, relative to its norm.
+        steps: Steps taken.
+    """
+
+    factors: tuple[Tensor, ...]
+    error: float
+    steps: int
+
+
+def fit_cp(
+    tensor: Tensor,
+    rank: int,
+    rtol: float = 1e-6,
+    starts: int = 8,
+    max_steps: int = 500,
+    generator: torch.Generator | None = None,
+) -> CPFit:
+    r"""Fit a sum of rank-one tensors by Levenberg and Marquardt's method, until one of the starts is close enough.
+
+    .. math:: \min_{A_1, \dots, A_N} \Bigl\lVert \mathcal{T} - \sum_{r=1}^R A_{1,:r} \otimes \dots \otimes A_{N,:r}
+        \Bigr\rVert, \qquad \text{step} = (J^\top J + \lambda)^{-1} J^\top (\text{residual})
+
+    :math:`J^\top J` is put together from the Gram matrices of the factors; the Jacobian is never formed. The damping
+    follows the ratio of gain and prediction: "Methods for non-linear least squares problems" (Madsen, Nielsen,
+    Tingleff, 2004). With :math:`P = R \sum_n D_n`, a step takes :math:`P^3 / 3` operations and :math:`16 P^2` bytes
+    for every start.
+
+    Args:
+        tensor: Of order 2 or more, any floating type, not zero; the fit is in float64 on its device.
+        rank: R.
+        rtol: Relative distance that is close enough.
+        starts: How many fits run side by side, from normal factors.
+        max_steps: Most steps; fewer are taken once no start moves on.
+        generator: On the CPU; None is seed 0.
+
+    Returns:
+        The closest fit, whether close enough or not.
+
+    Raises:
+        ValueError: ``starts`` or ``max_steps`` below 1.
+
+    Example:
+        >>> a, b, c = torch.eye(3)[:, :2], torch.ones(4, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> fit_cp(torch.einsum("ir,jr,kr->ijk", a, b, c), rank=2).error < 1e-6
+        True
+    """
+    if min(starts, max_steps) < 1:
+        raise ValueError(f"starts and max_steps must be at least 1, got {starts} and {max_steps}")
+    target = tensor.detach().double()
+    norm = target.norm()
+    target = target / norm
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    factors = _start(target, rank, starts, generator)
+    residual = target - _sum(factors)
+    error = residual.flatten(1).norm(dim=1)
+    damping, growth = torch.full_like(error, 1e-2), torch.full_like(error, 2.0)
+    checkpoint, step = error, 0
+    while step < max_steps and error.min() > rtol:
+        if step and step % PATIENCE == 0:
+            if not (error < PROGRESS * checkpoint).any():
+                break
+            checkpoint = error
+        step += 1
+        hessian, descent = _normal_equations(factors, residual)
+        diagonal = hessian.diagonal(dim1=1, dim2=2)
+        # the scale of a component is spread over the modes in many ways: without damping the matrix is singular
+        damping = damping.maximum(1e-15 * diagonal.amax(1))
+        diagonal += damping[:, None]
+        triangle, failed = torch.linalg.cholesky_ex(hessian)
+        move = torch.cholesky_solve(descent[..., None], triangle)[..., 0]
+        moved = [
+            factor + part.reshape(factor.shape)
+            for factor, part in zip(factors, (move[:, part] for part in _parts(factors)), strict=True)
+        ]
+        new_residual = target - _sum(moved)
+        new_error = new_residual.flatten(1).norm(dim=1)
+        better = (failed == 0) & (new_error < error)
+        predicted = (move * (damping[:, None] * move + descent)).sum(1)
+        gain = (error - new_error) * (error + new_error) / predicted
+        shrink = (1 - (2 * gain - 1) ** 3).clamp(min=1 / 3)
+        damping = torch.where(better, damping * shrink, damping * growth)
+        growth = torch.where(better, 2.0, 2 * growth)
+        factors = [torch.where(better[:, None, None], new, old) for new, old in zip(moved, factors, strict=True)]
+        residual = torch.where(better.reshape(-1, *[1] * target.ndim), new_residual, residual)
+        error = torch.where(better, new_error, error)
+    best = int(error.argmin())
+    share = norm ** (1 / target.ndim)
+    return CPFit(tuple(share * factor[best] for factor in factors), float(error[best]), step)
+
+
+def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -> list[Tensor]:
+    """Normal vectors, scaled so that the sum has about the target's norm, 1."""
+    factors = []
+    for size in target.shape:
+        drawn = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64).to(target.device)
+        factors.append(drawn / (size**0.5 * rank ** (0.5 / target.ndim)))
+    return factors
+
+
+def _sum(factors: Sequence[Tensor]) -> Tensor:
+    """(S, D_1, ..., D_N)."""
+    starts, rank = len(factors[0]), factors[0].shape[2]
+    # all but the last mode row by row, then one matrix product
+    rows = factors[0]
+    for factor in factors[1:-1]:
+        rows = (rows[:, :, None] * factor[:, None]).reshape(starts, -1, rank)
+    return (rows @ factors[-1].mT).reshape(starts, *(factor.shape[1] for factor in factors))
+
+
+def _normal_equations(factors: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
+    """J^T J (S, P, P) and J^T residual (S, P), J the derivative of the sum; parameters by mode, row and component."""
+    order = len(factors)
+    starts, rank = len(residual), factors[0].shape[2]
+    parts = _parts(factors)
+    grams = [factor.mT @ factor for factor in factors]
+    hessian = residual.new_empty(starts, parts[-1].stop, parts[-1].stop)
+    descent = residual.new_empty(starts, parts[-1].stop)
+    ones = torch.ones_like(grams[0])
+    for n in range(order):
+        size = factors[n].shape[1]
+        # of the residual, not of the target: near the solution the difference of two large terms would be noise
+        descent[:, parts[n]] = _contracted(residual, factors, n).reshape(starts, -1)
+        for p in range(n, order):
+            others = ones
+            for m in set(range(order)) - {n, p}:
+                others = others * grams[m]
+            if n == p:
+                unit = torch.eye(size, dtype=others.dtype, device=others.device)
+                block = torch.einsum("brs,ij->birjs", others, unit)
+            else:
+                block = torch.einsum("brs,bis,bjr->birjs", others, factors[n], factors[p])
+            block = block.reshape(starts, size * rank, -1)
+            hessian[:, parts[n], parts[p]] = block
+            hessian[:, parts[p], parts[n]] = block.mT
+    return hessian, descent
+
+
+def _parts(factors: Sequence[Tensor]) -> list[slice]:
+    """Where the parameters of every factor are among all."""
+    return [slice(*ends) for ends in pairwise(accumulate((factor[0].numel() for factor in factors), initial=0))]
+
+
+def _contracted(tensors: Tensor, factors: Sequence[Tensor], kept: int) -> Tensor:
+    """Every tensor (S, D_1, ..., D_N) with the columns of all factors but one: (S, D_kept, R)."""
+    starts, rank = len(tensors), factors[0].shape[2]
+    last = next(n for n in reversed(range(len(factors))) if n != kept)
+    # the first one by a matrix product, which takes most of the time, the others column by column
+    partial = tensors.movedim(last + 1, -1) @ factors[last].reshape(
+        starts, *[1] * (len(factors) - 2), *factors[last].shape[1:]
+    )
+    modes = [n for n in range(len(factors)) if n != last]
+    for n in reversed(modes):
+        if n != kept:
+            axis = modes.index(n) + 1
+            modes.remove(n)
+            shape = [starts, *[1] * (partial.ndim - 2), rank]
+            shape[axis] = factors[n].shape[1]
+            partial = (partial * factors[n].reshape(shape)).sum(axis)
+    return partial

@@ -1,0 +1,198 @@
+"""Boolean masks that cut images into two blocks of pixels, or into many."""
+
+from __future__ import annotations
+
+__all__ = ["blocks", "checked_mask", "checkerboard", "halves", "quad_tree", "standard_cuts"]
+
+import torch
+from torch import Tensor
+
+
+def halves(height: int, width: int, axis: int = 1) -> Tensor:
+    """The first half of an image; of an odd number of rows or columns the smaller one.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        axis: 1: left of right, 0: top of bottom.
+
+    Returns:
+        ``(H, W)``, True in block I.
+
+    Raises:
+        ValueError: Another axis, or one along which there is one pixel only.
+
+    Example:
+        >>> halves(2, 4).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0]]
+    """
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 (top and bottom) or 1 (left and right), got {axis}")
+    _check_size(height, width)
+    size = (height, width)[axis]
+    if size < 2:
+        raise ValueError(f"axis {axis} has {size} pixel in an image of {height} x {width}: halve the other axis")
+    first = torch.arange(size) < size // 2
+    return (first if axis == 1 else first[:, None]).expand(height, width).clone()
+
+
+def checkerboard(height: int, width: int, size: int) -> Tensor:
+    """Squares of alternating colour, the top left one in block I.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        size: Side of the squares, in pixels; those at the right and the lower edge may be cut off.
+
+    Returns:
+        ``(H, W)``, True in block I.
+
+    Raises:
+        ValueError: Squares below one pixel or as large as the image.
+
+    Example:
+        >>> checkerboard(2, 4, size=1).int().tolist()
+        [[1, 0, 1, 0], [0, 1, 0, 1]]
+    """
+    _check_size(height, width)
+    if not 1 <= size < max(height, width):
+        raise ValueError(f"size must be 1 to {max(height, width) - 1} pixels in {height} x {width}, got {size}")
+    rows, columns = torch.arange(height) // size, torch.arange(width) // size
+    return (rows[:, None] + columns) % 2 == 0
+
+
+def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
+    """A grid of rectangles, row by row, as equal as the pixels allow.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        rows: Of rectangles.
+        columns: Of rectangles.
+
+    Returns:
+        ``(P, H, W)`` with P = rows x columns; every pixel is True in one of them.
+
+    Raises:
+        ValueError: More rectangles than pixels along an axis, or none.
+
+    Example:
+        >>> (blocks(2, 3, 1, 3) * torch.arange(3)[:, None, None]).sum(0).tolist()
+        [[0, 1, 2], [0, 1, 2]]
+    """
+    _check_size(height, width)
+    for name, number, size in (("rows", rows, height), ("columns", columns, width)):
+        if not 1 <= number <= size:
+            raise ValueError(f"{name} must be 1 to {size} in an image of {height} x {width} pixels, got {number}")
+    row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    return (row[:, None] * columns + column) == torch.arange(rows * columns)[:, None, None]
+
+
+def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
+    """The parts of an image cut into quarters again and again, each against the rest of the image.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        levels: Number of cuts: level l has 4^l parts.
+
+    Returns:
+        Name -> ``(H, W)``, True in the part: ``"1/0"`` to ``"1/3"`` are the quadrants row by row, ``"2/0"`` to
+        ``"2/15"`` their quadrants row by row over the whole image, and so on.
+
+    Raises:
+        ValueError: No levels, or parts smaller than a pixel.
+
+    Example:
+        >>> {name: part.int().tolist() for name, part in quad_tree(2, 2, levels=1).items()}["1/1"]
+        [[0, 1], [0, 0]]
+    """
+    _check_size(height, width)
+    if levels < 1 or 2**levels > min(height, width):
+        raise ValueError(
+            f"levels must be 1 to {min(height, width).bit_length() - 1} in an image of {height} x {width} pixels, "
+            f"got {levels}"
+        )
+    return {
+        f"{level}/{k}": part
+        for level in range(1, levels + 1)
+        for k, part in enumerate(blocks(height, width, 2**level, 2**level))
+    }
+
+
+def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
+    """Cuts from coarse to fine, for a plot of what crosses them against their scale.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+
+    Returns:
+        Name -> ``(H, W)``: ``"left"`` against right and ``"top"`` against bottom, ``"quadrants"`` (the diagonal ones
+        against the others), and ``"checkerboard N"``, N pixels wide: powers of two below a quarter of the longer side
+        and at most the shorter side. Those that the image has too few pixels for are left out.
+
+    Raises:
+        ValueError: An image of one pixel.
+
+    Example:
+        >>> list(standard_cuts(16, 16))
+        ['left', 'top', 'quadrants', 'checkerboard 4', 'checkerboard 2', 'checkerboard 1']
+    """
+    _check_size(height, width)
+    if height == width == 1:
+        raise ValueError("height and width must be more than one pixel, got 1 x 1: nothing can be cut")
+    cuts: dict[str, Tensor] = {}
+    if width > 1:
+        cuts["left"] = halves(height, width, axis=1)
+    if height > 1:
+        cuts["top"] = halves(height, width, axis=0)
+    if min(height, width) > 1:
+        cuts["quadrants"] = cuts["left"] == cuts["top"]
+    size = 1 << (max(1, min(max(height, width) // 4, min(height, width))).bit_length() - 1)
+    while size:
+        board = checkerboard(height, width, size)
+        # a row of two pixels is one and the same in all of them
+        if not any(torch.equal(board, cut) or torch.equal(board, ~cut) for cut in cuts.values()):
+            cuts[f"checkerboard {size}"] = board
+        size //= 2
+    return cuts
+
+
+def checked_mask(mask: Tensor, images: Tensor, name: str = "mask") -> Tensor:
+    """The mask, after a look at its type, its shape and what it leaves.
+
+    Args:
+        mask: ``(H, W)``, True in block I.
+        images: ``(B, C, H, W)``.
+        name: Of the argument, for the message.
+
+    Returns:
+        ``(H, W)`` on the images' device.
+
+    Raises:
+        ValueError: Images of another shape, another type or shape of mask, or one that covers all or nothing.
+    """
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {tuple(images.shape)}"
+        )
+    size = tuple(images.shape[2:])
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be boolean, True in block I, got {mask.dtype}: compare it, as in {name} > 0")
+    if tuple(mask.shape) != size:
+        raise ValueError(
+            f"{name} must have the images' height and width, {size}, got {tuple(mask.shape)}; it is one for all "
+            "channels and all images"
+        )
+    covered = int(mask.sum())
+    if covered in (0, mask.numel()):
+        raise ValueError(
+            f"{name} must leave pixels on both sides of the cut, got {covered} of {mask.numel()} pixels in block I"
+        )
+    return mask.to(images.device)
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"height and width must be at least one pixel, got {height} x {width}")

@@ -1,0 +1,265 @@
+"""Over what distance a network makes parts of an image interact.
+
+Legend: n samples, m patches, P pairs of patches, C channels, K outputs; x^A is x with patch A taken from its donor x'.
+"""
+
+from __future__ import annotations
+
+__all__ = ["interaction_profile"]
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_locality.ranks.composites import Composites, composite, composites
+from lightning_locality.ranks.evaluation import Evaluation, scores
+from lightning_locality.ranks.interactions import InteractionProfile
+from lightning_locality.ranks.pair_samples import PairSamples
+from lightning_locality.ranks.patch_grid import PatchGrid
+
+_SAMPLES = 64  # taken of the images where no number is given
+_ROUNDING = 20  # units in the last place that a network's output may be off (ours)
+_KEPT = 2**24  # float64 numbers kept from samples that are measured together, per GiB of memory: 128 MiB
+
+
+def interaction_profile(
+    model: nn.Module | Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    patch: int | None = None,
+    samples: int | None = None,
+    method: Literal["linear", "exact"] = "linear",
+    pairs_per_distance: int | None = None,
+    seed: int = 0,
+    bootstraps: int = 1000,
+    evaluation: Evaluation | None = None,
+) -> InteractionProfile:
+    r"""Interaction of image patches, as the function that a network computes has it, against their distance.
+
+    .. math:: Y_{AB} = \tfrac{1}{4} \mathbb{E} \bigl( f(x) - f(x^A) - f(x^B) + f(x^{AB}) \bigr)^2, \qquad
+        \tau_A = \tfrac{1}{2} \mathbb{E} \bigl( f(x) - f(x^A) \bigr)^2, \qquad
+        I_{AB} = Y_{AB} / \sqrt{\tau_A \tau_B} \in [0, 1]
+
+    Y is the sum of the components of variance that contain both patches, zero if and only if they do not interact in
+    any order ("Estimating mean dimensionality of analysis of variance decompositions", Liu, Owen, 2006); tau is
+    Jansen's total effect ("Analysis of variance designs for model output", 1999). The strength at a distance is the
+    mean of I over the pairs of patches there. "linear" (ours) takes
+
+    .. math:: L_{AB} = \tfrac{1}{4} \mathbb{E} \langle \nabla_A f(x) - \nabla_A f(x^B), x'_A - x_A \rangle^2,
+        \qquad (L_{AB} + L_{BA}) / 2
+
+    for Y: equal to it for a network that is affine in every patch, and n (1 + m) forwards and backwards for all
+    pairs, where "exact" takes n (1 + m + P) forwards. Beside it "linear" gives the change of direction of the input
+    gradient, :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term works on
+    ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
+    Maman, Cohen, 2022). It is not a measure of interaction: it does not see products of a function of A and one of B.
+
+    Of several outputs the mean is taken; "linear" draws for every sample a direction of its own, uniform on the unit
+    sphere (unbiased for the mean). Interactions and effects that are within the rounding of the network's type are set
+    to zero (ours), and where an effect is zero so is I. The model is left as it was found.
+
+    Args:
+        model: Any network or differentiable function of images; measured in eval mode.
+        images: ``(N, C, H, W)``, on any device.
+        patch: Side of the patches, in pixels, that divides H and W. None: of the sides that give 2 to 64 patches the
+            one nearest to a seventh of the shorter side.
+        samples: How many of the images are taken, 2 to N. None: all, but at most 64. Every one has a donor, another
+            image; where N is at least twice as large the donors are none of the samples.
+        method: "linear", or "exact" for networks that cannot be differentiated by their input.
+        pairs_per_distance: With "exact", so many pairs at a distance are drawn and stand for the others; None: all.
+        seed: Of the samples, donors, directions, drawn pairs and bands.
+        bootstraps: Resamples of the samples for the 95 % bands; 0 for none.
+        evaluation: How the network is evaluated: chunks, memory, type of numbers, processes, progress.
+
+    Raises:
+        ValueError: Images, patch, samples or outputs that do not fit; a network without a gradient by its input.
+
+    Example:
+        >>> neighbours = lambda x: (x[:, 0, 0, 1:] * x[:, 0, 0, :-1]).sum(1)
+        >>> images = torch.randn(50, 1, 1, 4, generator=torch.Generator().manual_seed(0))
+        >>> profile = interaction_profile(neighbours, images, patch=1)
+        >>> profile.distance.tolist(), profile.share.tolist(), profile.gradient_change[2].item()
+        ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0], 0.0)
+    """
+    if method not in ("linear", "exact"):
+        raise ValueError(f"method must be 'linear' or 'exact', got {method!r}")
+    if pairs_per_distance is not None and (method == "linear" or pairs_per_distance < 1):
+        raise ValueError(
+            f"pairs_per_distance must be 1 or more and goes with method='exact', got {pairs_per_distance} with "
+            f"method={method!r}; the linear method has all pairs at no further cost"
+        )
+    if bootstraps < 0:
+        raise ValueError(f"bootstraps must be 0 or more, got {bootstraps}")
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(f"images must be floating-point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    samples = min(len(images), _SAMPLES) if samples is None else samples
+    if not 2 <= samples <= len(images):
+        raise ValueError(
+            f"samples must be 2 to the number of images, got {samples} of {len(images)}: give more images or fewer "
+            "samples"
+        )
+    grid = PatchGrid.of(images.shape[2], images.shape[3], patch)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    # one circle, where donors stand before their samples: disjoint where there are images enough
+    donors = order.roll(samples % len(images) or 1)[:samples]
+    used = images[torch.cat([order[:samples], donors]).to(images.device)]
+    network = model if isinstance(model, nn.Module) else _Function(model)
+    evaluation = Evaluation() if evaluation is None else evaluation
+    with composites(network, used, grid.labels(), evaluation) as mixed:
+        measurement = _Measurement(mixed, grid, evaluation, generator)
+        found = measurement.linear() if method == "linear" else measurement.exact(pairs_per_distance)
+    return found.profile(method, bootstraps, seed)
+
+
+@final
+class _Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@final
+class _Measurement:
+    """A network on samples, whose donors follow them, with patches replaced."""
+
+    def __init__(self, mixed: Composites, grid: PatchGrid, evaluation: Evaluation, generator: torch.Generator) -> None:
+        self.network, self.images, self.device, self.labels = mixed.network, mixed.images, mixed.device, mixed.labels
+        self.grid, self.evaluation, self.generator = grid, evaluation, generator
+        self.samples, self.rounding = len(mixed.images) // 2, (_ROUNDING * mixed.eps) ** 2
+        self.outputs = self._outputs(self.images[:1]).shape[1]
+        directions = torch.randn(self.samples, self.outputs, generator=generator, dtype=torch.float64)
+        self.directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.device)
+        self.done = self.total = 0
+
+    def linear(self) -> PairSamples:
+        """From gradients by the images with nothing and with one patch replaced."""
+        patches, pixels = len(self.grid), self.images[0].numel()
+        first, second = self.grid.pairs().to(self.device)
+        interaction, effect, change, size, squares = [], [], [], [], []
+        self.total = self.samples * (1 + patches)
+        for group in self._groups(pixels + patches * (2 * patches + self.outputs)):
+            base = self._map(partial(self._gradient_rows, group), len(group))
+            gradient = base[:, :pixels].view(len(group), *self.images.shape[1:])
+            function = partial(self._change_rows, group, gradient)
+            found = self._map(function, len(group) * patches).view(len(group), patches, -1)
+            # (n, B, A): what replacing B does to A
+            moved, cosine, outputs = torch.split(found, [patches, patches, self.outputs], 2)
+            interaction.append((moved[:, first, second].square() + moved[:, second, first].square()) / 8)
+            change.append(1 - (cosine[:, first, second] + cosine[:, second, first]) / 2)
+            effect.append((outputs - base[:, None, pixels:]).square().mean(2) / 2)
+            squares.append(base[:, pixels:].square().mean(1))
+            size.append(self.grid.sums((gradient * self._step(group)).abs()).square())
+        scale = torch.cat(size).mean(0)
+        noise = self.rounding * (scale[first] + scale[second])
+        return PairSamples(
+            self.grid,
+            torch.stack([first, second]),
+            torch.cat(interaction),
+            torch.cat(effect),
+            torch.cat(change),
+            noise,
+            self.rounding * float(torch.cat(squares).mean()),
+        )
+
+    def exact(self, pairs_per_distance: int | None) -> PairSamples:
+        """From outputs for the images with nothing, one patch and two patches replaced."""
+        patches, pairs = len(self.grid), self._drawn_pairs(pairs_per_distance)
+        sets = torch.zeros(1 + patches + pairs.shape[1], patches, dtype=torch.bool)
+        sets[1 : 1 + patches] = torch.eye(patches, dtype=torch.bool)
+        sets[1 + patches :].scatter_(1, pairs.T, True)
+        sets, (first, second) = sets.to(self.device), pairs.to(self.device)
+        interaction, effect, squares = [], [], []
+        self.total = self.samples * len(sets)
+        for group in self._groups(len(sets) * self.outputs):
+            function = partial(self._output_rows, group, sets)
+            found = self._map(function, len(group) * len(sets)).view(len(group), len(sets), -1)
+            none, one, two = torch.split(found, [1, patches, pairs.shape[1]], 1)
+            crossed = none - one[:, first] - one[:, second] + two
+            interaction.append(crossed.square().mean(2) / 4)
+            effect.append((none - one).square().mean(2) / 2)
+            squares.append(none.square().mean((1, 2)))
+        level = self.rounding * float(torch.cat(squares).mean())
+        noise = torch.full((pairs.shape[1],), level, dtype=torch.float64, device=self.device)
+        pairs = pairs.to(self.device)
+        return PairSamples(self.grid, pairs, torch.cat(interaction), torch.cat(effect), None, noise, level)
+
+    def _groups(self, numbers: int) -> tuple[Tensor, ...]:
+        """Numbers of samples, so many together that what is kept of them has a bound."""
+        memory = 1.0 if self.evaluation.memory is None else self.evaluation.memory
+        return torch.split(torch.arange(self.samples, device=self.device), max(1, int(_KEPT * memory) // numbers))
+
+    def _map(self, function: Callable[[Tensor], Tensor], count: int) -> Tensor:
+        given, before = self.evaluation, self.done
+        progress = given.progress
+        whole = None if progress is None else lambda done, _: progress(before + done, self.total)
+        self.done += count
+        own = Evaluation(given.chunk, given.memory, given.dtype, given.processes, whole)
+        return own.map(function, count, self.device)
+
+    def _drawn_pairs(self, number: int | None) -> Tensor:
+        pairs = self.grid.pairs()
+        if number is None:
+            return pairs
+        mixed = pairs[:, torch.randperm(pairs.shape[1], generator=self.generator)]
+        where = self.grid.distances(mixed)
+        return torch.cat([mixed[:, where == one][:, :number] for one in torch.unique(where)], 1)
+
+    def _gradient_rows(self, group: Tensor, rows: Tensor) -> Tensor:
+        """Gradient and outputs of samples ``(n, C H W + K)``."""
+        gradient, outputs = self._gradient(self.images[group[rows]], group[rows])
+        return torch.cat([gradient.flatten(1), outputs], 1)
+
+    def _change_rows(self, group: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
+        """With one patch replaced: what that does to the gradient at every patch, cosines, outputs ``(n, 2m + K)``."""
+        sample, patch = rows // len(self.grid), rows % len(self.grid)
+        replaced = self._replaced(group[sample], nn.functional.one_hot(patch, len(self.grid)).bool())
+        after, outputs = self._gradient(replaced, group[sample])
+        before = gradients[sample]
+        moved = self.grid.sums((before - after) * self._step(group[sample]))
+        return torch.cat([moved, _cosines(before, after, self.grid), outputs], 1)
+
+    def _output_rows(self, group: Tensor, sets: Tensor, rows: Tensor) -> Tensor:
+        """Outputs ``(n, K)`` with a set of patches replaced."""
+        return self._outputs(self._replaced(group[rows // len(sets)], sets[rows % len(sets)]))
+
+    def _replaced(self, samples: Tensor, patches: Tensor) -> Tensor:
+        """Images of samples with patches ``(n, m)``, boolean, from their donors."""
+        return composite(self.images, self.labels, samples[:, None] + self.samples * patches)
+
+    def _step(self, samples: Tensor) -> Tensor:
+        """From samples to their donors."""
+        return self.images[samples + self.samples] - self.images[samples]
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        return scores(self.network(x))
+
+    def _gradient(self, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """By the images ``(n, C, H, W)``, along every sample's direction of outputs, and the outputs; float64."""
+        remedy = "give method='exact', which needs outputs alone"
+        with torch.enable_grad():
+            leaf = x.requires_grad_()
+            outputs = self._outputs(leaf)
+            if not outputs.requires_grad:
+                raise ValueError(f"model cannot be differentiated by its images: {remedy}")
+            try:
+                (gradient,) = torch.autograd.grad((outputs * self.directions[samples].to(outputs)).sum(), leaf)
+            except RuntimeError as error:
+                if "implemented" not in str(error) and "not have been used" not in str(error):
+                    raise
+                raise ValueError(f"model cannot be differentiated by its images: {remedy}") from error
+        return gradient.double(), outputs.detach().double()
+
+
+def _cosines(u: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
+    """Absolute cosines ``(n, m)`` at every patch; 1 where both vanish, so that nothing changed, 0 where one does."""
+    a, b = grid.sums(u.square()).sqrt(), grid.sums(v.square()).sqrt()
+    norm = a * b
+    cosine = grid.sums(u * v).abs() / torch.where(norm > 0, norm, 1.0)
+    return torch.where((a == 0) & (b == 0), 1.0, cosine.clamp(max=1.0))

@@ -1,0 +1,162 @@
+"""Spectra of a tensor train at groups of neighbouring modes."""
+
+from __future__ import annotations
+
+__all__ = ["train_ratios", "train_spectra"]
+
+import math
+from collections.abc import Sequence
+from typing import cast, final
+
+import torch
+from torch import Tensor
+
+from lightning_locality.ranks.factored import doubled, scaled
+from lightning_locality.ranks.grams import ratio
+from lightning_locality.ranks.node_values import ROUNDING, Found, assembled, singular_values
+from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks.triangles import reduced
+from lightning_locality.tensors.chain import Chain
+from lightning_locality.tensors.mode_tree import Node, node_name
+from lightning_locality.tensors.tensor_train import TensorTrain
+
+# a matrix (k, r), and the binary logarithm (1,) of what it has been divided by
+Scaled = tuple[Tensor, Tensor]
+
+
+def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
+    r"""Singular values at groups of modes that are neighbours, or whose complements are, without the tensor.
+
+    .. math:: \sigma(\{a, \dots, b - 1\}) = \operatorname{svd} \bigl( M_{ab} (L_a \otimes R_b)^\top \bigr)
+
+    with the triangular factors of the cores before a, :math:`L_a` with a column for each width of the bond, of those
+    from b on, :math:`R_b`, and of those between, :math:`M_{ab}` with :math:`r_a r_b` columns; carried from core to
+    core (ours). The condition is :math:`\sum_{ij} \|m_{ij}\| \|l_i\| \|r_j\| / \sigma_1` with their columns.
+
+    Args:
+        model: The factorisation.
+        nodes: Groups of modes.
+
+    Raises:
+        ValueError: Modes that are not neighbours.
+    """
+    cores = _cores(model)
+    sides = _Sides(cores)
+    found: list[Found] = []
+    for node in nodes:
+        start, stop = _interval(node, model.order)
+        inside, log = sides.between(start, stop)
+        (left, more), (right, extra) = sides.left[start], sides.right[stop]
+        matrix = torch.einsum("tab,ka,mb->tkm", inside, left, right).flatten(1)
+        spread = left.norm(dim=0) @ inside.norm(dim=0) @ right.norm(dim=0)
+        found.append(((node,), singular_values(matrix)[None], log + more + extra, spread.reshape(1)))
+    return assembled(found, nodes, ROUNDING)
+
+
+def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """Participation ratios at the same groups, from Gramians of the cores; the graph of the weights is kept.
+
+    Args:
+        model: The factorisation.
+        nodes: Groups of modes.
+
+    Raises:
+        ValueError: Modes that are not neighbours.
+    """
+    cores = [core for core, _ in _cores(model)]
+    left, right = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
+    for core in cores:
+        left.append(_unit(torch.einsum("ac,adb,cde->be", left[-1], core, core)))
+    for core in reversed(cores):
+        right.append(_unit(torch.einsum("be,adb,cde->ac", right[-1], core, core)))
+    right.reverse()
+    found = {}
+    for node in nodes:
+        start, stop = _interval(node, model.order)
+        if start == 0:
+            products = left[stop] @ right[stop]
+        elif stop == model.order:
+            products = left[start] @ right[start]
+        else:
+            products = _side(cores[start:stop], left[start], right[stop])
+        found[node] = ratio(products[None])[0]
+    return found
+
+
+def _side(cores: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """What has the traces wanted: of the cores' entries where these are few, of their Gramian's otherwise."""
+    first, last = cores[0].shape[0], cores[-1].shape[2]
+    if math.prod(core.shape[1] for core in cores) <= first * last:
+        block = cores[0].transpose(0, 1)
+        for core in cores[1:]:
+            block = _unit(torch.einsum("tab,bdc->tdac", block, core).flatten(0, 1))
+        return (left @ block @ right).flatten(1) @ block.flatten(1).T
+    gram = torch.einsum("adb,cde->abce", cores[0], cores[0])
+    for core in cores[1:]:
+        gram = _unit(torch.einsum("abce,bdf,edg->afcg", gram, core, core))
+    return torch.einsum("abce,cf,eg->abfg", gram, left, right).flatten(2).flatten(0, 1)
+
+
+@final
+class _Sides:
+    """Triangular factors of the cores up to every bond, from every bond on, and between two.
+
+    Args:
+        cores: Cores ``(r, D, s)`` and logarithms.
+    """
+
+    def __init__(self, cores: Sequence[Scaled]) -> None:
+        self._cores = cores
+        one = cores[0][0].new_ones(1, 1), cores[0][0].new_zeros(1)
+        self.left, self.right = [one], [one]
+        for core, log in cores:
+            triangle, before = self.left[-1]
+            self.left.append(_reduced((triangle @ core.flatten(1)).reshape(-1, core.shape[2]), log + before))
+        for core, log in reversed(cores):
+            triangle, before = self.right[-1]
+            self.right.append(_reduced((core @ triangle.T).flatten(1).T, log + before))
+        self.right.reverse()
+
+    def between(self, start: int, stop: int) -> Scaled:
+        """Triangular factor ``(t, r_start, r_stop)`` of some cores, and its logarithm."""
+        if start == 0:
+            return self.left[stop][0].unsqueeze(1), self.left[stop][1]
+        if stop == len(self._cores):
+            return self.right[start][0].unsqueeze(2), self.right[start][1]
+        core, log = self._cores[start]
+        width = core.shape[0]
+        rows, log = _reduced(core.transpose(0, 1).flatten(1), log)
+        for core, more in self._cores[start + 1 : stop]:
+            moved = torch.einsum("tab,bdc->tdac", rows.reshape(len(rows), width, -1), core)
+            rows, log = _reduced(moved.flatten(2).flatten(0, 1), log + more)
+        return rows.reshape(len(rows), width, -1), log
+
+
+def _cores(model: TensorTrain) -> list[Scaled]:
+    return [_reduced_scale(doubled(cast(Chain, chain))) for chain in model.chains]
+
+
+def _reduced_scale(core: Tensor) -> Scaled:
+    values, log = scaled(core.reshape(1, 1, -1))
+    return values.reshape(core.shape), log
+
+
+def _reduced(matrix: Tensor, log: Tensor) -> Scaled:
+    triangle, more = scaled(reduced(matrix[None]))
+    return triangle[0], log + more
+
+
+def _unit(values: Tensor) -> Tensor:
+    return _reduced_scale(values)[0]
+
+
+def _interval(node: Node, order: int) -> tuple[int, int]:
+    """First mode and the one after the last, of a group or of its complement."""
+    for modes in (set(node), set(range(order)) - set(node)):
+        start, stop = min(modes), max(modes) + 1
+        if stop - start == len(modes):
+            return start, stop
+    raise ValueError(
+        f"tree has the node {node_name(node)}, and a tensor train is measured at groups of neighbouring modes only "
+        "(or their complements): leave the node out, or pass model.to_tensor()"
+    )

@@ -1,0 +1,434 @@
+"""``lightning-locality rank`` on trained checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pytorch_lightning import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_locality import rank_records
+from lightning_locality.circuit import ConvolutionalArithmeticCircuit
+from lightning_locality.cli import main
+from lightning_locality.datamodules.base import seeded_generator
+from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.measure import gathered
+from lightning_locality.networks import SmallResNet
+from lightning_locality.rank_progress import RankProgress
+from lightning_locality.ranks.components import contribution_norms
+from lightning_locality.ranks.cuts import cut_share
+from lightning_locality.ranks.dense import dense_spectra
+from lightning_locality.ranks.masks import standard_cuts
+from lightning_locality.ranks.profile import interaction_profile
+from lightning_locality.tensors import HierarchicalTensorFactorization, ModeTree
+from lightning_locality.tensors.mode_tree import node_name
+from lightning_locality.trained import Trained
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+SMALL = ("--data.train=64", "--data.validation=40", "--data.test=60", "--data.batch_size=16", "--trainer.max_epochs=1")
+QUICK = ("--images=24", "--size=4", "--samples=6", "--accelerator=cpu", "--chunk=16")
+
+
+@pytest.fixture(autouse=True)
+def single_precision() -> None:
+    """As a user runs it."""
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two trained networks, ``a`` and ``b``, and a factorisation, ``htf``."""
+    torch.set_default_dtype(torch.float32)
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("a", 0), ("b", 1)):
+        main(["fit", f"--config={QUICKSTART}", *SMALL, f"--seed_everything={seed}", f"--run_dir={folder / name}"])
+    tree = {"class_path": "lightning_locality.tensors.mode_tree.ModeTree.perfect", "init_args": {"order": 4}}
+    weights = {"tree": tree, "shape": 3, "widths": [4, 5], "init_scale": 0.5}
+    model = {"class_path": "HierarchicalTensorFactorization", "init_args": weights}
+    data = {"target": "ht", "rank": 2, "shape": [3, 3, 3, 3], "epoch_length": 2}
+    recovery = {"model": model, "steps": 5, "measure_every": 5, "max_iterations": 20}
+    config = {
+        "seed_everything": 0,
+        "trainer": {"max_epochs": -1, "accelerator": "cpu"},
+        "model": {"class_path": "Recovery", "init_args": recovery},
+        "data": {"class_path": "TensorRecovery", "init_args": data},
+    }
+    (folder / "htf.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", f"--config={folder / 'htf.yaml'}", f"--run_dir={folder / 'htf'}"])
+    return folder
+
+
+def rank(*args: object) -> None:
+    main(["rank", *QUICK, *map(str, args)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["rank", *map(str, args)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def table(folder: Path) -> dict[tuple[str, str, str], dict[str, str]]:
+    with (folder / "ranks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["checkpoint"], row["quantity"], row["key"]): row for row in rows}
+    assert len(found) == len(rows), "a number occurs twice"
+    return found
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str, stop_at: int | None = None) -> list[int]:
+    """Calls of a function of rank_records, the given one of which is interrupted."""
+    calls: list[int] = []
+    original: Callable[..., Any] = getattr(rank_records, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) - 1 == stop_at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(rank_records, name, counting)
+    return calls
+
+
+def test_two_networks_side_by_side_as_written_in_the_readme(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
+    state = torch.random.get_rng_state()
+    out = tmp_path / "figures"
+    rank("--checkpoint", runs / "a/last.ckpt", "--checkpoint", runs / "b/last.ckpt", "--out", out)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
+    names = {path.name for path in out.iterdir()}
+    assert names == {"ranks.csv", "ranks.json", "parts", "profile.pdf", "profile.png", "cuts.pdf", "cuts.png"}
+    rows = table(out)
+    everything = json.loads((out / "ranks.json").read_text())
+    assert list(everything["checkpoints"]) == ["a", "b"]
+
+    # the same from Python, with network and images built here
+    data = SameClass(source="digits", distance=64, canvas=(8, 80), image_size=8, classes=[0, 1], test=60, seed=0)
+    order = torch.randperm(60, generator=seeded_generator(0, "measured images"))[:24].sort().values
+    images, _ = data.batch("test", order)
+    for name in ("a", "b"):
+        stored = torch.load(runs / name / "last.ckpt", weights_only=True)["state_dict"]
+        network = SmallResNet(in_channels=1, outputs=1, widths=[16, 16, 32, 64, 64], strides=[1, 2, 2, 2, 2])
+        network.load_state_dict({k[8:]: v for k, v in stored.items() if k.startswith("network.")})
+        cuts = standard_cuts(8, 80)
+        for cut, mask in cuts.items():
+            share = cut_share(network, images, mask, size=4)
+            row = rows[name, "cut_share", cut]
+            assert float(row["value"]) == pytest.approx(share.share, rel=1e-5, abs=1e-9)
+            assert float(row["standard_error"]) == pytest.approx(share.standard_error, rel=1e-4, abs=1e-9)
+        assert len([key for key in rows if key[:2] == (name, "cut_share")]) == len(cuts)
+        profile = interaction_profile(network, images, samples=6)
+        for k, distance in enumerate(profile.distance.tolist()):
+            row = rows[name, "interaction_strength", f"{distance:g}"]
+            assert float(row["value"]) == pytest.approx(profile.strength[k].item(), rel=1e-4)
+            assert float(row["high"]) == pytest.approx(profile.high[k].item(), rel=1e-4)
+        assert float(rows[name, "mean_distance", ""]["value"]) == pytest.approx(profile.mean_distance, rel=1e-4)
+        kept = everything["checkpoints"][name]["measurements"]["profile"]["content"]
+        assert kept["strength"] == pytest.approx(profile.strength.tolist(), rel=1e-4)
+    shown = capsys.readouterr().out
+    assert "cut left (1 of" in shown
+    assert f"In {out}: ranks.csv, ranks.json" in shown
+
+
+def test_a_factorisation_is_measured_exactly(runs: Path, tmp_path: Path) -> None:
+    rank("--checkpoint", runs / "htf/last.ckpt", "--out", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"spectra.png", "tree.png"}
+    rows, everything = table(tmp_path), json.loads((tmp_path / "ranks.json").read_text())
+    model = HierarchicalTensorFactorization(ModeTree.perfect(4), 3, [4, 5])
+    stored = torch.load(runs / "htf/last.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({name[6:]: value for name, value in stored.items()})
+    model.double()
+    found = everything["checkpoints"]["htf"]["measurements"]
+    for node, values in dense_spectra(model.to_tensor(), model.tree).items():
+        own = torch.tensor(found["nodes"]["content"]["values"][node_name(node)], dtype=torch.float64)
+        reference = values[: len(own)]
+        assert (own - reference).abs().max() < 1e-13 * values[0]
+        assert (values[len(own) :] < 1e-13 * values[0]).all()
+        assert float(rows["htf", "rank", node_name(node)]["value"]) == int((reference > 1e-12 * values[0]).sum())
+        assert float(rows["htf", "rank_at_0.01", node_name(node)]["value"]) == int((values > 0.01 * values[0]).sum())
+    for node, norms in contribution_norms(model).items():
+        expected = norms.sort(descending=True).values.tolist()
+        assert found["components"]["content"]["contribution_norm"][node_name(node)] == pytest.approx(expected)
+    norms = model.local_component_norms()[0, 1].max().item()
+    assert float(rows["htf", "component_norm", "0-1/0"]["value"]) == pytest.approx(norms)
+    model.balance_()
+    norms = model.local_component_norms()[0, 1].max().item()
+    assert float(rows["htf", "balanced_component_norm", "0-1/0"]["value"]) == pytest.approx(norms, rel=1e-8)
+
+
+def test_what_is_done_is_not_done_again(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(runs / "a", tmp_path / "a")
+    args = ("--checkpoint", tmp_path / "a/last.ckpt", "--what", "cuts", "--out", tmp_path / "out")
+    calls = counted(monkeypatch, "cut_share")
+    rank(*args)
+    first, cuts = (tmp_path / "out/ranks.csv").read_bytes(), len(calls)
+    assert cuts == len(standard_cuts(8, 80))
+    rank(*args)
+    assert len(calls) == cuts
+    assert (tmp_path / "out/ranks.csv").read_bytes() == first
+    rank(*args, "--label", "renamed")
+    assert len(calls) == cuts
+    assert {key[0] for key in table(tmp_path / "out")} == {"renamed"}
+    next((tmp_path / "out/parts").glob("cut_top-*")).unlink()
+    rank(*args)
+    assert len(calls) == cuts + 1
+    assert (tmp_path / "out/ranks.csv").read_bytes() == first
+    rank(*args, "--seed=1")
+    assert len(calls) == 2 * cuts + 1
+    # another file under the same path is measured anew
+    shutil.copy(runs / "b/last.ckpt", tmp_path / "a/last.ckpt")
+    rank(*args)
+    assert len(calls) == 3 * cuts + 1
+    assert (tmp_path / "out/ranks.csv").read_bytes() != first
+
+
+def test_an_interruption_loses_one_measurement(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--checkpoint", runs / "a/last.ckpt", "--what", "cuts", "--out")
+    rank(*args, tmp_path / "whole")
+    total = len(standard_cuts(8, 80))
+    with monkeypatch.context() as patch:
+        counted(patch, "cut_share", stop_at=2)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            rank(*args, tmp_path / "part")
+        assert stop.value.code == 130
+    message = capsys.readouterr().out.replace("\n", " ")
+    assert f"interrupted: 2 of {total} measurements are done" in message
+    assert "the same command goes on from there" in message
+    assert not (tmp_path / "part/ranks.csv").exists()
+    calls = counted(monkeypatch, "cut_share")
+    rank(*args, tmp_path / "part")
+    assert len(calls) == total - 2
+    assert (tmp_path / "part/ranks.csv").read_bytes() == (tmp_path / "whole/ranks.csv").read_bytes()
+
+
+def test_the_results_of_one_checkpoint_go_into_its_run(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "htf", tmp_path / "htf")
+    rank("--checkpoint", tmp_path / "htf/last.ckpt", "--what=nodes")
+    assert {key[0] for key in table(tmp_path / "htf/ranks")} == {"htf"}
+
+
+def test_labels_tell_checkpoints_apart(runs: Path, tmp_path: Path) -> None:
+    shutil.copy(runs / "htf/last.ckpt", runs / "htf/other.ckpt")
+    rank("--checkpoint", *runs.glob("htf/*.ckpt"), "--what=nodes", "--out", tmp_path)
+    assert {key[0] for key in table(tmp_path)} == {"htf/last", "htf/other"}
+    (runs / "htf/other.ckpt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--checkpoint", "RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "there is no such file"]),
+        (["--checkpoint", "RUNS/a"], ["RUNS/a", "is a folder"]),
+        (["--checkpoint", "RUNS/a/config.yaml"], ["config.yaml", "not a checkpoint", "pass a last.ckpt"]),
+        (["--checkpoint", "RUNS/alone/last.ckpt"], ["there is no RUNS/alone/config.yaml", "cut_share(model"]),
+        (["--checkpoint", "RUNS/mixed/last.ckpt"], ["does not fit this model", "config.yaml of the run"]),
+        (["--checkpoint", "RUNS/tensor/last.ckpt"], ["no state_dict", "cut_share(model"]),
+        (["--checkpoint", "RUNS/empty/last.ckpt"], ["RUNS/empty/config.yaml names no model"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--images=61"], ["--images 61", "has 60"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--images=24", "--size=13"], ["--size 13", "there are 24", "--images"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--size=3"], ["--size 3", "4 images at least"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--images=24", "--samples=25"], ["--samples 25", "2 to 24"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--patch=3"], ["--patch 3", "8 x 80"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--what=nodes"], ["--what nodes", "cuts, profile"]),
+        (["--checkpoint", "RUNS/htf/last.ckpt", "--what=cuts"], ["--what cuts", "nodes, components"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--memory=0"], ["--memory", "got 0"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--rtol=1"], ["--rtol", "got 1"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--devices=0"], ["--devices", "got 0"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "RUNS/b/last.ckpt", "--label", "x", "x"], ["--label", "'x'"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "RUNS/b/last.ckpt", "--label", "x"], ["names 1", "there are 2"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "RUNS/a/last.ckpt"], ["given 2 times"]),
+    ],
+    ids=lambda value: " ".join(value[1:]).replace("RUNS/", "") if value[0] == "--checkpoint" else "",
+)
+def test_bad_input_is_named_and_earlier_results_stay(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
+) -> None:
+    made = tmp_path / "runs"
+    for name in ("a", "b", "htf"):
+        made.mkdir(exist_ok=True)
+        (made / name).symlink_to(runs / name)
+    for name in ("alone", "mixed", "tensor", "empty"):
+        (made / name).mkdir()
+        shutil.copy(runs / "a/last.ckpt", made / name / "last.ckpt")
+    shutil.copy(runs / "htf/config.yaml", made / "mixed/config.yaml")
+    shutil.copy(runs / "a/config.yaml", made / "tensor/config.yaml")
+    torch.save(torch.ones(2), made / "tensor/last.ckpt")
+    (made / "empty/config.yaml").write_text("trainer: {}\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ranks.csv").write_text("earlier")
+    message = refused(capsys, *(arg.replace("RUNS", str(made)) for arg in args), f"--out={out}")
+    for word in words:
+        assert word.replace("RUNS", str(made)) in message
+    assert [path.name for path in out.iterdir()] == ["ranks.csv"]
+    assert (out / "ranks.csv").read_text() == "earlier"
+
+
+def test_a_measurement_that_fails_is_named_and_the_others_are_kept(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "a", tmp_path / "a")
+    stored = torch.load(tmp_path / "a/last.ckpt", weights_only=True)
+    stored["state_dict"]["network.head.weight"][0, 0] = torch.nan
+    torch.save(stored, tmp_path / "a/last.ckpt")
+    both = ("--checkpoint", runs / "b/last.ckpt", tmp_path / "a/last.ckpt", "--out", tmp_path / "out")
+    message = refused(capsys, *QUICK, *both)
+    assert "a, cut left: model gave" in message
+    assert "not finite" in message
+    assert len(list((tmp_path / "out/parts").iterdir())) == len(standard_cuts(8, 80)) + 1
+    out = tmp_path / "other"
+    message = refused(capsys, "--checkpoint", runs / "b/last.ckpt", "--out", out, "--memory=1e-7", "--images=24")
+    assert "b, cut left: " in message
+    assert "memory" in message
+
+
+def test_weights_keep_the_type_that_they_were_trained_in(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "double"
+    main(["fit", f"--config={runs / 'htf.yaml'}", "--trainer.precision=64-true", f"--run_dir={folder}"])
+    stored = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert {value.dtype for value in stored.values()} == {torch.float64}
+    state = Trained(folder / "last.ckpt").module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in stored.items())
+
+
+def test_several_checkpoints_need_a_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out: say in which folder" in refused(
+        capsys, "--checkpoint", runs / "a/last.ckpt", "--checkpoint", runs / "b/last.ckpt"
+    )
+
+
+class Images(LightningDataModule):
+    """Somebody's data: batches are mappings."""
+
+    def setup(self, stage: str) -> None:
+        self.images = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        rows = [{"image": image, "label": 0} for image in self.images]
+        return DataLoader(rows, batch_size=5)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.images, self.images.mean((1, 2, 3))), batch_size=16)
+
+
+class Foreign(LightningModule):
+    """Somebody's module, around a network that is a factorisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tree = ModeTree.perfect(order=4, pattern="quadrant")
+        self.net = ConvolutionalArithmeticCircuit(tree, shape=5, widths=3, outputs=2, patch=2, constant=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return (self(batch[0])[:, 0] - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    settings = ("--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--run_dir={tmp_path / 'foreign'}")
+    main(["fit", f"--model={__name__}.Foreign", f"--data={__name__}.Images", *settings])
+    return tmp_path / "foreign"
+
+
+def test_somebody_elses_module_and_data(foreign: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rank("--checkpoint", foreign / "last.ckpt", "--patch=2", "--out", out)
+    trained = Trained(foreign / "last.ckpt")
+    data = Images()
+    data.setup("test")
+    assert torch.equal(trained.images(24, 0), data.images[:24])
+    with pytest.raises(ValueError, match=r"--images 33: the test split of .* has 32"):
+        trained.images(33, 0)
+    rows = table(out)
+    circuit = trained.circuits["net"]
+    for output in range(2):
+        tensor = circuit.to_factorization(output).double().to_tensor()
+        content = json.loads(next((out / "parts").glob(f"nodes_of_net_output_{output}-*")).read_text())["content"]
+        for node, values in dense_spectra(tensor, [(mode,) for mode in range(4)]).items():
+            own = torch.tensor(content["values"][node_name(node)], dtype=torch.float64)
+            assert (own - values[: len(own)]).abs().max() < 1e-12 * values[0]
+            value = rows["foreign", "rank", f"net output {output}/{node_name(node)}"]["value"]
+            assert int(value) == int((values > 1e-10 * values[0]).sum())
+    assert ("foreign", "cut_share", "left") in rows
+    assert ("foreign", "mean_distance", "") in rows
+
+
+def test_ranks_between_blocks(runs: Path, tmp_path: Path) -> None:
+    rank("--checkpoint", runs / "a/last.ckpt", "--what=cuts", "--tree=strips", "--float64=true", "--out", tmp_path)
+    rows = table(tmp_path)
+    nodes = {key[2] for key in rows if key[1] == "block_rank"}
+    assert nodes >= {"0-1", "0-1-2-3"}
+    assert all(1 <= float(rows["a", "block_rank", node]["value"]) <= 4 for node in nodes)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"cuts.png", "block_spectra.png", "block_tree.png"}
+
+
+def test_two_processes_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+    checkpoints = ("--checkpoint", str(runs / "a/last.ckpt"), str(runs / "htf/last.ckpt"))
+    rank(*checkpoints, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "lightning_locality", "rank", *QUICK, *checkpoints]
+    subprocess.run(
+        [*command, "--devices=2", f"--out={tmp_path / 'two'}"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (tmp_path / "two/ranks.csv").read_bytes() == (tmp_path / "one/ranks.csv").read_bytes()
+    everything = json.loads((tmp_path / "two/ranks.json").read_text())
+    measured = everything["checkpoints"]["a"]["measurements"]
+    assert {record["processes"] for record in measured.values()} == {2}
+
+
+def test_options_that_occur_several_times() -> None:
+    assert gathered(["--label", "x", "--images=3", "--label=y", "--size", "4"]) == [
+        "--images=3",
+        "--size",
+        "4",
+        '--label=["x", "y"]',
+    ]
+
+
+def test_progress_never_passes_a_measurement_that_costs_more_than_thought() -> None:
+    progress = RankProgress([10.0, 30.0], shown=False)
+    with progress:
+        progress.start("first")
+        for done in (4, 8, 8, 4, 8):  # two evaluations, the second one in chunks
+            progress.advance(done, 8)
+        assert progress.share == 0.25
+        progress.finish()
+        progress.start("second", cost=3.0)
+        progress.advance(5, 60)
+        assert progress.share == 0.625
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["rank", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--checkpoint", "--out", "--what", "--tree", "--memory", "--devices", "exactly"):
+        assert option in shown

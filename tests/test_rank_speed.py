@@ -1,0 +1,91 @@
+"""benchmarks/rank_speed.py: that its methods agree, that it says so where they do not, and the whole program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import rank_speed
+
+from lightning_locality.ranks.nodes import node_spectra
+from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.tensors import Factorization
+
+
+def test_methods_agree_with_the_dense_tensor(device: torch.device) -> None:
+    found = rank_speed.check(str(device))
+    assert found["qr"] < 1e-12
+    assert found["gram"] < 1e-6
+    assert found["ratios"] < 1e-10
+
+
+def test_a_method_that_differs_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value off by a billionth is found."""
+
+    def other(subject: Factorization | torch.Tensor, *args: object, **kwargs: object) -> NodeSpectra:
+        found = node_spectra(subject, *args, **kwargs)  # type: ignore[arg-type]
+        if isinstance(subject, Factorization) and not kwargs:
+            found[(0, 1)][1] *= 1 + 1e-9
+        return found
+
+    monkeypatch.setattr(rank_speed, "node_spectra", other)
+    with pytest.raises(AssertionError, match=r"qr differs .* no speed is reported"):
+        rank_speed.check("cpu")
+
+
+def test_spectra_of_other_lengths() -> None:
+    assert rank_speed.difference(torch.tensor([4.0, 1.0]), torch.tensor([4.0])) == 0.25
+    assert rank_speed.difference(torch.tensor([4.0]), torch.tensor([4.0, 2.0, 0.0])) == 0.5
+
+
+def test_slopes_of_large_orders() -> None:
+    rows = [
+        {"method": "qr", "width": 2, "device": "cpu", "order": order, "seconds": seconds}
+        for order, seconds in ((4, 7.0), (256, 1.0), (1024, 4.0), (4096, 16.0))
+    ]
+    assert rank_speed.slopes([*rows, rows[0] | {"method": "dense"}], least=256) == {"qr width 2 cpu": 1.0}
+
+
+def test_memory_is_that_of_the_measurement() -> None:
+    """64 MiB more than before, whatever the process has had at its peak."""
+    torch.zeros(2**25)
+    found = rank_speed.timed(lambda: torch.zeros(2**23), 2, "cpu")
+    if Path("/proc/self/clear_refs").exists():
+        assert 60 < found["mib"] < 80
+    assert 0 < found["seconds"] <= found["median"]
+
+
+@pytest.mark.parametrize("method", rank_speed.METHODS)
+def test_every_method_is_timed(method: str, device: torch.device) -> None:
+    row = rank_speed.case(method, 4, 3, 2, str(device))
+    assert 0 < row["seconds"] <= row["median"]
+    assert (row["method"], row["order"], row["width"], row["nodes"]) == (method, 4, 3, 6)
+
+
+def test_the_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.json"
+    rank_speed.main(["--toy", "--methods", "qr", "dense", "--out", str(out)])
+    result = json.loads(out.read_text())
+    rows = result["factored"]
+    assert [(row["method"], row["order"], row["width"]) for row in rows] == [
+        ("qr", 4, 2),
+        ("qr", 8, 2),
+        ("dense", 4, 2),
+    ]
+    assert [row["nodes"] for row in rows] == [6, 14, 6]
+    assert min(row["seconds"] for row in rows) > 0
+    assert set(result["networks"]["rows"]) == {"cut_share", "interaction_profile"}
+    for row in result["networks"]["rows"].values():
+        assert row["times_plain"] > 0
+    # 4 x 4 composites; 2 samples with 4 patches replaced
+    assert result["networks"]["rows"]["cut_share"]["evaluations"] >= 16
+    assert result["networks"]["rows"]["interaction_profile"]["evaluations"] >= 10
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "rank_speed.pdf", "rank_speed.png"}
+    printed = capsys.readouterr().out
+    assert "interaction_profile" in printed
+    assert "exponents of the order: qr width 2 cpu" in printed

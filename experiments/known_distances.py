@@ -3,8 +3,8 @@
 1. Untrained convolutional networks of 3x3 convolutions without pooling before the last average: two patches can only
    interact if some receptive field reaches both. Largest distance with an interaction, found and possible.
 2. Networks trained to predict a sum of products of pairs of patches: adjacent patches ("near"), or patches at the two
-   ends of a row ("far"). Interaction distance, share of the variance that crosses the cut between the left and the right
-   half, and number of products that cross it (participation ratio), measured and as the task has them.
+   ends of a row ("far"). Interaction distance, share of the variance that crosses the cut between left and right, and
+   number of products that cross it (participation ratio), measured and as the task has them.
 
     python experiments/known_distances.py --out results/known_distances
 """
@@ -28,7 +28,7 @@ from lightning_locality.ranks.masks import halves
 
 PATCH = 4
 GRID = 4  # patches per side of the images of the trained networks
-NOTHING = 1e-24  # of the strongest interaction: squares of float64 rounding
+REPETITIONS = 16  # of the cut, of 64 x 64 images each
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,14 @@ class Reading:
 
 
 def convolutions(layers: int, seed: int) -> nn.Module:
-    """3x3 convolutions with ReLU and an average: receptive field ``2 layers + 1`` pixels."""
+    """3x3 convolutions and an average: receptive field ``2 layers + 1`` pixels."""
     torch.manual_seed(seed)
     stack: list[nn.Module] = []
     for layer in range(layers):
-        stack += [nn.Conv2d(1 if layer == 0 else 8, 8, 3, padding=1), nn.ReLU()]
+        convolution = nn.Conv2d(1 if layer == 0 else 8, 8, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight)
+        # smooth: of a ReLU a far corner of the field changes nothing unless it happens to switch it
+        stack += [convolution, nn.GELU()]
     return nn.Sequential(*stack, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1)).double()
 
 
@@ -115,7 +118,7 @@ def draw(fields_: dict[int, InteractionProfile], tasks: dict[str, InteractionPro
         figure = Figure(figsize=(2 * COLUMN, 2.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         for colour, (layers, profile) in zip(COLOURS, fields_.items(), strict=False):
-            seen = profile.strength > NOTHING * profile.strength.max()
+            seen = profile.strength > 0
             left.plot(
                 profile.distance[seen],
                 profile.strength[seen],
@@ -161,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Reading]:
     reached: dict[int, InteractionProfile] = {}
     for layers in options.layers:
         profile = interaction_profile(convolutions(layers, options.seed), noise, patch=PATCH, seed=options.seed)
-        seen = profile.distance[profile.strength > NOTHING * profile.strength.max()]
+        seen = profile.distance[profile.strength > 0]
         name = f"receptive field {2 * layers + 1}"
         expected = min(farthest(layers), options.side - PATCH)
         readings.append(Reading(name, "largest distance (pixels)", float(seen.max()), 0.0, expected))
@@ -171,9 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Reading]:
     side = GRID * PATCH
     for kind, distance, share, crossing in (("near", PATCH, 1 / 3, GRID), ("far", side - PATCH, 1.0, GRID)):
         network, explained = trained(kind, options.steps, options.seed)
-        images = images_of(torch.randn(512, GRID**2, generator=generator, dtype=torch.float64))
+        images = images_of(torch.randn(128 * REPETITIONS, GRID**2, generator=generator, dtype=torch.float64))
         profile = interaction_profile(network, images[:128], patch=PATCH, seed=options.seed)
-        cut = cut_share(network, images, halves(side, side), size=64, repetitions=4, seed=options.seed)
+        cut = cut_share(network, images, halves(side, side), size=64, repetitions=REPETITIONS, seed=options.seed)
         band = (profile.mean_distance_high - profile.mean_distance_low) / 4
         readings += [
             Reading(kind, "explained variance of the task", explained, 0.0, 1.0),

@@ -139,7 +139,7 @@ def _spectrum(axes: Axes, spectra: Spectra, nodes: list[Node], colour: str) -> A
     return relative[relative >= _LEAST]
 
 
-def tree_figure(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]]) -> Figure:
+def tree_figure(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]], quantity: str = "rank") -> Figure:
     """The rank at every node, on the tree of up to 64 modes, otherwise against the number of modes of the node.
 
     The colour is the rank, which is also written where there is room; the root, whose matricisation has one
@@ -148,6 +148,7 @@ def tree_figure(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]]) -> Fi
     Args:
         tree: The tree.
         ranks: Label -> node -> rank, or any other number for which larger means more dependence.
+        quantity: What these are, for the scale.
 
     Raises:
         ValueError: No ranks, or ranks at nodes that are not in the tree.
@@ -163,10 +164,10 @@ def tree_figure(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]]) -> Fi
                 "the ranks were measured on"
             )
     with rc_context(STYLE):
-        return _strips(ranks) if tree.order > _LEAVES else _trees(tree, ranks, values)
+        return _strips(ranks, quantity) if tree.order > _LEAVES else _trees(tree, ranks, values, quantity)
 
 
-def _trees(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]], values: list[float]) -> Figure:
+def _trees(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]], values: list[float], quantity: str) -> Figure:
     # two side by side as long as the leaves of each have room in a column
     columns = 2 if len(ranks) > 1 and tree.order <= 16 else 1
     lines = -(-len(ranks) // columns)
@@ -185,7 +186,7 @@ def _trees(tree: ModeTree, ranks: Mapping[str, Mapping[Node, float]], values: li
             axes.set_title(label, fontsize=8)
     length = min(0.8 * tall * lines, 1.6)
     size: Any = {"shrink": length / (tall * lines), "aspect": length / 0.1, "pad": 0.01}
-    bar = figure.colorbar(colours, ax=list(grid.flat), label="rank", **size)
+    bar = figure.colorbar(colours, ax=list(grid.flat), label=quantity, **size)
     bar.locator = MaxNLocator(5, integer=all(float(value).is_integer() for value in values), min_n_ticks=1)
     bar.update_ticks()
     return figure
@@ -238,7 +239,7 @@ def _tree(
     axes.set_ylim(-0.7, tree.height(tree.root) + 0.3)
 
 
-def _strips(ranks: Mapping[str, Mapping[Node, float]]) -> Figure:
+def _strips(ranks: Mapping[str, Mapping[Node, float]], quantity: str) -> Figure:
     groups = _by_size(list(dict.fromkeys(node for own in ranks.values() for node in own)))
     width = COLUMN if len(groups) * len(ranks) <= 28 else 2 * COLUMN
     figure = Figure(figsize=(width, 2.2), layout="constrained")
@@ -256,7 +257,7 @@ def _strips(ranks: Mapping[str, Mapping[Node, float]]) -> Figure:
             axes.plot([x], [median], "o", color=colour, markersize=2.8)
     axes.set_xticks(range(len(groups)), list(groups), rotation=45 if len(groups) > 8 else 0, fontsize=7)
     axes.set_xlabel("modes of the node")
-    axes.set_ylabel("rank")
+    axes.set_ylabel(quantity)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     _legend(figure, list(ranks))

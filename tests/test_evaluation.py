@@ -433,3 +433,11 @@ def test_wrong_masks(build: Callable[[], Any], message: str) -> None:
 def test_masks_that_do_not_fit(mask: Tensor, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked_mask(mask, images)
+
+
+def test_float32_is_float32_inside_and_what_it_was_outside() -> None:
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    with Evaluation().prepared(nn.Identity()):
+        assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+    assert [backend.fp32_precision for backend in backends] == before

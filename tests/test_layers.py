@@ -54,13 +54,11 @@ ALLOWED: dict[str, set[str]] = {
         *BOTTOM,
     },
     "sweep": {"runner", "results", "suggest", "sweep_figure"},
-    "trained": {"runner", "circuit", "datamodules", "folder", "tasks", "tensors"},
-    "measured": {"ranks", "rank_figures", "tensors", "trained", "whole"},
-    "measure": {"measured", "ranks", "rank_figures", "suggest", "tensors", "trained", "whole"},
-    "cli": {"__init__", "runner", "sweep", "suggest", "datamodules", "measure"},
+    "measuring": {"circuit", "datamodules", "figures", "rank_figures", "ranks", "tasks", "tensors", "whole"},
+    "cli": {"__init__", "runner", "sweep", "suggest", "datamodules", "measuring"},
     "__main__": {"cli"},
 }
-LIGHTNING_ONLY_IN = {"datamodules", "tasks", "parser", "report", "runner", "trained", "measure"}
+LIGHTNING_ONLY_IN = {"datamodules", "tasks", "parser", "report", "runner", "measuring"}
 
 
 def imports(path: Path) -> set[str]:

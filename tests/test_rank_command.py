@@ -23,9 +23,10 @@ from lightning_locality.circuit import ConvolutionalArithmeticCircuit
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import seeded_generator
 from lightning_locality.datamodules.same_class import SameClass
-from lightning_locality.measure import gathered
+from lightning_locality.measuring.command import gathered
+from lightning_locality.measuring.progress import RankProgress
+from lightning_locality.measuring.trained import Trained
 from lightning_locality.networks import SmallResNet
-from lightning_locality.rank_progress import RankProgress
 from lightning_locality.ranks.components import contribution_norms
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.dense import dense_spectra
@@ -33,7 +34,6 @@ from lightning_locality.ranks.masks import standard_cuts
 from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.tensors import HierarchicalTensorFactorization, ModeTree
 from lightning_locality.tensors.mode_tree import node_name
-from lightning_locality.trained import Trained
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SMALL = ("--data.train=64", "--data.validation=40", "--data.test=60", "--data.batch_size=16", "--trainer.max_epochs=1")

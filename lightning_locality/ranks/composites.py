@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Composites", "composite", "composites"]
+__all__ = ["Composites", "Network", "composite", "composites"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_locality.ranks.evaluation import Evaluation, scores
 from lightning_locality.ranks.memory import is_out_of_memory, too_large
+
+Network = nn.Module | Callable[[Tensor], Tensor]
 
 # by what part of the outputs' size an image's may hang on the rest of its batch: bfloat16 stays well below
 COMPANY = 0.05
@@ -41,11 +43,11 @@ def composite(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
 
 
 @contextmanager
-def composites(model: nn.Module, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[Composites]:
+def composites(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[Composites]:
     """The network as it is evaluated (:meth:`Evaluation.prepared`), on composites of images.
 
     Args:
-        model: Takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``.
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``.
         images: ``(K, C, H, W)``, K at least 1; moved to the model's device and type.
         labels: ``(H, W)``, which block a pixel is in.
         evaluation: How; None: the default.
@@ -57,12 +59,25 @@ def composites(model: nn.Module, images: Tensor, labels: Tensor, evaluation: Eva
     evaluation = Evaluation() if evaluation is None else evaluation
     if not images.is_floating_point():
         raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
+    model = model if isinstance(model, nn.Module) else _Function(model)
     # hidden state that a network keeps for its next call must be fit for training
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
         tensors = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point()]
         dtype = tensors[0].dtype if tensors else evaluation.dtype or images.dtype
         device = tensors[0].device if tensors else images.device
         yield Composites(network, images.to(device, dtype), labels.to(device), evaluation)
+
+
+@final
+class _Function(nn.Module):
+    """A function as a module without state."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 @final

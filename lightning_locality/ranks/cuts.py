@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_locality.ranks.composites import Composites, composites
+from lightning_locality.ranks.composites import Composites, Network, composites
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.mixing import paired
@@ -70,7 +70,7 @@ class CutShare:
 
 
 def cut_share(
-    model: nn.Module,
+    model: Network,
     images: Tensor,
     mask: Tensor,
     *,
@@ -93,7 +93,7 @@ def cut_share(
     not vary beyond rounding has a share of 0. Rounding is estimated from images moved by one unit in the last place.
 
     Args:
-        model: Takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
         images: ``(B, C, H, W)``, from the distribution on which the question is asked.
         mask: ``(H, W)``, True in block I.
         size: Images K for either block, at least 4; None: 64, or half of all images.
@@ -107,11 +107,9 @@ def cut_share(
             all or nothing, a model that does not take the images, or outputs that are not finite.
 
     Example:
-        >>> class Near(torch.nn.Module):
-        ...     def forward(self, x):
-        ...         return x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
+        >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
         >>> images = torch.randn(100, 1, 1, 4, generator=torch.Generator().manual_seed(0))
-        >>> round(float(cut_share(Near(), images, torch.tensor([[True, True, False, False]]))), 6)
+        >>> round(float(cut_share(near, images, torch.tensor([[True, True, False, False]]))), 6)
         0.0
     """
     mask = checked_mask(mask, images)

@@ -99,10 +99,13 @@ class Evaluation:
     def prepared(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model as it is evaluated, in this type and :func:`measuring`; a copy where the type is another one.
 
+        CUDA computes float32 as such inside, not in TF32 as it does convolutions by default: differences of outputs
+        are measured, and what counts as rounding is that of the type.
+
         Args:
             model: What is measured; as it was afterwards.
         """
-        with measuring(model):
+        with measuring(model), _without_tf32():
             tensors = chain(model.parameters(), model.buffers())
             kept = self.dtype is None or all(not t.is_floating_point() or t.dtype == self.dtype for t in tensors)
             yield model if kept else copy.deepcopy(model).to(self.dtype)
@@ -214,6 +217,21 @@ class Evaluation:
         everything: Tensor = self.processes.all_gather(shares).to(device)
         in_turn = everything.reshape(len(everything), -1, chunk, *own.shape[1:]).transpose(0, 1)
         return in_turn.reshape(-1, *own.shape[1:])[:count]
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    # a name that torch has no type for
+    cudnn: Any = torch.backends.cudnn
+    backends = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _raise(failure: Exception | None, elsewhere: bool) -> None:

@@ -7,9 +7,9 @@ __all__ = ["grid_tensor", "tree_separation"]
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_locality.ranks.composites import Composites, composites
+from lightning_locality.ranks.composites import Composites, Network, composites
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.quantities import ROUNDING
@@ -22,7 +22,7 @@ MOST_POINTS = 2**22
 NOISE_POINTS = 256
 
 
-def grid_tensor(model: nn.Module, templates: Tensor, blocks: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
+def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
     r"""Outputs for all combinations of templates in the blocks of an image.
 
     .. math:: \mathcal{A}_{d_1 \dots d_P c} = f_c \bigl( x_1^{(d_1)}, \dots, x_P^{(d_P)} \bigr)
@@ -31,7 +31,7 @@ def grid_tensor(model: nn.Module, templates: Tensor, blocks: Tensor, *, evaluati
     with whole images as templates: block p of template d is put into block p. :func:`dense_spectra` gives its ranks.
 
     Args:
-        model: Takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
         templates: ``(K, C, H, W)``.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         evaluation: How the network is evaluated; None: the default.
@@ -64,7 +64,7 @@ def grid_tensor(model: nn.Module, templates: Tensor, blocks: Tensor, *, evaluati
 
 
 def tree_separation(
-    model: nn.Module,
+    model: Network,
     images: Tensor,
     blocks: Tensor,
     tree: ModeTree,
@@ -85,7 +85,7 @@ def tree_separation(
     the grid tensor takes K^P. Of several outputs, those of one column are put side by side.
 
     Args:
-        model: Takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
         images: ``(K, C, H, W)``, where the contents are taken from.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         tree: Over the blocks.

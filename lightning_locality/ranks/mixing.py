@@ -5,15 +5,15 @@ from __future__ import annotations
 __all__ = ["mixing_matrix"]
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_locality.ranks.composites import Composites, composites
+from lightning_locality.ranks.composites import Composites, Network, composites
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
 
 
 def mixing_matrix(
-    model: nn.Module, images_i: Tensor, images_j: Tensor, mask: Tensor, *, evaluation: Evaluation | None = None
+    model: Network, images_i: Tensor, images_j: Tensor, mask: Tensor, *, evaluation: Evaluation | None = None
 ) -> Tensor:
     r"""Outputs for all pairs of a block I and its complement J.
 
@@ -23,7 +23,7 @@ def mixing_matrix(
     enough samples. F over the root of K L approaches the operator between functions of either block whose kernel is f.
 
     Args:
-        model: Takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
         images_i: Where block I is taken from, ``(K, C, H, W)``.
         images_j: Where block J is taken from, ``(L, C, H, W)``.
         mask: ``(H, W)``, True in block I.

@@ -14,7 +14,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.composites import Composites, composite, composites
+from lightning_locality.ranks.composites import Composites, Network, composite, composites
 from lightning_locality.ranks.evaluation import Evaluation, scores
 from lightning_locality.ranks.interactions import InteractionProfile
 from lightning_locality.ranks.pair_samples import PairSamples
@@ -26,7 +26,7 @@ _KEPT = 2**24  # float64 numbers kept from samples that are measured together, p
 
 
 def interaction_profile(
-    model: nn.Module | Callable[[Tensor], Tensor],
+    model: Network,
     images: Tensor,
     *,
     patch: int | None = None,
@@ -107,22 +107,11 @@ def interaction_profile(
     # one circle, where donors stand before their samples: disjoint where there are images enough
     donors = order.roll(samples % len(images) or 1)[:samples]
     used = images[torch.cat([order[:samples], donors]).to(images.device)]
-    network = model if isinstance(model, nn.Module) else _Function(model)
     evaluation = Evaluation() if evaluation is None else evaluation
-    with composites(network, used, grid.labels(), evaluation) as mixed:
+    with composites(model, used, grid.labels(), evaluation) as mixed:
         measurement = _Measurement(mixed, grid, evaluation, generator)
         found = measurement.linear() if method == "linear" else measurement.exact(pairs_per_distance)
     return found.profile(method, bootstraps, seed)
-
-
-@final
-class _Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @final

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lightning_locality.figures import save_figure
+from lightning_locality.measuring.records import Record, restored_spectra
 from lightning_locality.rank_figures import cut_figure, profile_figure, spectra_figure, tree_figure
-from lightning_locality.rank_records import Record, restored_spectra
 from lightning_locality.ranks.interactions import InteractionProfile
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
@@ -154,7 +154,9 @@ def _figures(measured: Sequence[Measured], rtol: float) -> dict[str, Figure]:
         if spectra:
             figures[f"{prefix}spectra"] = spectra_figure(spectra)
             for number, (tree, ranks) in enumerate(_by_tree(spectra, rtol)):
-                figures[f"{prefix}tree" + (f"_{number + 1}" if number else "")] = tree_figure(tree, ranks)
+                figures[f"{prefix}tree" + (f"_{number + 1}" if number else "")] = tree_figure(
+                    tree, ranks, f"rank at {rtol:g}"
+                )
     profiles = {
         one.label: InteractionProfile.from_dict(record["content"])
         for one in measured

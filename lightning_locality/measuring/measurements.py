@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from lightning_locality.rank_records import (
+from lightning_locality.measuring.records import (
     Record,
     component_record,
     cut_record,
@@ -23,11 +23,11 @@ from lightning_locality.rank_records import (
     profile_record,
     tree_record,
 )
+from lightning_locality.measuring.trained import Trained
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import blocks, standard_cuts
 from lightning_locality.tensors import Factorization
 from lightning_locality.tensors.mode_tree import ModeTree
-from lightning_locality.trained import Trained
 
 What = Literal["nodes", "components", "cuts", "profile"]
 Compute = Callable[[torch.device, Evaluation], Record]

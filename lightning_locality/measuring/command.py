@@ -23,11 +23,11 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from rich.console import Console
 
-from lightning_locality.measured import Measurement, Settings, What, measurements
-from lightning_locality.rank_progress import RankProgress
-from lightning_locality.rank_results import Measured, Parts, summary_table, write_results
+from lightning_locality.measuring.measurements import Measurement, Settings, What, measurements
+from lightning_locality.measuring.progress import RankProgress
+from lightning_locality.measuring.results import Measured, Parts, summary_table, write_results
+from lightning_locality.measuring.trained import Trained
 from lightning_locality.ranks.evaluation import Evaluation
-from lightning_locality.trained import Trained
 
 _PACKAGES = ("lightning-locality", "torch", "pytorch-lightning", "tensorly")
 _LISTS = ("--checkpoint", "--label", "--what")

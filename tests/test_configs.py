@@ -23,6 +23,11 @@ CASES = {
     "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
     "quickstart": (["quickstart.yaml"], QUICK),
     "quickstart + far field": (["quickstart.yaml", "overlays/quickstart_far_field.yaml"], QUICK),
+    "quickstart + rank_monitor": (["quickstart.yaml", "overlays/rank_monitor.yaml"], QUICK),
+    "same_class + rank_monitor": (
+        ["same_class.yaml", "overlays/anti_locality.yaml", "overlays/rank_monitor.yaml"],
+        DIGITS,
+    ),
 }
 SMALL_TENSOR = ("--model.model.rank=8", "--data.epoch_length=1")
 # 8x8 pixels, which need no download

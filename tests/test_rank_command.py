@@ -18,11 +18,11 @@ import yaml
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_locality import rank_records
 from lightning_locality.circuit import ConvolutionalArithmeticCircuit
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import seeded_generator
 from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.measuring import records
 from lightning_locality.measuring.command import gathered
 from lightning_locality.measuring.progress import RankProgress
 from lightning_locality.measuring.trained import Trained
@@ -89,9 +89,9 @@ def table(folder: Path) -> dict[tuple[str, str, str], dict[str, str]]:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str, stop_at: int | None = None) -> list[int]:
-    """Calls of a function of rank_records, the given one of which is interrupted."""
+    """Calls of a function of records, the given one of which is interrupted."""
     calls: list[int] = []
-    original: Callable[..., Any] = getattr(rank_records, name)
+    original: Callable[..., Any] = getattr(records, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(calls))
@@ -99,7 +99,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str, stop_at: int | None = No
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(rank_records, name, counting)
+    monkeypatch.setattr(records, name, counting)
     return calls
 
 
@@ -248,6 +248,7 @@ def test_labels_tell_checkpoints_apart(runs: Path, tmp_path: Path) -> None:
         (["--checkpoint", "RUNS/a/last.ckpt", "--size=3"], ["--size 3", "4 images at least"]),
         (["--checkpoint", "RUNS/a/last.ckpt", "--images=24", "--samples=25"], ["--samples 25", "2 to 24"]),
         (["--checkpoint", "RUNS/a/last.ckpt", "--patch=3"], ["--patch 3", "8 x 80"]),
+        (["--checkpoint", "RUNS/a/last.ckpt", "--pairs=3"], ["--pairs 3", "--method exact"]),
         (["--checkpoint", "RUNS/a/last.ckpt", "--what=nodes"], ["--what nodes", "cuts, profile"]),
         (["--checkpoint", "RUNS/htf/last.ckpt", "--what=cuts"], ["--what cuts", "nodes, components"]),
         (["--checkpoint", "RUNS/a/last.ckpt", "--memory=0"], ["--memory", "got 0"]),
@@ -308,6 +309,17 @@ def test_weights_keep_the_type_that_they_were_trained_in(runs: Path, tmp_path: P
     assert {value.dtype for value in stored.values()} == {torch.float64}
     state = Trained(folder / "last.ckpt").module.state_dict()
     assert all(torch.equal(state[name], value) for name, value in stored.items())
+
+
+def test_an_exact_profile_of_drawn_pairs(runs: Path, tmp_path: Path) -> None:
+    rank("--checkpoint", runs / "a/last.ckpt", "--what=profile", "--method=exact", "--pairs=2", "--out", tmp_path)
+    content = json.loads((tmp_path / "ranks.json").read_text())
+    profile = content["checkpoints"]["a"]["measurements"]["profile"]["content"]
+    assert profile["method"] == "exact"
+    # 2 x 20 patches: two of the pairs at every distance
+    matrix = torch.tensor([[float("nan") if value is None else value for value in row] for row in profile["matrix"]])
+    known = matrix.triu(1).isfinite() & torch.ones(40, 40).triu(1).bool()
+    assert int(known.sum()) == 2 * len(profile["distance"])
 
 
 def test_several_checkpoints_need_a_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

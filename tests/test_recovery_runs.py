@@ -91,6 +91,17 @@ def test_run_in_two_parts_equals_one(tmp_path: Path, optimizer: dict[str, Any]) 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_rows_of_a_callback_survive_a_second_part(tmp_path: Path) -> None:
+    # 10 iterations an epoch: every second row of the monitor lies between two measurements
+    path = config(tmp_path / "c.yaml", "HierarchicalTensorFactorization")
+    command = ["fit", f"--config={path}", f"--run_dir={tmp_path / 'a'}", "--trainer.callbacks+=RankMonitor"]
+    main([*command, "--trainer.max_epochs=2"])
+    main([*command, "--ckpt_path=last"])
+    rows = rows_of(tmp_path / "a")
+    assert [int(row["iteration"]) for row in rows if row["rank/node 0-1"]] == [10, 20, 30, 40]
+    assert [int(row["iteration"]) for row in rows if row["train/loss"]] == list(range(0, 41, 4))
+
+
 def test_test_measures_the_checkpoint(tmp_path: Path) -> None:
     path = config(tmp_path / "c.yaml")
     main(["fit", f"--config={path}", f"--run_dir={tmp_path / 'a'}"])

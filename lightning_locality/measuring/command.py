@@ -72,6 +72,7 @@ def rank(
     patch: int | None = None,
     samples: int | None = None,
     method: Literal["linear", "exact"] = "linear",
+    pairs: int | None = None,
     tree: Literal["quadrants", "strips"] | None = None,
     rtol: float = 1e-2,
     seed: int = 0,
@@ -102,7 +103,9 @@ def rank(
         repetitions: Independent draws of these images per cut.
         patch: Side of the patches of the profile in pixels; chosen by the size of the images if not given.
         samples: Images of the profile; 64, or all where there are fewer, if not given.
-        method: Of the profile: linear by gradients, exact by forward passes alone (many more of them).
+        method: Of the profile: linear by gradients, exact by forward passes alone, which is to be trusted for networks
+            that are sure of their answer.
+        pairs: Pairs of patches at a distance that the exact profile takes, drawn; all if not given.
         tree: Estimate the ranks between groups of blocks as well: 4 x 4 blocks merged in quadrants, or 8 strips.
         rtol: Singular values above this part of the largest count in the trees and the summary; the table has the
             ranks up to rounding as well.
@@ -124,9 +127,8 @@ def rank(
         raise ValueError("--checkpoint: name at least one, for example runs/a/last.ckpt")
     if out is None and len(checkpoint) > 1:
         raise ValueError(f"--out: say in which folder the results of {len(checkpoint)} checkpoints belong")
-    settings = Settings(
-        None if what is None else tuple(what), images, size, repetitions, patch, samples, method, tree, seed, float64
-    )
+    kinds = None if what is None else tuple(what)
+    settings = Settings(kinds, images, size, repetitions, patch, samples, method, pairs, tree, seed, float64)
     device = "cuda" if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()) else "cpu"
     if device == "cuda" and torch.cuda.device_count() < devices:
         raise ValueError(f"--accelerator {accelerator} --devices {devices}: there are {torch.cuda.device_count()} GPUs")

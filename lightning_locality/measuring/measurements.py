@@ -55,6 +55,7 @@ class Settings:
         patch: Side in pixels of the patches of the profile; None for one that suits the images.
         samples: Images of the profile; None for 64, or all where there are fewer.
         method: Of the profile.
+        pairs: Pairs of patches at a distance that an exact profile takes; None for all.
         tree: Blocks of pixels between whose groups ranks are estimated, if any.
         seed: Of every draw.
         float64: Whether networks are evaluated in float64.
@@ -67,6 +68,7 @@ class Settings:
     patch: int | None = None
     samples: int | None = None
     method: Literal["linear", "exact"] = "linear"
+    pairs: int | None = None
     tree: Literal["quadrants", "strips"] | None = None
     seed: int = 0
     float64: bool = False
@@ -131,7 +133,7 @@ def _of_network(trained: Trained, settings: Settings) -> Iterator[Measurement]:
     height, width = (int(side) for side in images.shape[2:])
     size = min(len(images) // 2, _SIZE) if settings.size is None else settings.size
     samples = min(len(images), _SAMPLES) if settings.samples is None else settings.samples
-    _refuse_unfit(len(images), height, width, size, samples, settings.patch)
+    _refuse_unfit(len(images), height, width, size, samples, settings)
     for name, circuit in trained.circuits.items():
         root: Any = circuit.groups[-1]
         for output in range(root.weight().shape[-1]):
@@ -147,12 +149,14 @@ def _of_network(trained: Trained, settings: Settings) -> Iterator[Measurement]:
         yield _measurement(trained, "cuts", f"cut {name}", repetitions * size**2 + 256.0, cut, **own)
 
     patch, method = settings.patch, settings.method
-    profile = partial(profile_record, network, images, patch=patch, samples=samples, method=method, seed=seed)
-    asked: dict[str, Any] = {**common, "patch": patch, "samples": samples, "method": method}
+    asked: dict[str, Any] = {"patch": patch, "samples": samples, "method": method, "pairs": settings.pairs}
+    profile = partial(profile_record, network, images, **asked, seed=seed)
     patches = _PATCHES if patch is None else height * width // patch**2
     cost = _PASSES if method == "linear" else 1.0
-    work = samples * (1.0 + patches) * (cost if method == "linear" else 1 + patches / 2)
-    yield replace(_measurement(trained, "profile", "profile", work, profile, **asked), cost=cost)
+    # drawn at each of so many distances, as far as a rough guess goes
+    pairs = patches * patches / 2 if settings.pairs is None else settings.pairs * patches**0.5
+    work = samples * (cost * (1 + patches) if method == "linear" else 1 + patches + pairs)
+    yield replace(_measurement(trained, "profile", "profile", work, profile, **common, **asked), cost=cost)
 
     if settings.tree is not None:
         partition, over = _blocks(settings.tree, height, width)
@@ -162,8 +166,9 @@ def _of_network(trained: Trained, settings: Settings) -> Iterator[Measurement]:
         yield _measurement(trained, "tree", name, work, tree, **common, size=size)
 
 
-def _refuse_unfit(count: int, height: int, width: int, size: int, samples: int, patch: int | None) -> None:
+def _refuse_unfit(count: int, height: int, width: int, size: int, samples: int, settings: Settings) -> None:
     """Before anything is measured, what would stop it later."""
+    patch = settings.patch
     if not 4 <= size <= count // 2:
         raise ValueError(
             f"--size {size}: a cut takes 4 images at least on either side, others on one than on the other, and there "
@@ -171,6 +176,8 @@ def _refuse_unfit(count: int, height: int, width: int, size: int, samples: int, 
         )
     if not 2 <= samples <= count:
         raise ValueError(f"--samples {samples} must be 2 to {count}, the number of images; change it, or --images")
+    if settings.pairs is not None and (settings.method == "linear" or settings.pairs < 1):
+        raise ValueError(f"--pairs {settings.pairs} must be 1 or more, and goes with --method exact")
     if patch is not None and (patch < 1 or height % patch or width % patch or patch >= max(height, width)):
         raise ValueError(
             f"--patch {patch}: images of {height} x {width} pixels must be divided into patches, two at least; take a "

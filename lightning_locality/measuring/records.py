@@ -184,6 +184,7 @@ def profile_record(
     patch: int | None,
     samples: int,
     method: Literal["linear", "exact"],
+    pairs: int | None,
     seed: int,
 ) -> Record:
     """Interaction of patches by their distance.
@@ -196,10 +197,18 @@ def profile_record(
         patch: Side of a patch in pixels; None for one that suits the images.
         samples: Number of images that are used.
         method: Linearised, or exact.
+        pairs: Pairs of patches at a distance that are drawn where it is exact; None for all.
         seed: Of the draw of donors.
     """
     profile = interaction_profile(
-        network.to(device), images, patch=patch, samples=samples, method=method, seed=seed, evaluation=evaluation
+        network.to(device),
+        images,
+        patch=patch,
+        samples=samples,
+        method=method,
+        pairs_per_distance=pairs,
+        seed=seed,
+        evaluation=evaluation,
     )
     content = profile.to_dict()
     ends = (content["mean_distance_low"], content["mean_distance_high"])

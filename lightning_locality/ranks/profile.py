@@ -52,7 +52,9 @@ def interaction_profile(
         \qquad (L_{AB} + L_{BA}) / 2
 
     for Y: equal to it for a network that is affine in every patch, and n (1 + m) forwards and backwards for all
-    pairs, where "exact" takes n (1 + m + P) forwards. Beside it "linear" gives the change of direction of the input
+    pairs, where "exact" takes n (1 + m + P) forwards. Of a classifier that is sure of itself the gradient says little
+    about what replacing a patch does: there the linear strength is that of steep places, and "exact", with pairs
+    drawn where there are many, is what to trust. Beside it "linear" gives the change of direction of the input
     gradient, :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term works on
     ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
     Maman, Cohen, 2022). It is not a measure of interaction: it does not see products of a function of A and one of B.

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Recovery"]
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -168,15 +169,18 @@ class Recovery(LightningModule):
         self._batch, self._first_iteration = None, self.iteration
         for logger in self.loggers:
             if isinstance(logger, MetricsFile) and self.iteration > 0:
-                logger.keep(lambda row: self._belongs(int(float(row.get("iteration") or -1))))
+                logger.keep(self._belongs)
 
     @property
     def iterations_done(self) -> int:
         """Iterations of this part of the run."""
         return self.iteration - self._first_iteration
 
-    def _belongs(self, iteration: int) -> bool:
-        return 0 <= iteration <= self.iteration and iteration % self.measure_every == 0
+    def _belongs(self, row: Mapping[str, str]) -> bool:
+        iteration = int(float(row.get("iteration") or -1))
+        # a last measurement may lie between the others; rows of a callback, which have no loss, may do so as well
+        regular = iteration % self.measure_every == 0 or not row.get("train/loss")
+        return 0 <= iteration <= self.iteration and regular
 
     def training_step(self, batch: RecoveryBatch, batch_idx: int) -> None:
         """Iterations, and the measurements that fall among them."""

@@ -28,7 +28,6 @@ from lightning_locality.ranks.masks import halves
 
 PATCH = 4
 GRID = 4  # patches per side of the images of the trained networks
-REPETITIONS = 16  # of the cut, of 64 x 64 images each
 
 
 @dataclass(frozen=True)
@@ -135,10 +134,11 @@ def draw(fields_: dict[int, InteractionProfile], tasks: dict[str, InteractionPro
         width = 0.27 * PATCH
         shown = {"near": tasks["near"].share, "far": tasks["far"].share}
         uniform = tasks["near"].uniform.diff(prepend=torch.zeros(1))
+        distance = tasks["near"].distance.numpy()
         for place, (label, share) in enumerate({**shown, "uniform": uniform}.items()):
             colour = "0.7" if label == "uniform" else COLOURS[place]
-            right.bar(tasks["near"].distance + (place - 1) * width, share, width, color=colour, label=label)
-        right.set_xticks(tasks["near"].distance.tolist())
+            right.bar(distance + (place - 1) * width, share.numpy(), width, color=colour, label=label)
+        right.set_xticks(distance)
         right.set_xlabel("distance of two patches (pixels)")
         right.set_ylabel("share of the interaction")
         right.legend(fontsize=6.5)
@@ -155,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Reading]:
     parser.add_argument("--side", type=int, default=48, help="side of their images, in pixels")
     parser.add_argument("--steps", type=int, default=4000, help="training steps of the trained networks")
     parser.add_argument("--samples", type=int, default=24, help="images per profile")
+    parser.add_argument("--repetitions", type=int, default=16, help="of the cuts, of 64 x 64 images each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     generator = torch.Generator().manual_seed(options.seed)
@@ -174,9 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Reading]:
     side = GRID * PATCH
     for kind, distance, share, crossing in (("near", PATCH, 1 / 3, GRID), ("far", side - PATCH, 1.0, GRID)):
         network, explained = trained(kind, options.steps, options.seed)
-        images = images_of(torch.randn(128 * REPETITIONS, GRID**2, generator=generator, dtype=torch.float64))
+        images = images_of(torch.randn(128 * options.repetitions, GRID**2, generator=generator, dtype=torch.float64))
         profile = interaction_profile(network, images[:128], patch=PATCH, seed=options.seed)
-        cut = cut_share(network, images, halves(side, side), size=64, repetitions=REPETITIONS, seed=options.seed)
+        cut = cut_share(
+            network, images, halves(side, side), size=64, repetitions=options.repetitions, seed=options.seed
+        )
         band = (profile.mean_distance_high - profile.mean_distance_low) / 4
         readings += [
             Reading(kind, "explained variance of the task", explained, 0.0, 1.0),

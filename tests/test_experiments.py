@@ -147,3 +147,23 @@ def test_read_off(tmp_path: Path) -> None:
         assert len(list(csv.DictReader(file))) == len(found)
     with pytest.raises(ValueError, match="no runs"):
         read_off.main([str(run / "nothing")])
+
+
+def test_known_distances_are_found(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)  # as a user runs it
+    script = load("known_distances")
+    arguments = ["--layers", "1", "3", "--side", "16", "--samples", "4", "--steps", "60", "--repetitions", "2"]
+    readings = script.main([f"--out={tmp_path}", *arguments])
+    found = {(r.network, r.quantity): r for r in readings}
+    for field, distance in ((3, 4), (7, 8)):
+        one = found[f"receptive field {field}", "largest distance (pixels)"]
+        assert one.measured == one.expected == distance
+    near, far = (found[kind, "mean distance (pixels)"] for kind in ("near", "far"))
+    # after a few steps the two tasks can be told apart; the numbers of the page take thousands
+    assert near.measured < near.expected + 2
+    assert far.measured > far.expected - 2
+    near, far = (found[kind, "share crossing left | right"] for kind in ("near", "far"))
+    assert near.measured < 0.6 < 0.8 < far.measured
+    with (tmp_path / "known_distances.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(readings) == 10
+    assert (tmp_path / "known_distances.pdf").read_bytes().startswith(b"%PDF")

@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_locality.cli import main
+from lightning_locality.ranks import standard_cuts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PYTHON = BLOCK.findall(README)
 CONSOLE = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
@@ -41,11 +43,13 @@ class Somebody(LightningModule):
 def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     x, y = torch.randn(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])
+    images = torch.randn(24, 1, 12, 12)
     module = Somebody()
     weight = module.net[3].weight.detach().clone()
     names: dict[str, Any] = {
         "x": x,
         "y": y,
+        "images": images,
         "model": Somebody(),
         "anybodys_module": module,
         "anybodys_data": DataLoader(TensorDataset(x, y), batch_size=4),
@@ -64,10 +68,38 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             exec(compile(block, "README.md", "exec"), names)
     assert 0 <= float(names["value"].detach()) <= 1
     assert torch.isfinite(names["loss"])
-    assert names["values"].shape == names["products"].shape == (100,)
-    assert len(names["norms"]) == 4095
-    assert {node: len(values) for node, values in names["spectra"].items()}[0, 1] == 4
+    assert names["values"].shape == (100,)
+    assert 0 < names["share"].share < 1
+    assert len(names["spectra"]) == 8190
+    assert names["spectra"][0, 1].shape == (4,)
     assert not torch.equal(module.net[3].weight, weight)
+
+
+def test_blocks_of_the_page_on_measuring() -> None:
+    blocks = BLOCK.findall((ROOT / "docs" / "measuring.md").read_text())
+    assert len(blocks) == 5
+    names: dict[str, Any] = {
+        "model": Somebody(),
+        "images": torch.randn(64, 1, 12, 12),
+        "digits": torch.rand(20, 1, 8, 8),
+        "labels": torch.arange(20) % 2,
+    }
+    for block in blocks:
+        exec(compile(block, "docs/measuring.md", "exec"), names)
+    assert names["shares"].keys() == standard_cuts(12, 12).keys()
+    assert names["profile"].distance.tolist() == names["exact"].distance.tolist() == [3.0, 6.0, 9.0]
+    assert len(names["spectra"].ranks()) == len(names["components"]) * 2 == 126
+    assert names["factorization"].weight((0,)).grad_fn is not None
+    assert all(weight.grad is not None for weight in names["factorization"].parameters())
+    assert (names["found"].rank, names["found"].certified) == (4, True)
+    assert len(names["entanglement"]) == len(names["alignment"]) > 0
+
+
+def test_block_of_the_page_on_data() -> None:
+    block = BLOCK.findall((ROOT / "data" / "README.md").read_text())[0]
+    names: dict[str, Any] = {}
+    exec(compile(block, "data/README.md", "exec"), names)
+    assert "Pathfinder" in names
 
 
 @pytest.mark.parametrize("line", [line for line in CONSOLE if line.startswith("lightning-locality fit")])

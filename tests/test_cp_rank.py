@@ -209,6 +209,28 @@ def test_epsilon_ranks_are_those_of_the_largest_components() -> None:
     }
 
 
+def test_distances_given_twice() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 0.05, 0.005]))
+    found = cp_epsilon_ranks(matrix, [0.1, 0.1, 1e-6], max_rank=1)
+    assert {rtol: within and within.rank for rtol, within in found.items()} == {0.1: 1, 1e-6: None}
+
+
+def test_one_mode_is_left_by_compression() -> None:
+    # what is left out of the modes 1 and 2 is below the threshold, what is left out of mode 0 just above
+    tensor = torch.zeros(2, 2, 2)
+    tensor[0, 0, 0], tensor[1, 1, 0], tensor[1, 0, 1] = 1, 5e-5, 5e-5
+    found = cp_rank(tensor, rtol=1e-2)
+    assert found[:3] == (1, 1, True)
+    assert float((outer_sum(list(found.factors)) - tensor).norm()) == pytest.approx(2**0.5 * 5e-5, rel=1e-3)
+
+
+def test_starts_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    tensor = collinear(3, 0.5, order=3)
+    with torch.device("meta"):
+        fit = fit_cp(tensor, 3)
+    assert torch.equal(fit.factors[0], fit_cp(tensor, 3).factors[0])
+
+
 def test_max_rank() -> None:
     tensor = torch.randn(4, 4, 4)
     with pytest.raises(CPRankNotFoundError, match=r"max_rank = 3 .* rtol = 1e-06 .* the bound is 4; raise") as caught:
@@ -253,6 +275,8 @@ def test_no_start() -> None:
     for options in ({"starts": 0}, {"max_steps": 0}):
         with pytest.raises(ValueError, match="starts and max_steps must be at least 1"):
             cp_rank(torch.randn(3, 3, 3), **options)
+    with pytest.raises(ValueError, match=r"tensor must be of order 2 or more, got shape \(3,\)"):
+        fit_cp(torch.ones(3), 1)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2, 5), (4, 2, 3), (2, 3, 2, 2, 2)])

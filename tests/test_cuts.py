@@ -302,7 +302,20 @@ class Statistics(nn.Module):
         return self.norm(x).flatten(1)
 
 
-IMAGES = torch.randn(20, 1, 4, 6, dtype=torch.float64)
+class Sampled(nn.Module):
+    """Draws, also in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) + 1e-6 * torch.rand_like(x.flatten(1))
+
+
+class Asserting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 8, "Wrong image width!"
+        return x.flatten(1)
+
+
+IMAGES = torch.randn(20, 1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 FLAT = nn.Flatten()
 
 
@@ -319,7 +332,10 @@ FLAT = nn.Flatten()
         (nn.Identity(), IMAGES, {}, "model must give real numbers"),
         (nn.Conv2d(3, 1, 1).double(), IMAGES, {}, r"images of shape \(1, 1, 4, 6\) in torch.float64"),
         (nn.Flatten(0), IMAGES, {}, "model must give one row of outputs per image, got 24 for 1 image and 48 for 2"),
+        (Asserting(), IMAGES, {}, "model does not take images of shape .* Wrong image width!"),
         (Statistics(), IMAGES, {}, "batch normalisation without running statistics"),
+        (Sampled(), IMAGES, {}, "other outputs every time, as dropout does"),
+        (lambda x: nn.functional.dropout(x.flatten(1)), IMAGES, {}, r"every time.*in evaluation mode by \.eval\(\)"),
         (nn.Sequential(nn.Flatten(), nn.Threshold(0, math.nan)), IMAGES, {}, "results that are not finite"),
     ],
 )  # fmt: skip
@@ -331,6 +347,34 @@ def test_wrong_input(model: nn.Module, images: Tensor, settings: dict[str, Any],
 def test_mixing_of_images_of_different_sizes() -> None:
     with pytest.raises(ValueError, match=r"images of one size|\(B, C, H, W\) of one size"):
         mixing_matrix(FLAT, IMAGES, IMAGES[..., :5], LEFT)
+
+
+def test_a_method_is_measured_as_its_module(device: torch.device) -> None:
+    images = torch.randn(24, 1, 8, 8)
+    model = nn.Sequential(SmallResNet(outputs=3, widths=(4, 6), strides=(1, 2)), nn.Dropout()).to(device).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for dtype in (None, torch.float64):
+        method, whole = (
+            cut_share(one, images, halves(8, 8), evaluation=Evaluation(dtype=dtype)) for one in (model.forward, model)
+        )
+        assert method == whole
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Stepping(nn.Module):
+    """Adds what its pixels say, which a unit in the last place does not change; 400 outputs, all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.linspace(0.1, 0.9, 24).to(x)
+        return ((x > 0).to(x).flatten(1) @ weight)[:, None].expand(-1, 400)
+
+
+def test_rounding_of_the_outputs_is_noise_where_that_of_the_images_changes_nothing() -> None:
+    found = cut_share(Stepping(), IMAGES.float(), LEFT)
+    assert found.rank == 0
+    assert math.isnan(found.participation_ratio)
+    assert abs(found.share) < 1e-10
 
 
 class Greedy(nn.Module):

@@ -286,6 +286,8 @@ def test_wrong_arguments(changes: dict[str, object], message: str) -> None:
 def test_wrong_arguments_of_the_others() -> None:
     with pytest.raises(ValueError, match="at least 4 for an unbiased estimate, got 3"):
         data_alignment(torch.rand(3, 4))
+    with pytest.raises(ValueError, match=r"samples must be features .* got \(\)"):
+        data_alignment(torch.tensor(1.0))
     with pytest.raises(ValueError, match="height and width must hold at least two pixels, got 1 x 1"):
         pixel_tree(1, 1)
     with pytest.raises(ValueError, match="levels must be at least 1, got 0"):

@@ -10,7 +10,7 @@ import tensorly
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks import dense_spectra, effective_rank
+from lightning_locality.ranks import dense_spectra, effective_rank, stacked_spectra
 from lightning_locality.tensors.mode_tree import ModeTree
 
 
@@ -40,6 +40,20 @@ def test_spectra_of_a_tree(tree: ModeTree, device: torch.device) -> None:
         squares = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0)[: len(values)]
         assert torch.allclose(values.cpu() ** 2, squares, rtol=1e-10, atol=1e-11)
         assert float(values.square().sum()) == pytest.approx(float(tensor.square().sum()), rel=1e-12)
+
+
+def test_a_stack_of_tensors_is_each_of_them(device: torch.device) -> None:
+    stack = torch.randn(3, 2, 3, 4, 3, device=device)
+    stack[1] = 0.0
+    tree = ModeTree.nested([[0, 2], 1, 3])
+    for tensor, spectra in zip(stack, stacked_spectra(stack, tree), strict=True):
+        alone = dense_spectra(tensor, tree)
+        assert spectra.tolerance == alone.tolerance
+        for node in tree.nodes[:-1]:
+            matrix = slow_matricize(tensor.cpu(), node)
+            squares = torch.linalg.eigvalsh(matrix @ matrix.T).flip(0)[: len(spectra[node])]
+            assert torch.allclose(spectra[node].cpu() ** 2, squares, rtol=1e-10, atol=1e-11)
+            assert torch.allclose(spectra[node], alone[node], rtol=1e-13, atol=1e-13)
 
 
 def test_cuts_that_are_not_in_a_tree_keep_their_order() -> None:
@@ -111,3 +125,32 @@ def test_cuts_that_make_no_sense(cut: tuple[int, ...]) -> None:
 def test_tree_of_another_order() -> None:
     with pytest.raises(ValueError, match="cuts is a tree of order 4 and the tensor has order 3"):
         dense_spectra(torch.zeros(2, 2, 2), ModeTree.perfect(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_of_a_short_type_is_not_counted_and_not_everything_is_rounding(dtype: torch.dtype) -> None:
+    # longer sides than the type has digits for: 4096 rows, 64 rows
+    frames = [torch.linalg.qr(torch.randn(64, 3)).Q for _ in range(2)]
+    matrix = (frames[0] * torch.tensor([1.0, 0.5, 0.25])) @ frames[1].T
+    tensor = matrix.reshape(8, 8, 8, 8).to(dtype)
+    spectra = dense_spectra(tensor, [(0, 1), (0,)])
+    assert spectra.rank((0, 1)) == 3
+    assert spectra.rank((0,)) == int((spectra[(0,)] > 0.1 * spectra[(0,)][0]).sum()) > 0
+    noise = torch.linalg.svdvals(tensor.double().reshape(64, 64) - matrix)[0]
+    assert noise < spectra.tolerance[(0, 1)] * spectra[(0, 1)][0]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.tensor([[1.0, math.nan], [math.inf, 2.0]]), "tensor must be finite, and 2 of 4 entries are not"),
+        (
+            torch.zeros(2, 2, dtype=torch.complex64),
+            r"tensor must be real and have entries, got torch.complex64 \(2, 2\)",
+        ),
+        (torch.zeros(2, 0), r"tensor must be real and have entries, got .* \(2, 0\)"),
+    ],
+)
+def test_tensors_without_a_spectrum(tensor: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dense_spectra(tensor, [(0,)])

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -120,6 +121,18 @@ def test_another_type_is_a_copy(device: torch.device) -> None:
         assert network is model
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_types_of_16_bits_are_evaluated_in_float32(dtype: torch.dtype, device: torch.device) -> None:
+    model, x = Noisy().to(device, dtype), torch.randn(3, 2, 5, 5, device=device)
+    before = state(model)
+    with Evaluation().prepared(model) as network:
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        assert torch.equal(network(x.float()), copy.deepcopy(model).float().eval()(x.float()))
+    assert same(before, state(model))
+    with Evaluation(dtype=dtype).prepared(model) as network:
+        assert network is model
+
+
 @pytest.mark.parametrize(
     "outputs", [torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long), (torch.zeros(3),), torch.zeros(())]
 )
@@ -181,6 +194,18 @@ def test_memory_stays_within_the_budget(dtype: torch.dtype, megabytes: float, gr
     assert torch.allclose(result, run(torch.arange(40)).double(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("megabytes", [10, 20])
+def test_memory_holds_the_results_as_well(megabytes: float) -> None:
+    images = torch.randn(64, 1024)
+    # 131 kB a row, 8.4 MB in all
+    run = lambda rows: images[rows].repeat(1, 16)
+    result, peak = peak_bytes(lambda: Evaluation(memory=megabytes * 1e6 / GIB).map(run, 64, CPU), CPU)
+    assert peak <= megabytes * 1e6
+    assert torch.equal(result, images.repeat(1, 16))
+    with pytest.raises(MemoryError, match=r"memory = 0\.00745\d* GiB allows, namely 0\.\d+ GiB with the results"):
+        Evaluation(memory=8e6 / GIB).map(run, 64, CPU)
+
+
 def test_peak_of_a_convolution_counts_its_windows() -> None:
     conv, x = nn.Conv2d(8, 4, 3, padding=1).requires_grad_(False), torch.zeros(2, 8, 16, 16)
     assert peak_bytes(lambda: conv(x), CPU)[1] == 8 * 2 * 16 * 16 * (4 + 8 * 9)
@@ -189,7 +214,12 @@ def test_peak_of_a_convolution_counts_its_windows() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError("none left"), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 5")],
+    [
+        MemoryError("none left"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory: 5"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_less_at_a_time_where_memory_runs_out(error: Exception) -> None:
     sizes: list[int] = []
@@ -331,15 +361,22 @@ def test_two_processes_of_fabric_give_the_same_bits(tmp_path: Path) -> None:
         "from lightning_locality.networks import SmallResNet\n"
         "from lightning_locality.ranks.cuts import cut_share\n"
         "from lightning_locality.ranks.evaluation import Evaluation\n"
-        "from lightning_locality.ranks.masks import halves\n"
+        "from lightning_locality.ranks.grid import tree_separation\n"
+        "from lightning_locality.ranks.masks import blocks, halves\n"
+        "from lightning_locality.ranks.profile import interaction_profile\n"
+        "from lightning_locality.tensors.mode_tree import ModeTree\n"
         "def main(fabric, out):\n"
         "    torch.manual_seed(0)\n"
         "    model = SmallResNet(in_channels=1, outputs=3, widths=(4, 8), strides=(1, 2))\n"
         "    images = torch.randn(64, 1, 8, 8)\n"
         "    for name, processes in (('together', fabric), ('alone', None)):\n"
         "        evaluation = Evaluation(32, processes=processes)\n"
-        "        found = cut_share(model, images, halves(8, 8), size=12, evaluation=evaluation)\n"
-        "        torch.save(found.to_dict(), f'{out}/{name}-{fabric.global_rank}.pt')\n"
+        "        cut = cut_share(model, images, halves(8, 8), size=12, evaluation=evaluation)\n"
+        "        far = interaction_profile(model, images, patch=4, samples=6, bootstraps=9, evaluation=evaluation)\n"
+        "        tree, parts = ModeTree.perfect(4), blocks(8, 8, 2, 2)\n"
+        "        spectra = tree_separation(model, images, parts, tree, 5, evaluation=evaluation)\n"
+        "        found = cut.to_dict() | far.to_dict() | {'tree': [one.tolist() for one in spectra.values()]}\n"
+        "        torch.save(found, f'{out}/{name}-{fabric.global_rank}.pt')\n"
         "    assert fabric.world_size == 2\n"
         "if __name__ == '__main__':\n"
         "    Fabric(accelerator='cpu', devices=2, strategy='ddp_fork').launch(main, sys.argv[1])\n"
@@ -351,6 +388,8 @@ def test_two_processes_of_fabric_give_the_same_bits(tmp_path: Path) -> None:
     found = [torch.load(tmp_path / f"{name}-{rank}.pt") for name in ("together", "alone") for rank in (0, 1)]
     assert all(other == found[0] for other in found)
     assert found[0]["crossing"] > 0
+    assert min(found[0]["strength"]) > 0
+    assert min(map(max, found[0]["tree"])) > 0
 
 
 def test_halves_of_odd_sizes() -> None:
@@ -435,9 +474,53 @@ def test_masks_that_do_not_fit(mask: Tensor, images: Tensor, message: str) -> No
         checked_mask(mask, images)
 
 
-def test_float32_is_float32_inside_and_what_it_was_outside() -> None:
-    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    with Evaluation().prepared(nn.Identity()):
-        assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
-    assert [backend.fp32_precision for backend in backends] == before
+BACKENDS = torch.backends
+
+
+def precisions() -> list[Any]:
+    """What the two sets of names say, refusals among it."""
+    matmul, cudnn = BACKENDS.cuda.matmul, BACKENDS.cudnn
+    legacy = (torch.get_float32_matmul_precision, lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32)
+    found: list[Any] = []
+    for read in legacy:
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("refused")
+    backends = (matmul, cudnn.conv, cudnn.rnn, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)
+    return found + [backend.fp32_precision for backend in backends]
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: None,
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+        lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
+        lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+        lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+        lambda: setattr(BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_float32_is_float32_inside_and_what_it_was_outside(choose: Callable[[], None], fails: bool) -> None:
+    first = precisions()
+    try:
+        choose()
+        before = precisions()
+        with suppress(KeyError), Evaluation().prepared(nn.Identity()):
+            assert precisions() == ["highest", False, False, *["ieee"] * 5]
+            # as models do that ask for other kernels: it reads the old names
+            with BACKENDS.cudnn.flags(enabled=False):
+                pass
+            if fails:
+                raise KeyError
+        assert precisions() == before
+    finally:
+        BACKENDS.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+        backends = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)
+        for backend in backends:
+            backend.fp32_precision = "none"
+    assert precisions() == first

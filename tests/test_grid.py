@@ -121,6 +121,21 @@ def test_a_network_of_zeros_has_no_rank() -> None:
     assert set(found.ranks().values()) == {0}
 
 
+def test_rounding_of_the_outputs_is_noise_where_that_of_the_images_changes_nothing() -> None:
+    weight = torch.linspace(0.1, 0.9, 24).float()
+    steps = lambda x: (x > 0).float().flatten(1) @ weight
+    found = tree_separation(steps, torch.randn(20, 6, 2, 2).float(), blocks(2, 2, 2, 2), ModeTree.perfect(4), 12)
+    assert set(found.ranks().values()) == {2}
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_no_images_at_all(joint: bool) -> None:
+    with pytest.raises(ValueError, match=r"images must be at least one, got \(0, 1, 2, 4\)"):
+        grid_tensor(FLAT, IMAGES[:0], PARTS)
+    with pytest.raises(ValueError, match=r"at most the 0 images" if joint else "images must be at least one"):
+        tree_separation(FLAT, IMAGES[:0], PARTS, ModeTree.perfect(4), 4, joint=joint)
+
+
 FLAT, IMAGES, PARTS = nn.Flatten(), torch.randn(9, 1, 2, 4, dtype=torch.float64), blocks(2, 4, 2, 2)
 
 

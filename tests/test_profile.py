@@ -524,6 +524,16 @@ def test_float64_on_request() -> None:
     assert torch.allclose(single.strength, reference.strength, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_no_weights_without_interaction(dtype: torch.dtype) -> None:
+    network, images = nonlinear().to(dtype), normal(6, 1, 6, 6).to(dtype)
+    found = interaction_profile(network, images, patch=2)
+    reference = interaction_profile(copy.deepcopy(network).double(), images.double(), patch=2)
+    assert torch.allclose(found.strength, reference.strength, rtol=1e-3)
+    assert found.mean_distance == pytest.approx(reference.mean_distance, rel=1e-3)
+    assert network[0].weight.dtype is dtype
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_inside_inference_mode(method: str) -> None:
     network, images = nonlinear(), normal(6, 1, 6, 6)
@@ -531,6 +541,24 @@ def test_inside_inference_mode(method: str) -> None:
     with torch.inference_mode():
         found = interaction_profile(network, images.clone(), patch=2, method=method)  # type: ignore[arg-type]
     assert found.to_dict() == reference.to_dict()
+
+
+def test_network_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        network = nonlinear()
+    images = normal(6, 1, 6, 6)
+    found = interaction_profile(network, images, patch=2)
+    assert found.to_dict() == interaction_profile(nonlinear(), images, patch=2).to_dict()
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert all(module.training for module in network)
+
+
+def test_autocast_outside_changes_nothing() -> None:
+    network, images = nonlinear().float(), normal(6, 1, 6, 6).float()
+    reference = interaction_profile(network, images, patch=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert interaction_profile(network, images, patch=2).to_dict() == reference.to_dict()
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_some_pairs_stand_for_the_others() -> None:

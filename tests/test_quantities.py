@@ -127,6 +127,12 @@ def test_epsilon_rank_is_the_distance_of_a_best_approximation() -> None:
     assert int(epsilon_rank(tail, 1e-5)) == 9901
 
 
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan])
+def test_distances_without_meaning(epsilon: float) -> None:
+    with pytest.raises(ValueError, match="epsilon must be at least 0"):
+        epsilon_rank(torch.ones(3), epsilon)
+
+
 def test_batches_are_taken_one_by_one(device: torch.device) -> None:
     spectra = (torch.rand(3, 4, 6, device=device) ** 6).sort(-1, descending=True).values
     spectra[1, 2] = 0

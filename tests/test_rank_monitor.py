@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_locality.cli import main
 from lightning_locality.figures import read_metrics
 from lightning_locality.ranks.cuts import cut_share
+from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import halves
 from lightning_locality.ranks.nodes import node_spectra
 from lightning_locality.ranks.profile import interaction_profile
@@ -243,8 +244,8 @@ def test_mixed_precision_measures_in_the_type_of_the_weights() -> None:
     expected = interaction_profile(module, given, patch=4, samples=8, bootstraps=0)
     assert next(module.parameters()).dtype == torch.float32
     assert recorder.rows[-1]["interaction/strength_d4"] == pytest.approx(float(expected.strength[0]), rel=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = interaction_profile(module, given, patch=4, samples=8, bootstraps=0)
+    rough = Evaluation(dtype=torch.bfloat16)
+    rounded = interaction_profile(module, given, patch=4, samples=8, bootstraps=0, evaluation=rough)
     assert rounded.strength[0] != pytest.approx(float(expected.strength[0]), rel=1e-4)
 
 
@@ -382,7 +383,17 @@ def test_classification_by_the_command_line(tmp_path: Path) -> None:
         ({"memory": 0.0}, "memory must be above 0 GiB"),
         ({"size": 3}, "size must be at least 4"),
         ({"images": torch.zeros(4, 8, 8)}, r"images must be floating-point images .* \(4, 8, 8\)"),
-        ({"images": torch.zeros(4, 1, 8, 6), "patch": 4}, "patch=4 does not divide images of 8 x 6"),
+        ({"images": torch.zeros(4, 1, 8, 6), "patch": 4}, "patch must divide images of 8 x 6 .* got 4; possible: 1, 2"),
+        ({"images": torch.zeros(4, 1, 8, 8), "patch": 8}, "into two patches or more, got 8"),
+        ({"images": torch.zeros(4, 1, 31, 31)}, "images of 31 x 31 pixels cannot be divided"),
+        ({"images": torch.zeros(9, 1, 1, 1), "what": "cuts"}, "got 1 x 1: nothing can be cut"),
+        (
+            {"images": torch.zeros(8, 1, 8, 8), "samples": 9},
+            "images must be 9 or more .* got 8: give more, or lower sam",
+        ),
+        ({"images": torch.zeros(1, 1, 8, 8)}, "images must be 2 or more"),
+        ({"images": torch.zeros(8, 1, 8, 8), "what": "cuts", "size": 5}, "images must be 10 or more .* or lower size"),
+        ({"images": torch.zeros(7, 1, 8, 8), "what": "cuts"}, "images must be 8 or more"),
     ],
 )
 def test_wrong_settings(options: dict[str, Any], message: str) -> None:
@@ -396,7 +407,8 @@ def test_wrong_settings(options: dict[str, Any], message: str) -> None:
         ({"epochs": [1, 3, 5]}, r"epochs has \[3, 5\], but the last of max_epochs=3 epochs is 2"),
         ({"every_n_epochs": 4}, "every_n_epochs=4 never comes in max_epochs=3"),
         ({"what": "nodes"}, "Anybodys holds none"),
-        ({"patch": 3}, "patch=3 does not divide images of 8 x 8"),
+        ({"patch": 3}, "patch must divide images of 8 x 8 pixels into two patches or more, got 3"),
+        ({"patch": 8}, "patch must divide images of 8 x 8 pixels into two patches or more, got 8"),
     ],
 )
 def test_refused_before_training(options: dict[str, Any], message: str) -> None:
@@ -439,10 +451,10 @@ def test_no_images_and_too_few() -> None:
     strategy = SimpleNamespace(broadcast=lambda value: value)
     with pytest.raises(ValueError, match="fewer than 2 images"):
         RankMonitor().first.chosen(strategy)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="samples must be 2 to the number of images, got 9 of 8"):
-        fit(Anybodys(), RankMonitor(samples=9, images=torch.randn(8, 1, 8, 8)))
-    with pytest.raises(ValueError, match=r"size=5 and 8 images"):
-        fit(Anybodys(), RankMonitor("cuts", size=5, images=torch.randn(8, 1, 8, 8)))
+    with pytest.raises(ValueError, match="samples must be 2 to the number of images, got 33 of 32"):
+        fit(Anybodys(), RankMonitor(samples=33), validation=False)
+    with pytest.raises(ValueError, match=r"size=17 and 32 images"):
+        fit(Anybodys(), RankMonitor("cuts", size=17), validation=False)
 
 
 def test_the_factorisation_of_a_module_is_found_wherever_it_is() -> None:

@@ -258,6 +258,13 @@ def test_what_is_refused_leaves_the_value(make: Callable[..., Any], draw: Callab
         assert torch.equal(getattr(metric, name), state)
 
 
+def test_the_default_device_does_not_matter() -> None:
+    matrix = torch.randn(6, 5)
+    before = pair_moments(matrix)
+    with torch.device("meta"):
+        assert pair_moments(matrix) == before
+
+
 def test_matrices_that_are_too_small() -> None:
     for bad in (torch.ones(3, 9), torch.ones(9, 3, 2), torch.ones(9), torch.ones(4, 4, 2, 2)):
         with pytest.raises(ValueError, match=r"matrix must be .* with at least 4 samples of each block"):

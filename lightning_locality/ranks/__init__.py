@@ -38,6 +38,7 @@ __all__ = [
     "participation_ratios",
     "quad_tree",
     "stable_rank",
+    "stacked_spectra",
     "standard_cuts",
     "tree_separation",
     "variance_components",
@@ -47,7 +48,7 @@ from lightning_locality.ranks.components import balanced_component_norms, contri
 from lightning_locality.ranks.cp_rank import CPRank, CPRankNotFoundError, cp_epsilon_ranks, cp_rank
 from lightning_locality.ranks.cuts import CutShare, cut_share
 from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra
-from lightning_locality.ranks.dense import dense_spectra
+from lightning_locality.ranks.dense import dense_spectra, stacked_spectra
 from lightning_locality.ranks.evaluation import Evaluation, measuring
 from lightning_locality.ranks.grid import grid_tensor, tree_separation
 from lightning_locality.ranks.interactions import InteractionProfile

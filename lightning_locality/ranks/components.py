@@ -31,7 +31,8 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
     Args:
         model: :class:`HierarchicalTensorFactorization` or :class:`CP`.
         relative: Divide by the norm of the tensor; at high orders neither may be a float64 number, their ratio is.
-            Zero where the tensor is.
+            Where components cancel to less than about 1e-8 of their norms, that of the tensor is rounding, and the
+            ratio may be infinite.
 
     Raises:
         ValueError: Another factorisation, or weights that are not finite.
@@ -42,13 +43,15 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
         >>> bool(torch.allclose(norms, model.component_norms()))
         True
     """
+    check_finite(model)
     form = factored(_with_components(model))
     sweep, norms = gram_sweep(form), dict[Node, Tensor]()
     root, log = sweep.root
-    shift = 0.5 * (root.log2() + log) if relative else torch.zeros_like(log)
+    # rounding may leave components that cancel with a negative square
+    shift = 0.5 * (root.clamp_min(0).log2() + log) if relative else torch.zeros_like(log)
     for group, below, above in zip(form.groups, sweep.below, sweep.above, strict=True):
         if below is not None and above is not None:
-            values = (below[0] * above[0]).clamp_min(0).sqrt()
+            values = below[0].clamp_min(0).sqrt() * above[0].clamp_min(0).sqrt()
             scale = (0.5 * (below[1] + above[1])[:, None] - shift).exp2()
             scale = torch.where(values > 0, scale, 0.0)
             norms |= dict(zip(group.nodes, (values * scale).unbind(), strict=True))

@@ -17,9 +17,6 @@ from lightning_locality.ranks.memory import is_out_of_memory, too_large
 
 Network = nn.Module | Callable[[Tensor], Tensor]
 
-# by what part of the outputs' size an image's may hang on the rest of its batch: bfloat16 stays well below
-COMPANY = 0.05
-
 
 def composite(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
     """Images put together from blocks of others.
@@ -47,18 +44,21 @@ def composites(model: Network, images: Tensor, labels: Tensor, evaluation: Evalu
     """The network as it is evaluated (:meth:`Evaluation.prepared`), on composites of images.
 
     Args:
-        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``.
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``. A method of a module is
+            measured as the module is; networks inside another function are taken as they are, in whatever mode.
         images: ``(K, C, H, W)``, K at least 1; moved to the model's device and type.
         labels: ``(H, W)``, which block a pixel is in.
         evaluation: How; None: the default.
 
     Raises:
-        ValueError: Images that the model does not take, outputs of another shape, or outputs that hang on the other
-            images of a batch.
+        ValueError: No images or some that the model does not take, outputs of another shape, outputs that hang on the
+            other images of a batch or on chance.
     """
     evaluation = Evaluation() if evaluation is None else evaluation
     if not images.is_floating_point():
         raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
+    if not len(images):
+        raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
     model = model if isinstance(model, nn.Module) else _Function(model)
     # hidden state that a network keeps for its next call must be fit for training
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
@@ -70,11 +70,13 @@ def composites(model: Network, images: Tensor, labels: Tensor, evaluation: Evalu
 
 @final
 class _Function(nn.Module):
-    """A function as a module without state."""
+    """A function as a module, whose state is that of the module that it is a method of."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
+        owner = getattr(function, "__self__", None)
+        self.owner = owner if isinstance(owner, nn.Module) else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -94,7 +96,8 @@ class Composites:
     def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, evaluation: Evaluation) -> None:
         self.network, self.images, self.labels, self.evaluation = network, images, labels, evaluation
         self.device = images.device
-        self.eps = torch.finfo(self._tried().dtype).eps
+        # of the rougher one of what goes in and what comes out
+        self.eps = max(torch.finfo(dtype).eps for dtype in (images.dtype, self._tried().dtype))
 
     def map(self, choose: Callable[[Tensor], Tensor], count: int, nudge: int | None = None) -> Tensor:
         """Outputs ``(count, C)`` in float64.
@@ -114,11 +117,13 @@ class Composites:
         )
 
     def _tried(self) -> Tensor:
-        """Outputs for one image, alone and in company."""
+        """Outputs for one image, and a look at what it has in the company of others."""
         pair = self.images[[0, -1]]
         try:
-            alone, both = scores(self.network(pair[:1])), scores(self.network(pair))
-        except (RuntimeError, TypeError, IndexError) as error:
+            # of a single image the arithmetic is another one: company is looked at in batches of one size
+            batches = (pair[:1], pair[[0, 0]], pair, pair)
+            alone, twice, both, again = (scores(self.network(batch)) for batch in batches)
+        except (RuntimeError, TypeError, IndexError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise too_large("there is", self.device) from error
             raise ValueError(
@@ -128,10 +133,16 @@ class Composites:
             raise ValueError(
                 f"model must give one row of outputs per image, got {len(alone)} for 1 image and {len(both)} for 2"
             )
-        if (alone[0] - both[0]).abs().max() > COMPANY * both.abs().max():
+        least = torch.finfo(both.dtype).eps ** 0.5 * both.abs().max()
+        if (again - both).abs().max() > least:
+            raise ValueError(
+                "model gives an image other outputs every time, as dropout does: chance cannot be told from what "
+                "composites of two images do; take it out, or put a function's networks in evaluation mode by .eval()"
+            )
+        if (twice[0] - both[0]).abs().max() > least:
             raise ValueError(
                 "model gives an image other outputs in another batch, as batch normalisation without running "
                 "statistics does: composites of two images cannot be told from effects of the batch; give it fixed "
-                "statistics"
+                "statistics, or put a function's networks in evaluation mode by .eval()"
             )
         return alone

@@ -52,8 +52,12 @@ class CPRankNotFoundError(ValueError):
     """
 
     def __init__(self, message: str, lower_bound: int, error: float) -> None:
-        super().__init__(message)
+        # all of them, for processes that hand an error on
+        super().__init__(message, lower_bound, error)
         self.lower_bound, self.error = lower_bound, error
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def cp_rank(
@@ -85,7 +89,7 @@ def cp_rank(
 
     Args:
         tensor: Of any order from 1, real, any floating type; computed in float64 on its device.
-        rtol: Relative distance.
+        rtol: Relative distance; below about 1e-14 the rounding of the tensor counts as components.
         max_rank: Most components tried; None for as many as any tensor of that shape needs.
         starts: Fits side by side for every R.
         max_steps: Most steps of a fit.
@@ -143,7 +147,7 @@ def cp_epsilon_ranks(
         >>> {rtol: found.rank for rtol, found in cp_epsilon_ranks(matrix).items()}
         {0.1: 1, 0.01: 2, 0.001: 3, 1e-06: 3}
     """
-    descending = sorted(map(_checked_rtol, tolerances), reverse=True)
+    descending = sorted(set(map(_checked_rtol, tolerances)), reverse=True)
     target, scale = _scaled(tensor)
     spectra, fits = _spectra(target), _Fits(starts, max_steps, seed)
     found: dict[float, CPRank | None] = {}
@@ -256,6 +260,9 @@ def _fit(core: Tensor, rank: int, rtol: float, fits: _Fits, generator: torch.Gen
     match core.ndim:
         case 0:
             return CPFit((), 0.0, 0)
+        case 1:
+            # compressed a little more in the other modes: one component, the others zero
+            return CPFit((torch.nn.functional.pad(core[:, None], (0, rank - 1)),), 0.0, 0)
         case 2:
             left, values, right = torch.linalg.svd(core, full_matrices=False)
             return CPFit((left[:, :rank] * values[:rank], right[:rank].mT), 0.0, 0)

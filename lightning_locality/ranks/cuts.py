@@ -93,7 +93,8 @@ def cut_share(
     not vary beyond rounding has a share of 0. Rounding is estimated from images moved by one unit in the last place.
 
     Args:
-        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
+            ``(n, outputs)``; left as it was.
         images: ``(B, C, H, W)``, from the distribution on which the question is asked.
         mask: ``(H, W)``, True in block I.
         size: Images K for either block, at least 4; None: 64, or half of all images.
@@ -142,7 +143,7 @@ def _noise(network: Composites, matrix: Tensor, seed: int) -> tuple[float, float
     """What rounding may do to the singular values of the crossing part, and of the matrix less its mean."""
     rows = min(CORNER, len(matrix))
     moved = paired(network, rows, rows, nudge=seed, behind=len(matrix)) - matrix[:rows, :rows]
-    scale = matrix.square().mean().sqrt()
+    scale = matrix.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition
     least = scale * max(2 * network.eps / len(matrix) ** 0.5, ROUNDING)
     floors = (3 * _spectrum(part)[0] for part in (_crossing(moved), moved - moved.mean((0, 1))))

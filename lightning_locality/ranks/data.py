@@ -195,9 +195,9 @@ def data_alignment(
         >>> {node: round(value, 6) for node, value in data_alignment(torch.stack([x, 1 - x], 1)).items()}
         {(0,): 1.0, (1,): 1.0}
     """
+    modes, tree = checked_samples(samples, tree, theta)
     if len(samples) < 4:
         raise ValueError(f"samples must be at least 4 for an unbiased estimate, got {len(samples)}")
-    modes, tree = checked_samples(samples, tree, theta)
     found = dict[Node, float]()
     for node, inner, outer in sample_gramians(modes, tree, levels, theta):
         (left, left_norm), (right, right_norm) = _centred(inner), _centred(outer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["dense_spectra"]
+__all__ = ["dense_spectra", "stacked_spectra"]
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,16 +38,17 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
     2022).
 
     Args:
-        tensor: Of order N, any floating type.
+        tensor: Of order N, real and finite, any type.
         cuts: A tree, for all its nodes but the root, or groups of modes, counted from 0.
 
     Returns:
         For every group, in the order given, its singular values, descending. Their tolerance is the rounding of the
-        tensor's own type times the longer side of the matricisation, the usual rule for dense matrices.
+        tensor's own type times the longer side of the matricisation, the usual rule for dense matrices, and at most the
+        square root of that rounding: in 16 bits the rule would take every value for rounding (ours).
 
     Raises:
-        ValueError: A tree of another order, or a group of modes that the tensor does not have, has twice or that is
-            all or none of them.
+        ValueError: A tensor that is complex, empty or not finite, a tree of another order, or a group of modes that
+            the tensor does not have, has twice or that is all or none of them.
 
     Example:
         >>> tensor = torch.zeros(2, 2, 2)
@@ -55,23 +56,62 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
         >>> {node: values.round(decimals=6).tolist() for node, values in dense_spectra(tensor, [(0, 1)]).items()}
         {(0, 1): [3.0, 2.0]}
     """
-    import tensorly
+    return stacked_spectra(tensor.unsqueeze(0), cuts)[0]
 
+
+def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
+    """Spectra of several tensors of one shape, as :func:`dense_spectra`, each cut by one batched decomposition.
+
+    Args:
+        tensors: ``(B, D_1, ..., D_N)``: checkpoints of a run, or the outputs of a network, side by side.
+        cuts: As for :func:`dense_spectra`, of modes counted from 0 after the first dimension.
+
+    Returns:
+        One for every tensor.
+
+    Raises:
+        ValueError: As of :func:`dense_spectra`.
+
+    Example:
+        >>> stack = torch.stack([torch.eye(3), torch.ones(3, 3)])
+        >>> [spectra.rank((0,)) for spectra in stacked_spectra(stack, [(0,)])]
+        [3, 1]
+    """
+    shape = tuple(tensors.shape[1:])
+    if tensors.is_complex() or not tensors.numel():
+        raise ValueError(f"tensor must be real and have entries, got {tensors.dtype} {shape}")
+    if bad := int((~tensors.isfinite()).sum()):
+        raise ValueError(f"tensor must be finite, and {bad} of {tensors.numel()} entries are not")
     if isinstance(cuts, ModeTree):
-        if cuts.order != tensor.ndim:
-            raise ValueError(f"cuts is a tree of order {cuts.order} and the tensor has order {tensor.ndim}")
+        if cuts.order != len(shape):
+            raise ValueError(f"cuts is a tree of order {cuts.order} and the tensor has order {len(shape)}")
         cuts = cuts.nodes[:-1]
     groups = [tuple(cut) for cut in cuts]
     for group in groups:
-        if not 0 < len(set(group)) == len(group) < tensor.ndim or not set(group) <= set(range(tensor.ndim)):
+        if not 0 < len(set(group)) == len(group) < len(shape) or not set(group) <= set(range(len(shape))):
             raise ValueError(
-                f"cuts must be groups of some, not all, of the modes 0 to {tensor.ndim - 1}, each once, got {group}"
+                f"cuts must be groups of some, not all, of the modes 0 to {len(shape) - 1}, each once, got {group}"
             )
-    measured = tensor.detach().double()
+    measured = tensors.detach().double()
+    eps = torch.finfo(tensors.dtype if tensors.is_floating_point() else torch.float64).eps
+    values, tolerance = dict[Node, Tensor](), dict[Node, float]()
     with _torch_in_tensorly():
-        matrices = [tensorly.base.matricize(measured, group) for group in groups]
-    eps = torch.finfo(tensor.dtype if tensor.is_floating_point() else torch.float64).eps
-    # a wide matrix is transposed: some drivers take longer for it
-    values = [torch.linalg.svdvals(m if m.shape[0] >= m.shape[1] else m.mT) for m in matrices]
-    tolerances = [max(m.shape) * eps for m in matrices]
-    return NodeSpectra(dict(zip(groups, values, strict=True)), dict(zip(groups, tolerances, strict=True)))
+        # one after the other: most matricisations are copies
+        for group in groups:
+            matrices = _matricized(measured, group)
+            # wide matrices are transposed: some drivers take longer for them
+            tall = matrices.shape[1] >= matrices.shape[2]
+            values[group] = torch.linalg.svdvals(matrices if tall else matrices.mT)
+            tolerance[group] = min(max(matrices.shape[1:]) * eps, eps**0.5)
+    return [NodeSpectra({group: v[k] for group, v in values.items()}, tolerance) for k in range(len(tensors))]
+
+
+def _matricized(tensors: Tensor, group: Node) -> Tensor:
+    """Matricisations ``(B, rows, columns)``, the modes of the group as rows."""
+    import tensorly
+
+    if len(group) == 1:
+        unfolded: Tensor = tensorly.base.partial_unfold(tensors, group[0], skip_begin=1)
+        return unfolded
+    joined: Tensor = tensorly.base.matricize(tensors, (0, *(1 + mode for mode in group)))
+    return joined.reshape(len(tensors), -1, joined.shape[1])

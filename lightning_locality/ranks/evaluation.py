@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from lightning_locality.ranks.memory import OUT_OF_MEMORY, is_out_of_memory, peak_bytes, too_large
 from lightning_locality.ranks.model_state import measuring
+from lightning_locality.ranks.single_precision import exact_float32
 
 GIB = 2**30
 # rows per call at most, or a part of all rows: several processes find work, and progress is seen
 MOST_ROWS, LEAST_CHUNKS = 512, 64
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Processes(Protocol):
@@ -65,7 +67,8 @@ class Evaluation:
             or a 64th of all rows.
         memory: What a call may take beyond the model and its data, in GiB per process; None: 1 on the CPU, 80 % of
             what is free on CUDA.
-        dtype: Of weights and images while evaluating; None: the model's own. Another one evaluates a copy.
+        dtype: Of weights and images while evaluating; None: the model's own, or float32 for one of 16 bits, whose
+            rounding would drown what is measured. Another one than the model's evaluates a copy.
         processes: Those that share the work, each of which must make the same calls; None: this one alone.
         progress: Called after every chunk with the number of rows done, as far as this process knows, and of all.
 
@@ -99,16 +102,20 @@ class Evaluation:
     def prepared(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model as it is evaluated, in this type and :func:`measuring`; a copy where the type is another one.
 
-        CUDA computes float32 as such inside, not in TF32 as it does convolutions by default: differences of outputs
-        are measured, and what counts as rounding is that of the type.
+        Float32 is computed as such inside, neither under autocast nor in TF32 as CUDA does convolutions by default:
+        differences of outputs are measured, and what counts as rounding is that of the type.
 
         Args:
             model: What is measured; as it was afterwards.
         """
-        with measuring(model), _without_tf32():
-            tensors = chain(model.parameters(), model.buffers())
-            kept = self.dtype is None or all(not t.is_floating_point() or t.dtype == self.dtype for t in tensors)
-            yield model if kept else copy.deepcopy(model).to(self.dtype)
+        with measuring(model), exact_float32():
+            tensors = list(chain(model.parameters(), model.buffers()))
+            types = {t.dtype for t in tensors if t.is_floating_point()}
+            dtype = torch.float32 if self.dtype is None and types & set(HALF) else self.dtype
+            kept = dtype is None or types <= {dtype}
+            # what inference mode made cannot be differentiated through, nor changed
+            usable = torch.is_inference_mode_enabled() or not any(t.is_inference() for t in tensors)
+            yield model if kept and usable else copy.deepcopy(model).to(dtype)
 
     def map(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device) -> Tensor:
         """Values of a function of row numbers.
@@ -128,22 +135,29 @@ class Evaluation:
         """
         if count < 1:
             raise ValueError(f"count must be at least one row, got {count}")
-        device, results, failure = torch.device(device), list[Tensor](), None
+        device, failure, done = torch.device(device), None, 0
         rank, world = (0, 1) if self.processes is None else (self.processes.global_rank, self.processes.world_size)
         chunk = self._together(lambda: self._chunk(function, count, device), device)
         numbers = range(0, count, chunk)
+        rows = count if world == 1 else -(-len(numbers) // world) * chunk
+        own = torch.empty(0)
         try:
             # a process without a chunk of its own learns the shape of the results from the first one
             step = chunk
             for start in numbers[rank::world] or numbers[:1]:
                 part, step = _evaluated(function, start, min(start + chunk, count), step, device)
-                results.append(part)
+                own = own if done else part.new_zeros(rows, *part.shape[1:])
+                own[done : done + len(part)] = part
+                done += len(part)
+                # not beside the next one
+                del part
                 if self.progress is not None:
                     self.progress(min(start + world * chunk, count), count)
         except Exception as error:
             failure = error
-        values = self._gathered(results, failure, -(-len(numbers) // world) * chunk, chunk, count, device)
-        if bad := int((~values.isfinite()).sum()):
+        values = self._gathered(own, failure, chunk, count, device)
+        # the sum first, which takes no memory
+        if not values.sum().isfinite() and (bad := int((~values.isfinite()).sum())):
             raise ValueError(
                 f"model gave {bad} of {values.numel()} results that are not finite: look at its weights and images, or "
                 "evaluate it in float64 with Evaluation(dtype=torch.float64)"
@@ -156,7 +170,8 @@ class Evaluation:
             return self.chunk
         budget = self._budget(device)
         peaks = []
-        for rows in range(1, min(count, 2) + 1):
+        # CUDA's libraries take what they keep with the first call: it does not count
+        for rows in [1] * (device.type == "cuda") + list(range(1, min(count, 2) + 1)):
             numbers = torch.arange(rows, device=device)
             try:
                 result, peak = peak_bytes(lambda numbers=numbers: _checked(function(numbers), numbers), device)  # type: ignore[misc]
@@ -167,10 +182,12 @@ class Evaluation:
                     return 1
                 raise too_large("there is", device) from error
             peaks.append(peak)
-        budget -= 8 * count * result[0].numel()
-        if peaks[0] > budget and self.memory is not None:
-            raise too_large(f"memory = {self.memory:g} GiB allows, namely {peaks[0] / GIB:.3g} GiB", device)
-        fitting = 1 + max(0, budget - peaks[0]) // max(1, peaks[-1] - peaks[0]) if len(peaks) > 1 else 1
+        peaks = peaks[-min(count, 2) :]
+        kept = 8 * count * result[0].numel()
+        if peaks[0] + kept > budget and self.memory is not None:
+            needed = f"{(peaks[0] + kept) / GIB:.3g} GiB with the results of all rows"
+            raise too_large(f"memory = {self.memory:g} GiB allows, namely {needed}", device)
+        fitting = 1 + max(0, budget - kept - peaks[0]) // max(1, peaks[-1] - peaks[0]) if count > 1 else 1
         most = min(fitting, max(MOST_ROWS, count // LEAST_CHUNKS))
         # a power of two: results do not hang on a few bytes more or less, which there are on a device in use
         return 1 << (int(most).bit_length() - 1)
@@ -196,42 +213,16 @@ class Evaluation:
         _raise(failure, least == 0)
         return least
 
-    def _gathered(
-        self,
-        results: list[Tensor],
-        failure: Exception | None,
-        padded: int,
-        chunk: int,
-        count: int,
-        device: torch.device,
-    ) -> Tensor:
+    def _gathered(self, own: Tensor, failure: Exception | None, chunk: int, count: int, device: torch.device) -> Tensor:
         """Results of all processes in the order of the rows."""
         if self.processes is None:
             _raise(failure, False)
-            return torch.cat(results)
+            return own
         failed = torch.tensor(int(failure is not None), device=device)
         _raise(failure, bool(self.processes.all_gather(failed).any()))
-        own = torch.cat(results)
-        shares = own.new_zeros(padded, *own.shape[1:])
-        shares[: len(own)] = own
-        everything: Tensor = self.processes.all_gather(shares).to(device)
+        everything: Tensor = self.processes.all_gather(own).to(device)
         in_turn = everything.reshape(len(everything), -1, chunk, *own.shape[1:]).transpose(0, 1)
         return in_turn.reshape(-1, *own.shape[1:])[:count]
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    # a name that torch has no type for
-    cudnn: Any = torch.backends.cudnn
-    backends = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _raise(failure: Exception | None, elsewhere: bool) -> None:
@@ -248,7 +239,8 @@ def _evaluated(
     while True:
         try:
             parts = (torch.arange(k, min(k + step, stop), device=device) for k in range(start, stop, step))
-            return torch.cat([_checked(function(rows), rows) for rows in parts]), step
+            results = [_checked(function(rows), rows) for rows in parts]
+            return results[0] if len(results) == 1 else torch.cat(results), step
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise

@@ -99,11 +99,7 @@ def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None 
     Args:
         model: The factorisation.
         tree: For CP; None for the tree without nodes between the modes and the root.
-
-    Raises:
-        ValueError: Weights that are not finite.
     """
-    check_finite(model)
     if isinstance(model, HierarchicalTensorFactorization):
         return FactoredTree.of_hierarchical(model)
     return FactoredTree.of_cp(model, ModeTree([range(model.order)]) if tree is None else tree)

@@ -60,31 +60,35 @@ def gram_sweep(form: FactoredTree) -> GramSweep:
         form: Weights of the nodes, in float64.
     """
     groups, last = form.groups, len(form.groups) - 1
+    # before they are squared
+    weights, sizes = zip(*map(scaled, form.weights), strict=True)
     grams: list[Tensor] = []
     logs: list[Tensor] = []
     below: list[Scaled | None] = []
-    for group, weight in zip(groups, form.weights, strict=True):
+    for group, weight, size in zip(groups, weights, sizes, strict=True):
         if group.leaf:
             gram, log = scaled(weight.mT @ weight)
+            log = log + 2 * size
             below.append(None)
         else:
             inner, under = reduce(_times, zip(group.gather(grams), group.gather(logs), strict=True))
             below.append((inner.diagonal(dim1=1, dim2=2), under))
             gram, more = scaled(weight.mT @ inner @ weight)
-            log = under + more
+            log = under + more + 2 * size
         grams.append(gram)
         logs.append(log)
     outside: list[Scaled] = []
     above: list[Scaled | None] = []
     handed, handed_logs = Inheritance(groups), Inheritance(groups)
     for k in range(last, -1, -1):
-        group, weight = groups[k], form.weights[k]
+        group, weight = groups[k], weights[k]
         if k < last:
             outside.append((handed.take(k), handed_logs.take(k).flatten()))
         if group.leaf:
             above.append(None)
             continue
         front, log = scaled(weight @ weight.mT if k == last else weight @ outside[-1][0] @ weight.mT)
+        log = log + 2 * sizes[k]
         log = log if k == last else log + outside[-1][1]
         above.append((front.diagonal(dim1=1, dim2=2), log))
         children = list(zip(group.gather(grams), group.gather(logs), strict=True))
@@ -130,12 +134,13 @@ def gram_spectra(form: FactoredTree) -> NodeSpectra:
         inner, outer = gram.diagonal(dim1=1, dim2=2), back.diagonal(dim1=1, dim2=2)
         # a column that is zero on either side counts for nothing on the other
         alive = (inner > 0) & (outer > 0)
-        ratio = torch.where(alive, inner / torch.where(alive, outer, 1.0), 1.0).sqrt()
+        # of roots: the quotient of a large and a tiny number may be no float64 number
+        ratio = torch.where(alive, inner.sqrt() / torch.where(alive, outer, 1.0).sqrt(), 1.0)
         factors = torch.where(alive, ratio.sqrt(), 0.0)
         inverse = torch.where(alive, 1 / ratio.sqrt(), 0.0)
         left = _root(inverse[:, :, None] * gram * inverse[:, None, :])
         right = _root(factors[:, :, None] * back * factors[:, None, :])
-        values.add(k, left @ right.mT, 0.5 * (log + more), (inner * outer).sqrt().sum(1))
+        values.add(k, left @ right.mT, 0.5 * (log + more), (inner.sqrt() * outer.sqrt()).sum(1))
     return values.spectra(ROUNDING)
 
 

@@ -31,7 +31,8 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
     with whole images as templates: block p of template d is put into block p. :func:`dense_spectra` gives its ranks.
 
     Args:
-        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
+            ``(n, outputs)``; left as it was.
         templates: ``(K, C, H, W)``.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         evaluation: How the network is evaluated; None: the default.
@@ -85,7 +86,8 @@ def tree_separation(
     the grid tensor takes K^P. Of several outputs, those of one column are put side by side.
 
     Args:
-        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
+            ``(n, outputs)``; left as it was.
         images: ``(K, C, H, W)``, where the contents are taken from.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         tree: Over the blocks.
@@ -97,7 +99,8 @@ def tree_separation(
 
     Returns:
         For every node but the root its singular values, over the root of the number of rows and columns. Their
-        tolerance is three times the Frobenius norm of what moving the images by one unit in the last place changes.
+        tolerance is three times the Frobenius norm of what moving the images by one unit in the last place changes, or
+        of the outputs' own rounding.
 
     Raises:
         ValueError: A tree of another order than there are blocks, blocks that are not a partition, a size below 2 or,
@@ -194,8 +197,9 @@ def _taking(choices: Tensor, network: Composites) -> Callable[[Tensor], Tensor]:
 
 
 def _noise(network: Composites, choices: Tensor, values: Tensor, generator: torch.Generator) -> float:
-    """What rounding changes, root mean square over the points, summed over the outputs."""
+    """What rounding changes, at least that of the outputs; root mean square over the points, summed over outputs."""
     some = torch.randperm(len(choices), generator=generator)[:NOISE_POINTS]
     seed = int(torch.randint(2**31, (), generator=generator))
     moved = network.map(_taking(choices[some], network), len(some), nudge=seed) - values[some.to(values.device)]
-    return float(moved.square().sum(1).mean().sqrt())
+    rounded = network.eps * values
+    return max(float(change.square().sum(1).mean().sqrt()) for change in (moved, rounded))

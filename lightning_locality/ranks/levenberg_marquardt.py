@@ -59,13 +59,15 @@ def fit_cp(
         The closest fit, whether close enough or not.
 
     Raises:
-        ValueError: ``starts`` or ``max_steps`` below 1.
+        ValueError: A tensor of order 1, or ``starts`` or ``max_steps`` below 1.
 
     Example:
         >>> a, b, c = torch.eye(3)[:, :2], torch.ones(4, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> fit_cp(torch.einsum("ir,jr,kr->ijk", a, b, c), rank=2).error < 1e-6
         True
     """
+    if tensor.ndim < 2:
+        raise ValueError(f"tensor must be of order 2 or more, got shape {tuple(tensor.shape)}")
     if min(starts, max_steps) < 1:
         raise ValueError(f"starts and max_steps must be at least 1, got {starts} and {max_steps}")
     target = tensor.detach().double()
@@ -114,7 +116,8 @@ def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -
     """Normal vectors, scaled so that the sum has about the target's norm, 1."""
     factors = []
     for size in target.shape:
-        drawn = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64).to(target.device)
+        drawn = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
+        drawn = drawn.to(target.device)
         factors.append(drawn / (size**0.5 * rank ** (0.5 / target.ndim)))
     return factors
 

@@ -129,8 +129,8 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
 
     Returns:
         Name -> ``(H, W)``: ``"left"`` against right and ``"top"`` against bottom, ``"quadrants"`` (the diagonal ones
-        against the others), and ``"checkerboard N"``, N pixels wide: powers of two below a quarter of the longer side
-        and at most the shorter side. Those that the image has too few pixels for are left out.
+        against the others), and ``"checkerboard N"``, N pixels wide: powers of two up to a quarter of the longer side
+        and up to the shorter side. Those that the image has too few pixels for are left out.
 
     Raises:
         ValueError: An image of one pixel.

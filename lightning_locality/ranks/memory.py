@@ -19,8 +19,9 @@ OUT_OF_MEMORY = (MemoryError, RuntimeError)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on any device: torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    """Whether memory ran out, on any device: the CPU's allocator and CUDA's libraries raise a plain RuntimeError."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def too_large(allowed: str, device: torch.device) -> MemoryError:

@@ -23,7 +23,8 @@ def mixing_matrix(
     enough samples. F over the root of K L approaches the operator between functions of either block whose kernel is f.
 
     Args:
-        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``; left as it was.
+        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
+            ``(n, outputs)``; left as it was.
         images_i: Where block I is taken from, ``(K, C, H, W)``.
         images_j: Where block J is taken from, ``(L, C, H, W)``.
         mask: ``(H, W)``, True in block I.

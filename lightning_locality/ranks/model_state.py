@@ -35,7 +35,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
         try:
             model.eval()
             for parameter in parameters:
-                if parameter.requires_grad:
+                # what inference mode made would keep it ever after
+                if parameter.requires_grad and not parameter.is_inference():
                     parameter.requires_grad_(False)
             yield
         finally:

@@ -135,7 +135,7 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
             *(one_column[1], across, twisted, equal),
         ]
     ).reshape(4, 4)
-    left, right = (_mixing(count, centred).to(values) for count in (rows, columns))
+    left, right = (_mixing(count, centred, values.device) for count in (rows, columns))
     moments = torch.linalg.solve(right, torch.linalg.solve(left, table).mT).mT
     return PairMoments(moments[1, 1], moments[2, 1])
 
@@ -169,7 +169,7 @@ def _twisted(values: Tensor) -> Tensor:
     return total
 
 
-def _mixing(count: int, centred: bool) -> Tensor:
+def _mixing(count: int, centred: bool, device: torch.device) -> Tensor:
     """Expected share of every pattern of equal indices (columns) in the sum over a pattern (rows)."""
     if centred:
         # sums of products of entries of the projection 1 - 11^T / n
@@ -179,7 +179,7 @@ def _mixing(count: int, centred: bool) -> Tensor:
         all_in_pair, same, other = count * kept**2, count * (count - 1) * kept**2, kept
     else:
         all_in_all, pair_in_all, all_in_pair, same, other = count, 0, count, count * (count - 1), 0
-    mixing = torch.full((4, 4), float(other), dtype=torch.float64)
+    mixing = torch.full((4, 4), float(other), dtype=torch.float64, device=device)
     mixing.fill_diagonal_(float(same))
     mixing[0, :], mixing[:, 0] = pair_in_all, all_in_pair
     mixing[0, 0] = all_in_all

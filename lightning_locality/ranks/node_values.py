@@ -95,6 +95,8 @@ def assembled(found: Sequence[Found], order: Sequence[Node], rounding: float) ->
         order: The nodes, in the order wanted.
         rounding: Tolerance per unit of condition.
     """
+    if not found:
+        return NodeSpectra({}, {}, condition={})
     _, values, logs, _ = found[0]
     norm, shift = float(values[0].norm()), float(logs[0])
     bits = shift + math.log2(norm) if norm > 0 else 0.0
@@ -103,7 +105,8 @@ def assembled(found: Sequence[Found], order: Sequence[Node], rounding: float) ->
     condition: dict[Node, float] = {}
     for nodes, values, logs, spread in found:
         condition |= dict(zip(nodes, _conditions(spread, values[:, 0]), strict=True))
-        powers = (logs - shift if far else logs)[:, None]
+        # zeros have no scale, though that of what they are the product of may be no float64 number
+        powers = torch.where(values[:, 0] > 0, logs - shift if far else logs, 0.0)[:, None]
         # in two steps: a power of two may be no float64 number where its product with the values is one
         half = (powers / 2).floor()
         values = (values / norm if far else values) * half.exp2() * (powers - half).exp2()

@@ -55,12 +55,14 @@ def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
         ``(...)``, int64.
 
     Raises:
-        ValueError: Values that are not finite.
+        ValueError: Values that are not finite, or a distance below 0.
 
     Example:
         >>> epsilon_rank(torch.tensor([4.0, 3.0, 0.1]), epsilon=0.1).item()
         2
     """
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must be at least 0, a distance relative to the norm, got {epsilon}")
     squares = _scaled(_finite(spectrum)).square().sort(-1).values
     # summed from the smallest up: what is left out must not be lost beside what is kept
     left_out = squares.cumsum(-1) <= epsilon**2 * squares.sum(-1, keepdim=True)

@@ -66,17 +66,14 @@ def triangle_spectra(form: FactoredTree) -> NodeSpectra:
             continue
         children = list(zip(form.gather(group, triangles), group.gather(logs), strict=True))
         for child, (left, right) in enumerate(_complements(end, children)):
-            other: Tensor | None = None
-            log, norms = left[1], left[0].norm(dim=1)
-            if right is not None:
-                log, norms, other = log + right[1], norms * right[0].norm(dim=1), right[0]
+            log, norms = left[1] + right[1], left[0].norm(dim=1) * right[0].norm(dim=1)
             sizes.give(group, child, torch.cat([log[:, None], norms], 1).unsqueeze(1))
             sources = group.sources if group.aligned else group.sources_of_child[child]
             short = [_short(form, source) for source in sources]
             if any(short):
-                talls.give(group, child, khatri_rao_triangle(left[0], other, children[child][0].mT))
+                talls.give(group, child, khatri_rao_triangle(left[0], right[0], children[child][0].mT))
             if not all(short):
-                tops.give(group, child, khatri_rao_triangle(left[0], other))
+                tops.give(group, child, khatri_rao_triangle(left[0], right[0]))
     return values.spectra(ROUNDING)
 
 
@@ -110,7 +107,7 @@ def fold(parts: Sequence[Scaled]) -> Scaled:
     return rows, log
 
 
-def _complements(end: Scaled, children: Sequence[Scaled]) -> Iterator[tuple[Scaled, Scaled | None]]:
+def _complements(end: Scaled, children: Sequence[Scaled]) -> Iterator[tuple[Scaled, Scaled]]:
     """For every child two factors whose Khatri-Rao product is that of everything but the child."""
     suffixes = [children[-1]]
     for part in reversed(children[1:-1]):
@@ -120,7 +117,7 @@ def _complements(end: Scaled, children: Sequence[Scaled]) -> Iterator[tuple[Scal
         yield prefix, suffixes[-1 - child]
         if child < len(children) - 2:
             prefix = fold([prefix, children[child]])
-    yield (prefix, children[-2]) if len(children) > 1 else (end, None)
+    yield prefix, children[-2]
 
 
 def _short(form: FactoredTree, k: int) -> bool:
@@ -138,19 +135,17 @@ def reduced(matrices: Tensor) -> Tensor:
     return triangle
 
 
-def khatri_rao_triangle(left: Tensor, right: Tensor | None, last: Tensor | None = None) -> Tensor:
+def khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None) -> Tensor:
     """Triangular factors of column-wise Kronecker products, times matrices, a bounded number of rows at a time.
 
     Args:
         left: Triangular ``(n, p, R)``.
-        right: Triangular ``(n, q, R)``; None for a product of one.
+        right: Triangular ``(n, q, R)``.
         last: ``(n, R, m)``, or None for identities.
 
     Returns:
         ``(n, min(p q, m), m)``.
     """
-    if right is None:
-        return reduced(left if last is None else left @ last)
     n, p, width = left.shape
     most = MOST_NUMBERS_ON_GPU if left.is_cuda else MOST_NUMBERS
     numbers = p * right.shape[1] * width

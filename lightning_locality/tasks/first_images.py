@@ -4,8 +4,7 @@ from __future__ import annotations
 
 __all__ = ["FirstImages", "checked_images"]
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, final
 
 import torch
@@ -21,11 +20,11 @@ class FirstImages:
 
     Args:
         wanted: How many images.
-        patch: Side in pixels of patches that have to divide them; None: any.
+        check: Takes their height and width, and raises a ValueError where they cannot be measured.
     """
 
-    def __init__(self, wanted: int, patch: int | None = None) -> None:
-        self.wanted, self.patch = wanted, patch
+    def __init__(self, wanted: int, check: Callable[[int, int], object]) -> None:
+        self.wanted, self.check = wanted, check
         # fixed from the first measurement on
         self.images: Tensor | None = None
         self._seen: dict[str, list[Tensor]] = {"validation": [], "training": []}
@@ -39,7 +38,7 @@ class FirstImages:
             number: Of the batch in its epoch, from 0.
 
         Raises:
-            ValueError: A batch without images ``(B, C, H, W)``, or images that the patches do not divide.
+            ValueError: A batch without images ``(B, C, H, W)``, or images of a size that cannot be measured.
         """
         if self.images is not None:
             return
@@ -50,7 +49,7 @@ class FirstImages:
             seen.clear()
             missing = self.wanted
         if missing > 0:
-            images = checked_images(_images(batch), self.patch, f"the {source} batch")
+            images = checked_images(_images(batch), self.check, f"the {source} batch")
             seen.append(images.detach()[:missing].clone().cpu())
 
     def chosen(self, strategy: Strategy) -> Tensor:
@@ -76,28 +75,23 @@ class FirstImages:
         return self.images
 
 
-def checked_images(images: Tensor, patch: int | None, name: str) -> Tensor:
+def checked_images(images: Tensor, check: Callable[[int, int], object], name: str) -> Tensor:
     """The images, after a look at their type and shape.
 
     Args:
         images: What was given.
-        patch: Side in pixels of patches that have to divide them; None: any.
+        check: As in :class:`FirstImages`.
         name: Of the images in the message.
 
     Raises:
-        ValueError: Not floating-point ``(B, C, H, W)``, or sides that the patch does not divide.
+        ValueError: Not floating-point ``(B, C, H, W)``, or of a size that cannot be measured.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(
             f"{name} must be floating-point images (B, C, H, W), got {images.dtype} {tuple(images.shape)}: pass "
             "images= as the module takes them"
         )
-    height, width = images.shape[-2:]
-    if patch is not None and (height % patch or width % patch):
-        raise ValueError(
-            f"patch={patch} does not divide images of {height} x {width} pixels: take a divisor of "
-            f"{math.gcd(height, width)}"
-        )
+    check(*images.shape[-2:])
     return images
 
 

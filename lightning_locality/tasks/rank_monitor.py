@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RankMonitor"]
 
+from functools import partial
 from statistics import median
 from typing import Any, Literal, final
 
@@ -17,6 +18,7 @@ from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.evaluation import Evaluation, measuring
 from lightning_locality.ranks.masks import standard_cuts
 from lightning_locality.ranks.nodes import node_spectra
+from lightning_locality.ranks.patch_grid import PatchGrid
 from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.tasks.first_images import FirstImages, checked_images
 from lightning_locality.tasks.recovery import Recovery
@@ -38,7 +40,7 @@ class RankMonitor(Callback):
     ``interaction/mean_distance``, ``interaction/r50``, ``interaction/r90`` and ``interaction/strength_d8`` for every
     distance in pixels; or (``cuts``) the share of variance that crosses each of the standard cuts,
     ``cut_share/left``, with its standard error, ``cut_share/left_se``. The module is called as ``module(x)``, in
-    evaluation mode and in the type of its own weights.
+    evaluation mode and in the type of its own weights, or float32 if they have 16 bits.
 
     The images are always the same: the first ones of the validation set, or of the training batches where validation
     has not given enough of them by the first measurement. They are taken as the batches pass and kept in checkpoints
@@ -94,10 +96,16 @@ class RankMonitor(Callback):
         self.given = images is not None
         # two groups of the same size: samples and donors, or the two sides of a cut
         wanted = 2 * ((size if what == "cuts" else samples) or _SAMPLES)
-        divisor = None if what == "cuts" else patch
-        self.first = FirstImages(wanted, divisor)
+        check = standard_cuts if what == "cuts" else partial(PatchGrid.of, patch=patch)
+        self.first = FirstImages(wanted, check)
         if images is not None:
-            self.first.images = checked_images(images, divisor, "images").detach()
+            least = 2 * (size or 4) if what == "cuts" else samples or 2
+            self.first.images = checked_images(images, check, "images").detach()
+            if len(images) < least:
+                raise ValueError(
+                    f"images must be {least} or more to be measured so, got {len(images)}: give more, or lower "
+                    f"{'size' if what == 'cuts' else 'samples'}"
+                )
 
     @property
     def state_key(self) -> str:

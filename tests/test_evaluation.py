@@ -134,7 +134,8 @@ def test_types_of_16_bits_are_evaluated_in_float32(dtype: torch.dtype, device: t
 
 
 @pytest.mark.parametrize(
-    "outputs", [torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long), (torch.zeros(3),), torch.zeros(())]
+    "outputs",
+    [torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long), (torch.zeros(3),), torch.zeros(()), torch.zeros(3, 0)],
 )
 def test_scores_of_other_shapes(outputs: Any) -> None:
     with pytest.raises(ValueError, match="model must give real numbers"):

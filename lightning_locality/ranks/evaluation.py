@@ -47,7 +47,8 @@ def scores(outputs: Tensor) -> Tensor:
     Raises:
         ValueError: Anything else.
     """
-    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or not outputs.is_floating_point():
+    fits = isinstance(outputs, Tensor) and outputs.ndim in (1, 2) and outputs.is_floating_point() and outputs.numel()
+    if not fits:
         got = f"{tuple(outputs.shape)} of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"model must give real numbers (n,) or (n, C) for n images, got {got}: wrap it in a module whose forward "

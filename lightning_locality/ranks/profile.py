@@ -64,7 +64,8 @@ def interaction_profile(
     to zero (ours), and where an effect is zero so is I. The model is left as it was found.
 
     Args:
-        model: Any network or differentiable function of images; measured in eval mode.
+        model: Module, measured in eval mode, or function of networks in eval mode; differentiable by the images for
+            "linear".
         images: ``(N, C, H, W)``, on any device.
         patch: Side of the patches, in pixels, that divides H and W. None: of the sides that give 2 to 64 patches the
             one nearest to a seventh of the shorter side.

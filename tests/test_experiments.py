@@ -167,3 +167,25 @@ def test_known_distances_are_found(tmp_path: Path) -> None:
     with (tmp_path / "known_distances.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(readings) == 10
     assert (tmp_path / "known_distances.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:
+    sweep, ranks = tmp_path / "sweep", tmp_path / "ranks"
+    sweep.mkdir()
+    ranks.mkdir()
+    (sweep / "results.csv").write_text(
+        'variant,seed_everything,train/accuracy,test/accuracy\n"far, plain",0,1.0,0.5\n"far, plain",1,0.9,0.625\n'
+    )
+    (ranks / "ranks.csv").write_text(
+        "checkpoint,quantity,key,value,standard_error,low,high\n"
+        "far__plain-seed_everything=1,cut_share,left,0.125,0.01,,\n"
+        "far__plain-seed_everything=1,cut_share,top,0.9,0.01,,\n"
+        "far__plain-seed_everything=0,cut_share,left,0.002,0.001,,\n"
+    )
+    load("share_and_accuracy").main([str(sweep), str(ranks), f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "seeds.csv").read_text().splitlines() == [
+        "variant,seed,train_accuracy,test_accuracy,cut_share,standard_error",
+        '"far, plain",0,1,0.5,0.002,0.001',
+        '"far, plain",1,0.9,0.625,0.125,0.01',
+    ]
+    assert (tmp_path / "out" / "seeds.pdf").read_bytes().startswith(b"%PDF")

@@ -15,6 +15,8 @@ Exponents are fitted twice: over balanced points of many scales, with the deriva
 differentiation; and along a gradient flow from small weights, with the derivative taken of the integrated curve.
 
     python experiments/growth_exponents.py --out results/growth_exponents
+
+writes growth_exponents.csv, its figure, and the curves themselves, which `lightning-locality figure growth` draws.
 """
 
 from __future__ import annotations
@@ -22,52 +24,29 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from lightning_locality.figures import COLOURS, COLUMN, STYLE, save_figure
+from lightning_locality.figures import save_figure
+from lightning_locality.plotting.growth import (
+    Curve,
+    Curves,
+    Fit,
+    Quantity,
+    fits,
+    growth_figure,
+    write_curves,
+)
 from lightning_locality.tensors import CP, Chain
 
-Quantity = Literal["component norm", "norm of the vectors"]
-Curve = tuple[NDArray[Any], NDArray[Any]]
 SIZE, COMPONENTS = 3, 2
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One fitted exponent.
-
-    Args:
-        order: N.
-        matrices: k, square matrices before every vector.
-        quantity: sigma or tau.
-        source: Balanced points, or a gradient flow.
-        predicted: Exponent of the law.
-        fitted: Slope of the logarithm of the rate, divided by gamma, against the logarithm of the quantity.
-    """
-
-    order: int
-    matrices: int
-    quantity: Quantity
-    source: Literal["points", "flow"]
-    predicted: float
-    fitted: float
-
-
-def predicted(order: int, matrices: int, quantity: Quantity) -> float:
-    """Exponent of the law."""
-    if quantity == "component norm":
-        return 2 - 2 / (order * (matrices + 1))
-    return matrices + 2 - 2 / order
 
 
 def model_of(order: int, matrices: int, scale: float, seed: int) -> CP:
@@ -186,11 +165,6 @@ def along_flow(order: int, matrices: int, quantity: Quantity, points: int, seed:
     return np.array(sizes), np.array(growth)
 
 
-def slope(curve: Curve) -> float:
-    """Exponent of a power law, by least squares in logarithms."""
-    return float(np.polyfit(np.log(curve[0]), np.log(curve[1]), 1)[0])
-
-
 def cases(orders: Sequence[int], depths: Sequence[int]) -> Iterator[tuple[int, int, Quantity]]:
     """Plain CP of every order, then deep CP of order 3, by both quantities."""
     yield from ((order, 0, "component norm") for order in orders)
@@ -198,66 +172,38 @@ def cases(orders: Sequence[int], depths: Sequence[int]) -> Iterator[tuple[int, i
         yield from ((3, matrices, quantity) for matrices in depths)
 
 
-def draw(curves: dict[tuple[int, int, Quantity], tuple[Curve, Curve]]) -> Figure:
-    """Rates divided by gamma against sizes: the flows as dots, the laws as lines."""
-    titles = {
-        "CP": "CP: $\\sigma^{2-2/N}$",
-        "component norm": "deep CP: $\\sigma^{2-2/(N(k+1))}$",
-        "norm of the vectors": "deep CP: $\\tau^{k+2-2/N}$",
-    }
-    with rc_context(STYLE):
-        figure = Figure(figsize=(2 * COLUMN, 2.4), layout="constrained")
-        for axes, (panel, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-            own = [c for c in curves if panel == ("CP" if c[1] == 0 and c[2] == "component norm" else c[2])]
-            if panel == "component norm" and (3, 0, "component norm") in curves:
-                own.insert(0, (3, 0, "component norm"))
-            for colour, (order, matrices, quantity) in zip(COLOURS, own, strict=False):
-                (_, (sizes, growth)), factor = curves[order, matrices, quantity], order
-                if quantity == "component norm":
-                    factor *= matrices + 1
-                label = f"N = {order}" if panel == "CP" else f"k = {matrices}"
-                axes.plot(sizes, growth, "o", color=colour, markersize=2.5, label=label)
-                axes.plot(sizes, factor * sizes ** predicted(order, matrices, quantity), color=colour, linewidth=0.8)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            symbol = "\\tau" if panel == "norm of the vectors" else "\\sigma"
-            axes.set_xlabel(f"${symbol}$")
-            axes.set_ylabel(f"$\\dot{{{symbol}}} / \\gamma$")
-            axes.set_title(title, fontsize=8)
-            axes.legend(fontsize=6.5)
-        return figure
-
-
 def main(arguments: Sequence[str] | None = None) -> list[Fit]:
     """Fit, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for growth_exponents.csv, .pdf and .png")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for growth_exponents.csv, .pdf, .png and growth_curves.csv"
+    )
     parser.add_argument("--orders", type=int, nargs="+", default=[2, 3, 4, 5], help="orders N of plain CP")
     parser.add_argument("--matrices", type=int, nargs="+", default=[0, 1, 2, 3], help="k of deep CP of order 3")
     parser.add_argument("--points", type=int, default=30, help="points per fit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    fits: list[Fit] = []
-    curves: dict[tuple[int, int, Quantity], tuple[Curve, Curve]] = {}
+    curves: Curves = {}
     for case in dict.fromkeys(cases(options.orders, options.matrices)):
-        points = at_points(*case, options.points, options.seed)
-        flow = along_flow(*case, options.points, options.seed)
-        curves[case] = (points, flow)
-        law = predicted(*case)
-        fits += [Fit(*case, "points", law, slope(points)), Fit(*case, "flow", law, slope(flow))]
+        curves[case] = (
+            at_points(*case, options.points, options.seed),
+            along_flow(*case, options.points, options.seed),
+        )
+    found = fits(curves)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "growth_exponents.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in fields(Fit)])
-        writer.writerows(astuple(fit) for fit in fits)
-    save_figure(draw(curves), options.out / "growth_exponents")
+        writer.writerows(astuple(fit) for fit in found)
+    write_curves(curves, options.out / "growth_curves.csv")
+    save_figure(growth_figure(curves), options.out / "growth_exponents")
     print(f"{'N':>2} {'k':>2}  {'quantity':<20} {'source':<7} {'predicted':>10} {'fitted':>14}")
-    for fit in fits:
+    for fit in found:
         print(
             f"{fit.order:>2} {fit.matrices:>2}  {fit.quantity:<20} {fit.source:<7} {fit.predicted:>10.6f} "
             f"{fit.fitted:>14.9f}"
         )
-    return fits
+    return found
 
 
 if __name__ == "__main__":

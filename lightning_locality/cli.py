@@ -16,7 +16,8 @@ Train convolutional networks that see far, and measure how far any network sees.
   fit                   train:      --config FILE [--config OVERLAY ...] [--data.distance 80 ...]
   validate | test       measure a checkpoint:   --config FILE --ckpt_path runs/NAME/best.ckpt
   predict               class probabilities of the test images
-  sweep GRID.yaml       a grid of runs on the cores of this machine, collected in a table and figures
+  sweep GRID.yaml       a grid of runs on this machine or SLURM, collected in a table and figures  [--dry-run]
+  figure KIND FOLDER    figures of finished runs: accuracy, dynamics, rank, norm, growth, or any column (xy)
   rank                  how far models see:     --checkpoint runs/NAME/last.ckpt [--checkpoint ...] [--out FOLDER]
   make-data pathfinder  draw the Pathfinder images ahead of a run
 
@@ -30,7 +31,9 @@ def _sweep(args: Sequence[str]) -> None:
 
     from lightning_locality.sweep import sweep
 
-    auto_cli(sweep, args=list(args), as_positional=True, prog="lightning-locality sweep")
+    # jsonargparse wants a value, and the underscore
+    given = ["--dry_run=true" if arg in ("--dry-run", "--dry_run") else arg for arg in args]
+    auto_cli(sweep, args=given, as_positional=True, prog="lightning-locality sweep")
 
 
 def _make_data(args: Sequence[str]) -> None:
@@ -51,6 +54,12 @@ def _rank(args: Sequence[str]) -> None:
     auto_cli(
         rank, args=gathered(args), as_positional=False, prog="lightning-locality rank", description=description.strip()
     )
+
+
+def _figure(args: Sequence[str]) -> None:
+    from lightning_locality.plotting.command import draw_figure
+
+    draw_figure(args)
 
 
 def _dispatch(args: Sequence[str]) -> None:
@@ -74,12 +83,14 @@ def _dispatch(args: Sequence[str]) -> None:
         _sweep(args[1:])
     elif command == "rank":
         _rank(args[1:])
+    elif command == "figure":
+        _figure(args[1:])
     elif command == "make-data":
         _make_data(args[1:])
     else:
         from lightning_locality.suggest import nearest
 
-        known = (*_RUNS, "sweep", "rank", "make-data")
+        known = (*_RUNS, "sweep", "rank", "figure", "make-data")
         raise ValueError(f"unknown command {command!r}{nearest(command, known)}; there are {', '.join(known)}")
 
 

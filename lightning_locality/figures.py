@@ -189,10 +189,10 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
     Args:
         figure: What to write.
-        stem: Path without ending; its folder is made.
+        stem: Path without ending (``weight_0.1`` has none); its folder is made.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         # no date in the file: the same results give the same bytes
-        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
-        figure.savefig(stem.with_suffix(".png"), dpi=200)
+        figure.savefig(stem.with_name(f"{stem.name}.pdf"), metadata={"CreationDate": None})
+        figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=200)

@@ -41,9 +41,10 @@ class SmallResNet(nn.Module):
         outputs: Number of logits; 1 for two classes.
         widths: Channels of the stem and of every block.
         strides: Strides of the stem and of every block.
+        dropout: Probability with which a value after a block is dropped in training, 0 to 1.
 
     Raises:
-        ValueError: Widths and strides of different lengths, or values below 1.
+        ValueError: Widths and strides of different lengths, values below 1, or such a probability.
 
     Example:
         >>> import torch
@@ -60,6 +61,7 @@ class SmallResNet(nn.Module):
         outputs: int = 1,
         widths: Sequence[int] = (16, 16, 32, 64, 64),
         strides: Sequence[int] = (2, 1, 2, 2, 2),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if len(widths) != len(strides) or not widths:
@@ -85,6 +87,7 @@ class SmallResNet(nn.Module):
                 for before, after, stride in zip(widths[:-1], widths[1:], strides[1:], strict=True)
             )
         )
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(widths[-1], outputs)
 
     @property
@@ -104,7 +107,9 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, outputs)`` of images ``(B, C, H, W)``."""
-        features: Tensor = self.blocks(self.stem(x))
+        features: Tensor = self.stem(x)
+        for block in self.blocks:
+            features = self.dropout(block(features))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
 

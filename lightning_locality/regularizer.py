@@ -56,6 +56,12 @@ def _check_images(x: Tensor) -> None:
         raise ValueError(f"x must be floating-point images (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether calls go through torch.compile: wrapped, compiled in place, or unpacked by Lightning."""
+    names = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
+    return any(getattr(module, name, None) is not None for name in names)
+
+
 def _check_differentiable_twice(model: Model, x: Tensor) -> None:
     _check_images(x)
     if not torch.is_grad_enabled():
@@ -67,6 +73,11 @@ def _check_differentiable_twice(model: Model, x: Tensor) -> None:
             raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
         if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
             raise ValueError("FSDP cannot be differentiated twice: use DDP")
+        if _is_compiled(module):
+            raise ValueError(
+                f"{type(module).__name__} is compiled and cannot be differentiated twice: give the penalty the module "
+                "as it was before torch.compile, with the same weights, and the compiled one to the loss alone"
+            )
         half = half or any(parameter.dtype is torch.float16 for parameter in module.parameters(recurse=False))
     if half or x.dtype is torch.float16:
         raise ValueError("float16 overflows in the second derivatives: use bf16 (precision='bf16-mixed') or float32")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
+from torch import distributed
 
 from lightning_locality.datamodules.base import AbstractImageDataModule
 from lightning_locality.figures import example_inputs, read_metrics, save_figure, training_curves
@@ -30,17 +31,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_predictions(path: Path, batches: Sequence[Any]) -> None:
-    """Write class probabilities, one row per sample in the order of the test images.
+    """Write class probabilities, one row per sample in the order of the test images; all processes call it together.
 
     Args:
         path: CSV file to write.
-        batches: Probabilities ``(B, K)`` of the batches.
+        batches: Probabilities ``(B, K)`` of the batches of this process, which has every W-th sample of W processes.
     """
-    with path.open("w", newline="") as file:
+    parts = [[row for batch in batches for row in batch.tolist()]]
+    if distributed.is_available() and distributed.is_initialized():
+        mine, parts = parts[0], [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(parts, mine)
+        if distributed.get_rank() != 0:
+            return
+    rows = sorted(
+        (place * len(parts) + rank, *row) for rank, part in enumerate(parts) for place, row in enumerate(part)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
         writer = csv.writer(file)
-        rows = [row for batch in batches for row in batch.tolist()]
-        writer.writerow(["index", *(f"probability_{k}" for k in range(len(rows[0]) if rows else 0))])
-        writer.writerows([index, *row] for index, row in enumerate(rows))
+        writer.writerow(["index", *(f"probability_{k}" for k in range(len(rows[0]) - 1 if rows else 0))])
+        writer.writerows(rows)
 
 
 def write_figures(folder: Path, model: LightningModule, data: LightningDataModule | None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["FinishedRun", "collect", "progress_table", "result_table"]
+__all__ = ["FinishedRun", "Progress", "collect", "progress_table", "result_table"]
 
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from lightning_locality.whole import written_whole
 Row = Mapping[str, Any]
 
 _TAIL = 16384  # bytes at the end of a metrics file that hold its last row
+_ROWS = 30  # runs of a table that fits on a screen
 
 
 class FinishedRun(Protocol):
@@ -56,7 +58,7 @@ def collect(runs: Sequence[FinishedRun], path: Path) -> list[dict[str, Any]]:
         if run.finished:
             summary = json.loads((run.folder / "summary.json").read_text())
             own = {key: summary[key] for key in ("epochs", "iterations", "seconds") if key in summary}
-            rows.append({"variant": run.variant, **run.point, **own, **summary["metrics"]})
+            rows.append({"run": run.folder.name, "variant": run.variant, **run.point, **own, **summary["metrics"]})
     names = list(dict.fromkeys(key for row in rows for key in row))
     with written_whole(path) as file:
         writer = csv.DictWriter(file, fieldnames=names)
@@ -114,21 +116,87 @@ def _spread(rows: Sequence[Row], key: str, scale: float, digits: str, with_range
     return f"{mean} ({min(values):{digits}} to {max(values):{digits}})"
 
 
-def progress_table(runs: Sequence[FinishedRun], states: Sequence[tuple[FinishedRun, str]], seconds: float) -> Table:
-    """What every run is doing now.
+@final
+class Progress:
+    """How far a sweep is, and how long it may take still.
+
+    The time left is what the runs that wait and run still need, at the mean time of those that have finished, shared
+    among the places.
 
     Args:
         runs: All runs.
-        states: Those that are running or have failed, and which of the two.
-        seconds: Time since the start.
+        places: Runs at a time.
+        clock: Seconds.
     """
-    finished = sum(run.finished for run in runs)
-    table = Table(title=f"{finished} of {len(runs)} runs finished, {seconds:.0f} s", show_header=False)
+
+    def __init__(self, runs: Sequence[FinishedRun], places: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.runs, self.places, self.clock = runs, places, clock
+        self.started = clock()
+        self.counts: dict[str, int] = {}
+        self.left: float | None = None
+        self._since: dict[Path, float] = {}
+        self._spent = [_seconds(run) for run in runs if run.finished]
+
+    def update(self, states: Sequence[tuple[FinishedRun, str]]) -> None:
+        """Take note of what the runs are doing.
+
+        Args:
+            states: Runs that are not waiting, and what they do: ``running``, ``failed`` or something else.
+        """
+        now = self.clock()
+        doing = {run.folder: state for run, state in states if not run.finished}
+        working = {folder for folder, state in doing.items() if state.startswith("running")}
+        for folder in self._since.keys() - working:
+            begun = self._since.pop(folder)
+            if doing.get(folder) != "failed":
+                self._spent.append(now - begun)
+        for folder in working:
+            self._since.setdefault(folder, now)
+        done = sum(run.finished for run in self.runs)
+        failed = sum(state == "failed" for state in doing.values())
+        waiting = len(self.runs) - done - failed - len(working)
+        self.counts = {"done": done, "running": len(working), "failed": failed, "waiting": max(0, waiting)}
+        self.left = None
+        if self._spent:
+            each = sum(self._spent) / len(self._spent)
+            rest = [max(0.0, each - (now - self._since[folder])) for folder in working] + [each] * max(0, waiting)
+            self.left = max(sum(rest) / self.places, *rest, 0.0) if rest else 0.0
+
+    def __str__(self) -> str:
+        """In words: ``3 done, 2 running, 0 failed, 4 waiting; 120 s, about 4 min left``."""
+        counts = ", ".join(f"{number} {state}" for state, number in self.counts.items())
+        left = "" if self.left is None else f", about {_duration(self.left)} left"
+        return f"{counts}; {_duration(self.clock() - self.started)}{left}"
+
+
+def progress_table(runs: Sequence[FinishedRun], states: Sequence[tuple[FinishedRun, str]], progress: Progress) -> Table:
+    """What every run is doing now; of many runs, those that do something or have failed.
+
+    Args:
+        runs: All runs.
+        states: Those that are not waiting or done, and what they do.
+        progress: The title.
+    """
+    table = Table(title=str(progress), show_header=False)
     known = {run.folder: state for run, state in states}
     for run in runs:
+        if len(runs) > _ROWS and run.folder not in known:
+            continue
         state = known.get(run.folder, "done" if run.finished else "waiting")
-        table.add_row(run.folder.name, state, _last_epoch(run.folder / "metrics.csv") if state == "running" else "")
+        doing = _last_epoch(run.folder / "metrics.csv") if state.startswith("running") else ""
+        table.add_row(run.folder.name, state, doing)
     return table
+
+
+def _seconds(run: FinishedRun) -> float:
+    return float(json.loads((run.folder / "summary.json").read_text()).get("seconds", 0.0))
+
+
+def _duration(seconds: float) -> str:
+    """Time in words: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _last_epoch(metrics: Path) -> str:

@@ -23,20 +23,27 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_locality import optim, patches, regularizer, tensors
 from lightning_locality.datamodules.binary_images import BinaryImages
+from lightning_locality.datamodules.distant_halves import DistantHalves
+from lightning_locality.datamodules.is_greater import IsGreater
 from lightning_locality.datamodules.pathfinder import Pathfinder
+from lightning_locality.datamodules.permuted_images import PermutedImages
 from lightning_locality.datamodules.recovery import TensorRecovery
 from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.datamodules.same_parity import SameParity
 from lightning_locality.datamodules.two_by_two import UnboundedCompletion
-from lightning_locality.folder import default_folder, global_rank, keep_earlier_config, refuse_used, stored_checkpoint
+from lightning_locality.folder import default_folder, keep_earlier_config, refuse_used, stored_checkpoint
 from lightning_locality.networks import SmallResNet
 from lightning_locality.parser import SuggestingParser
+from lightning_locality.record import last_measured, read_settings
 from lightning_locality.report import write_figures, write_json, write_predictions
 from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
 from lightning_locality.tasks.callbacks import StopAfter, StopOnceFitted
 from lightning_locality.tasks.classification import Classification
+from lightning_locality.tasks.kept_row import KeptRow
 from lightning_locality.tasks.logger import MetricsFile
 from lightning_locality.tasks.rank_monitor import RankMonitor
 from lightning_locality.tasks.recovery import Recovery
+from lightning_locality.tasks.whole_checkpoints import with_whole_checkpoints
 
 # what a configuration may call by its bare class name: everything imported here
 _NAMED = (
@@ -45,8 +52,12 @@ _NAMED = (
     regularizer,
     tensors,
     BinaryImages,
+    DistantHalves,
+    IsGreater,
     Pathfinder,
+    PermutedImages,
     SameClass,
+    SameParity,
     TensorRecovery,
     UnboundedCompletion,
     SmallResNet,
@@ -116,7 +127,7 @@ class LocalityCLI(LightningCLI):
                 "--ckpt_path runs/NAME/best.ckpt (or last.ckpt), or --run_dir runs/NAME --ckpt_path best"
             )
         self.run_dir = Path(config.run_dir or default_folder(checkpoint))
-        if self.subcommand == "fit" and not checkpoint and not config.trainer.fast_dev_run and global_rank() == 0:
+        if self.subcommand == "fit" and not checkpoint and not config.trainer.fast_dev_run:
             refuse_used(self.run_dir)
         config.run_dir = str(self.run_dir)
         if self.subcommand != "fit":
@@ -138,10 +149,9 @@ class LocalityCLI(LightningCLI):
         extra = list(config.get("callbacks") or [])
         checkpoints = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         if self.subcommand == "fit" and checkpoints and not any(isinstance(c, ModelCheckpoint) for c in extra):
-            extra += self._checkpoints()
-        return super().instantiate_trainer(
-            callbacks=extra, default_root_dir=str(config.get("default_root_dir") or self.run_dir), **kwargs
-        )
+            extra += [*self._checkpoints(), *([] if isinstance(self.model, Recovery) else [KeptRow()])]
+        root = str(config.get("default_root_dir") or self.run_dir)
+        return with_whole_checkpoints(super().instantiate_trainer(callbacks=extra, default_root_dir=root, **kwargs))
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and the best one where the model names a metric to monitor."""
@@ -182,15 +192,13 @@ class LocalityCLI(LightningCLI):
             results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
             scores |= {key: float(value) for key, value in results[0].items()}
         if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
-            self._write_summary(scores, counts)
             write_figures(self.run_dir, self.model, self.datamodule)
+            self._write_summary(scores, counts)  # last: a run that has one is finished
             rank_zero_info(", ".join([*_results(scores, counts), f"run folder: {self.run_dir}"]))
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and leave the class probabilities as a table."""
-        batches = self.trainer.predict(**kwargs) or []
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_predictions(self.run_dir / "predictions.csv", batches)
+        write_predictions(self.run_dir / "predictions.csv", self.trainer.predict(**kwargs) or [])
 
     def after_validate(self) -> None:
         """Leave the scores beside the checkpoint."""
@@ -210,6 +218,8 @@ class LocalityCLI(LightningCLI):
     def _write_summary(self, scores: dict[str, float], counts: dict[str, float]) -> None:
         device = self.trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+        if not isinstance(self.model, Recovery):  # a run that was killed after its last epoch measures none again
+            scores = last_measured(self.run_dir / "metrics.csv") | scores
         write_json(
             self.run_dir / "summary.json",
             {
@@ -223,6 +233,7 @@ class LocalityCLI(LightningCLI):
                     "threads": torch.get_num_threads(),
                 },
                 "versions": {package: version(package) for package in _PACKAGES},
+                **read_settings(self.run_dir / "config.yaml"),
             },
         )
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 __all__ = ["SweepFigure"]
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
-import yaml
 from matplotlib.figure import Figure
 
+from lightning_locality.bounds import lower_bounds
 from lightning_locality.figures import accuracy_curves, read_metrics, save_figure
 from lightning_locality.outcomes import against_depth, completion_against_observations, rank_against_fit
+from lightning_locality.plotting.cells import write_table
+from lightning_locality.plotting.drawn import draw_chart
+from lightning_locality.plotting.options import parsed
+from lightning_locality.plotting.run_table import Row, RunTable, Value
 from lightning_locality.results import FinishedRun
 from lightning_locality.suggest import nearest
-from lightning_locality.trajectories import Bound, component_curves, read_iterations, value_against_loss
+from lightning_locality.trajectories import component_curves, read_iterations, value_against_loss
 
-Kind = Literal["accuracy", "components", "value", "depth", "rank", "observations"]
+Kind = Literal["accuracy", "xy", "components", "value", "depth", "rank", "observations"]
 _OPTIONS: dict[Kind, tuple[str, ...]] = {
-    "accuracy": (),
+    "accuracy": ("x", "group", "panel", "chance", "labels", "width"),
+    "xy": ("x", "y", "group", "panel", "over", "log", "statistic", "spread", "labels", "width"),
     "components": ("groups", "top", "x"),
     "value": ("entry", "least", "split"),
     "depth": ("x", "by"),
@@ -35,10 +40,12 @@ class SweepFigure:
     """Which figure a sweep draws of its runs.
 
     Args:
-        kind: ``"accuracy"``: accuracy against epoch. ``"components"``: magnitudes and error against iteration, a
-            column per run. ``"value"``: an unobserved entry against the loss, with the lower bound of the problem.
+        kind: ``"accuracy"``: accuracy against epoch; with ``x``, test accuracy at the end against what was varied, as
+            ``lightning-locality figure accuracy`` draws it. ``"xy"``: as that command does. ``"components"``:
+            magnitudes and error against iteration, a column per run.
+            ``"value"``: an unobserved entry against the loss, with the lower bound of the problem.
             ``"depth"``, ``"rank"``, ``"observations"``: how the runs end against what was varied.
-        options: Of the function that draws it (:mod:`~lightning_locality.trajectories`,
+        options: Of the command, or of the function that draws it (:mod:`~lightning_locality.trajectories`,
             :mod:`~lightning_locality.outcomes`).
     """
 
@@ -70,7 +77,27 @@ class SweepFigure:
                 raise ValueError(
                     f"{where}: figure {kind!r} has no option {key!r}{nearest(str(key), known)}; known: {known}"
                 )
-        return cls(kind, options)
+        figure = cls(kind, options)
+        if figure._chart:
+            try:
+                parsed(figure._arguments)
+            except SystemExit as error:
+                raise ValueError(f"{where}: figure {kind!r} cannot be drawn with {options}, see above") from error
+        return figure
+
+    @property
+    def _chart(self) -> bool:
+        """Whether it is one of the charts of the figure command."""
+        return self.kind == "xy" or (self.kind == "accuracy" and "x" in self.options)
+
+    @property
+    def _arguments(self) -> list[str]:
+        """As they would be typed after ``lightning-locality figure``."""
+        words = [str(self.kind), "."]
+        for name, value in self.options.items():
+            values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
+            words += [f"--{name}", *(map(str, values) if isinstance(values, (list, tuple)) else [str(values)])]
+        return words
 
     def save(self, runs: Sequence[FinishedRun], folder: Path) -> Path | None:
         """Draw the runs that have metrics into ``FOLDER/KIND.pdf`` and ``.png``.
@@ -82,6 +109,8 @@ class SweepFigure:
         Returns:
             The picture; None where there is nothing to draw yet.
         """
+        if self._chart:
+            return self._save_chart(runs, folder)
         started = [run for run in runs if (run.folder / "metrics.csv").exists()]
         figure = self._draw(started) if started else None
         if figure is None:
@@ -89,7 +118,18 @@ class SweepFigure:
         save_figure(figure, folder / self.kind)
         return folder / f"{self.kind}.png"
 
+    def _save_chart(self, runs: Sequence[FinishedRun], folder: Path) -> Path | None:
+        rows = [Row(_values({"variant": r.variant, **r.point, **_metrics(r)}), r.folder, r.finished) for r in runs]
+        if not any(row.finished for row in rows):
+            return None
+        varied = dict.fromkeys(name for run in runs for name in run.point)
+        drawn = draw_chart(parsed(self._arguments), RunTable(tuple(rows), ("variant", *varied)))
+        write_table(drawn.numbers, folder / f"{self.kind}.csv")
+        save_figure(drawn.figure, folder / self.kind)
+        return folder / f"{self.kind}.png"
+
     def _draw(self, runs: Sequence[FinishedRun]) -> Figure | None:
+        assert self.kind != "xy"  # is a chart
         if self.kind == "accuracy":
             return accuracy_curves(_by_variant(runs, [read_metrics(run.folder / "metrics.csv") for run in runs]))
         rows = [read_iterations(run.folder / "metrics.csv") for run in runs]
@@ -103,7 +143,11 @@ class SweepFigure:
                 titles = [run.variant if single else run.folder.name for run in runs]
                 return component_curves(dict(zip(titles, rows, strict=True)), **self.options)
             case "value":
-                return value_against_loss(_by_variant(runs, rows), bounds=_bounds(runs), **self.options)
+                return value_against_loss(
+                    _by_variant(runs, rows),
+                    bounds=lower_bounds({run.folder: run.variant for run in runs}),
+                    **self.options,
+                )
             case "depth":
                 return against_depth(last, **self.options)
             case "rank":
@@ -112,37 +156,18 @@ class SweepFigure:
                 return completion_against_observations(last, **self.options)
 
 
+def _metrics(run: FinishedRun) -> dict[str, Any]:
+    return json.loads((run.folder / "summary.json").read_text())["metrics"] if run.finished else {}
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Value]:
+    """What a results.csv would say of it: lists as text, nothing for None."""
+    known = {name: value for name, value in row.items() if value is not None}
+    return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in known.items()}
+
+
 def _by_variant(runs: Sequence[FinishedRun], rows: Sequence[Any]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for run, own in zip(runs, rows, strict=True):
         found.setdefault(run.variant, []).append(own)
     return found
-
-
-def _bounds(runs: Sequence[FinishedRun]) -> dict[str, Bound]:
-    """Lower bound of every variant's problem, one for all in black where they share the problem."""
-    problems = {run.variant: _problem(run.folder / "config.yaml") for run in runs}
-    known = {variant: problem for variant, problem in problems.items() if problem is not None}
-    if len(set(known.values())) == 1:
-        return {"lower bound": _bound(*next(iter(known.values())))}
-    return {variant: _bound(*problem) for variant, problem in known.items()}
-
-
-def _problem(config: Path) -> tuple[float, float, float, bool] | None:
-    """z, z', eps of the run's data module and whether it is larger than 2x2, where it is one with a bound."""
-    content = yaml.safe_load(config.read_text()) if config.is_file() else {}
-    data = (content.get("data") or {}).get("init_args") or {}
-    if not {"rows", "cols", "z", "z_prime", "eps"} <= data.keys() or data["rows"] != data["cols"]:
-        return None
-    return data["z"], data["z_prime"], data["eps"], data["rows"] > 2
-
-
-def _bound(z: float, z_prime: float, eps: float, larger: bool) -> Bound:
-    # here, because the data modules load Lightning
-    from lightning_locality.datamodules.two_by_two import lower_bound
-
-    def bound(losses: Any) -> Any:
-        values = [lower_bound(float(loss), z, z_prime, eps, larger=larger) for loss in losses]
-        return np.where(np.asarray(values) > 0, values, np.nan)
-
-    return bound

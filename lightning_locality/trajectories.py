@@ -22,8 +22,8 @@ from lightning_locality.figures import COLOURS, COLUMN, STYLE
 Rows = Sequence[Mapping[str, Any]]
 Array = NDArray[np.floating[Any]]
 Bound = Callable[[Array], Array]
-# title, rows, and a group of magnitudes or None for the error
-_Panel = tuple[str, Rows, str | None]
+_Panel = tuple[str, Rows, str]  # title, rows, and a group of magnitudes or one of the next two
+_ERROR, _LOSS = "reconstruction_error", "train/loss"
 
 # numbered columns that are not magnitudes: their numbers are modes
 _OTHERS = ("effective rank", "entry", "train", "test")
@@ -36,6 +36,9 @@ _KINDS = {
 }
 _GROUPS = 3  # drawn of a run where none are asked for
 _COLUMNS = 4
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1)))  # dots are the bounds
+_WIDE = 5.0  # inches
+_ENTRY = 0.15  # inches: a line of a legend
 
 
 def read_iterations(path: Path) -> list[dict[str, float]]:
@@ -84,6 +87,8 @@ def component_curves(
     groups: Sequence[str] = (),
     top: int = 10,
     x: Literal["iteration", "time"] = "iteration",
+    loss: bool = False,
+    width: float = 2 * COLUMN,
 ) -> Figure:
     """What grows one at a time, against the iteration, and the reconstruction error.
 
@@ -96,31 +101,37 @@ def component_curves(
         groups: Which magnitudes (``component``, ``singular value``, ``node 0-1-2-3``, ...); those the runs have.
         top: The largest so many of each group.
         x: What they are drawn against; ``time`` for gradient flow.
+        loss: A panel for the training loss as well.
+        width: Of the figure, in inches; below 5 a line has two panels instead of four.
 
     Raises:
         ValueError: A run without magnitudes, or without those asked for.
     """
     chosen = {title: _chosen(title, rows, groups) for title, rows in runs.items()}
+    columns = _COLUMNS if width > _WIDE else 2
+    known = any(_ERROR in row for rows in runs.values() for row in rows)
+    curves = (_ERROR, _LOSS) if loss and known else (_ERROR,)
     lines: list[list[_Panel]] = []
     if len(runs) == 1:
         ((title, rows),) = runs.items()
-        panels: list[_Panel] = [*((_place(group), rows, group) for group in chosen[title]), ("", rows, None)]
-        lines = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
+        groups_and_curves = [*((_place(group), group) for group in chosen[title]), *(("", name) for name in curves)]
+        panels: list[_Panel] = [(place, rows, name) for place, name in groups_and_curves]
+        lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     else:
-        for start in range(0, len(runs), _COLUMNS):
-            block = list(runs.items())[start : start + _COLUMNS]
+        for start in range(0, len(runs), columns):
+            block = list(runs.items())[start : start + columns]
             lines.append([(title, rows, chosen[title][0]) for title, rows in block])
-            lines.append([("", rows, None) for _, rows in block])
+            lines += [[("", rows, name) for _, rows in block] for name in curves]
     with rc_context(STYLE):
-        figure = Figure(figsize=(2 * COLUMN, 1.55 * len(lines) + 0.2), layout="constrained")
+        figure = Figure(figsize=(width, 1.55 * len(lines) + 0.2), layout="constrained")
         grid = figure.subplots(len(lines), max(map(len, lines)), squeeze=False)
         for places, line in zip(grid, lines, strict=True):
             for axes in places[len(line) :]:
                 axes.axis("off")
             for axes, (title, rows, group) in zip(places, line, strict=False):
                 axes.set_title(title, fontsize=8)
-                if group is None:
-                    _error(axes, rows, x)
+                if group in curves:
+                    _curve(axes, rows, x, group)
                 else:
                     _magnitudes(axes, rows, magnitude_groups(rows)[group][:top], x)
                     place = _place(group) if len(runs) > 1 else ""
@@ -154,7 +165,7 @@ def _points(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
 def _progress(axes: Axes, x: str) -> None:
     axes.set_xlabel(x)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 4, 5, 10]))
 
 
 def _magnitudes(axes: Axes, rows: Rows, names: Sequence[str], x: str) -> None:
@@ -165,10 +176,10 @@ def _magnitudes(axes: Axes, rows: Rows, names: Sequence[str], x: str) -> None:
     _progress(axes, x)
 
 
-def _error(axes: Axes, rows: Rows, x: str) -> None:
-    """Reconstruction error, or the loss where no target is known."""
-    known = any("reconstruction_error" in row for row in rows)
-    axes.plot(*_points(rows, x, "reconstruction_error" if known else "train/loss"), color=COLOURS[-1], linewidth=1.0)
+def _curve(axes: Axes, rows: Rows, x: str, name: str) -> None:
+    """Loss, or reconstruction error; where no target is known, the loss instead."""
+    known = name == _ERROR and any(_ERROR in row for row in rows)
+    axes.plot(*_points(rows, x, _ERROR if known else _LOSS), color=COLOURS[-1], linewidth=1.0)
     if known:
         axes.set_ylabel("reconstruction error")
         axes.set_ylim(bottom=0)
@@ -185,6 +196,7 @@ def value_against_loss(
     split: str = "",
     least: float = 0.0,
     bounds: Mapping[str, Bound] | None = None,
+    width: float | None = None,
 ) -> Figure:
     """Size of an unobserved entry against the loss, which decreases to the right.
 
@@ -197,21 +209,27 @@ def value_against_loss(
         least: Smallest loss that is shown.
         bounds: Label -> lower bound of the entry as a function of an array of losses, NaN where it says nothing;
             dotted, in the colour of the runs with that label, in black and in all panels where there are none.
+        width: Of the figure, in inches; by default 4 for one panel and 6.8 for several.
     """
     runs = {label: [[row for row in r if row["train/loss"] >= least] for r in own] for label, own in runs.items()}
     panels: dict[str, dict[str, str]] = {}
     for label in runs:
         title, _, rest = label.partition(split) if split and split in label else ("", "", label)
         panels.setdefault(title, {})[label] = rest
-    width = 1.2 * COLUMN if len(panels) == 1 else 2 * COLUMN
+    width = width or (1.2 if len(panels) == 1 else 2) * COLUMN
+    columns = len(panels) if width > _WIDE else 1
+    lines = -(-len(panels) // columns)
+    entries = max(map(len, panels.values()), default=0) + 1
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, 2.6 if len(panels) == 1 else 2.3), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, names) in zip(grid, panels.items(), strict=True):
+        figure = Figure(figsize=(width, lines * (2.1 + _ENTRY * entries)), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes, (title, names) in zip(grid.flat, panels.items(), strict=False):
             _value_panel(axes, runs, names, f"entry/{entry}", bounds or {})
             axes.set_title(title, fontsize=8)
-            axes.legend(loc="best", fontsize=6.5 if len(panels) == 1 else 5.5)
-        grid[0].set_ylabel(f"|entry ({entry.replace('-', ', ')})|")
+            # below the panel, where it hides nothing
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7, handlelength=2.6)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"|entry ({entry.replace('-', ', ')})|")
         return figure
 
 
@@ -224,10 +242,11 @@ def _value_panel(
 ) -> None:
     losses: list[float] = []
     colours = {label: COLOURS[position % len(COLOURS)] for position, label in enumerate(names)}
-    for label, name in names.items():
+    for position, (label, name) in enumerate(names.items()):
+        style: Any = {"color": colours[label], "linestyle": _DASHES[position % len(_DASHES)], "linewidth": 1.0}
         for number, rows in enumerate(runs[label]):
             xs, ys = _points(rows, "train/loss", column)
-            axes.plot(xs, np.abs(ys), color=colours[label], label=name if number == 0 else None, linewidth=1.0)
+            axes.plot(xs, np.abs(ys), label=name if number == 0 else None, **style)
             losses += [x for x in xs if x > 0]
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -236,7 +255,7 @@ def _value_panel(
         shown = np.geomspace(min(losses), max(losses), 400)
         for label, bound in bounds.items():
             if label in names or label not in runs:
-                style: Any = {"color": colours.get(label, "black"), "label": None if label in runs else label}
+                style = {"color": colours.get(label, "black"), "label": None if label in runs else label}
                 axes.plot(shown, bound(shown), linewidth=0.8, linestyle=":", **style)
         # the bound starts at zero, far below the runs
         axes.set_ylim(low, high)

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from lightning_locality.plotting.growth import predicted, read_curves, slope
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -46,10 +48,10 @@ LAWS += [(3, k, "norm of the vectors", k + 2 - 2 / 3) for k in (0, 1, 2, 3)]
 def test_growth_exponents_at_balanced_points(
     growth: ModuleType, order: int, matrices: int, quantity: str, exponent: float
 ) -> None:
-    assert growth.predicted(order, matrices, quantity) == pytest.approx(exponent, rel=1e-15)
+    assert predicted(order, matrices, quantity) == pytest.approx(exponent, rel=1e-15)
     sizes, rates = growth.at_points(order, matrices, quantity, 6, seed=1)
     assert sizes.max() / sizes.min() > 100
-    assert growth.slope((sizes, rates)) == pytest.approx(exponent, abs=1e-6)
+    assert slope((sizes, rates)) == pytest.approx(exponent, abs=1e-6)
     factor = order * (matrices + 1 if quantity == "component norm" else 1)
     np.testing.assert_allclose(rates, factor * sizes**exponent, rtol=1e-6)
 
@@ -64,6 +66,8 @@ def test_growth_script_fits_writes_and_draws(growth: ModuleType, tmp_path: Path)
         assert float(row["fitted"]) == pytest.approx(float(row["predicted"]), abs=tolerance)
     assert {round(float(row["predicted"]), 12) for row in rows} == {round(e, 12) for e in (4 / 3, 5 / 3, 7 / 3)}
     assert (tmp_path / "growth_exponents.pdf").exists()
+    curves = read_curves(tmp_path / "growth_curves.csv")
+    assert [slope(curve) for both in curves.values() for curve in both] == [fit.fitted for fit in fits]
 
 
 def test_cp_rank_of_known_tensors(ranks: ModuleType) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -93,6 +98,89 @@ def test_blocks_of_the_page_on_measuring() -> None:
     assert all(weight.grad is not None for weight in names["factorization"].parameters())
     assert (names["found"].rank, names["found"].certified) == (4, True)
     assert len(names["entanglement"]) == len(names["alignment"]) > 0
+
+
+def _transfer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str, list[str]]:
+    """The page's Python, its sweep and its command lines, in a folder with the reader's file."""
+    pytest.importorskip("sklearn")
+    text = (ROOT / "docs" / "transfer.md").read_text()
+    python = BLOCK.findall(text)
+    (folder / "strips.py").write_text(python[0])
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "strips", raising=False)
+    torch.set_default_dtype(torch.float32)
+    (choose,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (console,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    return python, choose, console.splitlines()
+
+
+def test_blocks_of_the_page_on_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python, _, _ = _transfer(tmp_path, monkeypatch)
+    assert len(python) == 6
+    assert "EPOCHS = 150" in python[1]
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        for block in python:
+            if "import timm" in block and importlib.util.find_spec("timm") is None:
+                continue
+            exec(compile(block.replace("EPOCHS = 150", "EPOCHS = 1"), "docs/transfer.md", "exec"), names)
+    images, labels = names["strips"](1000, "test").tensors
+    same = [torch.equal(*pair) for pair in zip(images[..., :8], images[..., 72:], strict=True)]
+    # no digit is in two splits, and equal ends are of one class
+    assert 400 < int(labels.sum()) < 600
+    assert all(labels[torch.tensor(same)] == 1)
+    assert not images[..., 8:72].any()
+    assert all(0 <= names[name] <= 1 for name in ("before", "after"))
+    weights = [dict(names[name].named_parameters())["head.weight"] for name in ("plain", "regularised")]
+    assert not torch.equal(*weights)
+    assert 0 < names["trainer"].callback_metrics["train/regularizer"] <= 1
+    for network in ("network", "vit"):
+        if network in names:
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in names[network].parameters())
+    # not of a constant: the two models differ, and parts of the strip that are blank interact with nothing
+    assert len(set(names["shares"])) == 2
+    assert names["profile"].distance.max() == 72
+
+
+def test_sweep_of_the_page_on_transfer_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, choose, console = _transfer(tmp_path, monkeypatch)
+    (tmp_path / "choose.yaml").write_text(choose)
+    assert console[0] == "export PYTHONPATH=."
+    main(shlex.split(console[1])[1:])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lightning-locality fit")]
+    assert len(lines) == 2 * 2 * 4 * 3
+    for line, rule in zip(lines[:2], ("FarField", "ContentPatches"), strict=True):
+        with pytest.raises(SystemExit) as stop:
+            main([*shlex.split(line)[1:], "--print_config"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert f"patches.{rule}" in shown
+        assert "class_path: strips.Strips" in shown
+
+
+@pytest.mark.slow
+def test_sweep_of_the_page_on_transfer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, choose, console = _transfer(tmp_path, monkeypatch)
+    for whole, part in (("150", "1"), ("[4, 8]", "[8]"), ("[0, 0.3, 1, 3]", "[0, 1]"), ("[0, 1, 2]", "[0]")):
+        assert choose.count(whole) == 1
+        choose = choose.replace(whole, part)
+    (tmp_path / "choose.yaml").write_text(choose)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(ROOT)]))
+    for line in console[2:]:
+        command = [sys.executable, "-m", "lightning_locality", *shlex.split(line)[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with (tmp_path / "runs" / "choose" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["variant"], row["size"], row["weight"]) for row in rows} == {
+        (rule, "8", weight) for rule in ("far field", "content") for weight in ("0", "1")
+    }
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("val/accuracy", "test/accuracy"))
+    assert list((tmp_path / "runs" / "choose").glob("*.pdf"))
 
 
 def test_block_of_the_page_on_data() -> None:

@@ -2,14 +2,22 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from lightning_locality.cli import main
-from lightning_locality.results import collect, progress_table, result_table
+from lightning_locality.figures import read_metrics
+from lightning_locality.results import Progress, collect, progress_table, result_table
 from lightning_locality.sweep import Run, Sweep
 from lightning_locality.sweep_figure import SweepFigure
 
@@ -115,7 +123,7 @@ def test_collect_is_tidy_and_leaves_out_unfinished_runs(tmp_path: Path) -> None:
     with (tmp_path / "results.csv").open() as file:
         stored = list(csv.DictReader(file))
     assert [row["test/accuracy"] for row in stored] == ["0.5", "0.75"]
-    assert list(stored[0]) == ["variant", "seed", "epochs", "seconds", "test/accuracy"]
+    assert list(stored[0]) == ["run", "variant", "seed", "epochs", "seconds", "test/accuracy"]
     table = result_table(runs, rows)
     cells = [next(iter(column.cells)) for column in table.columns]
     assert cells == ["v", "2 of 3", "-", "62.5 (50.0 to 75.0)", "-", "2"]
@@ -149,11 +157,70 @@ def test_runs_skips_finished_reports_failed_and_resumes(tmp_path: Path, capsys: 
     assert (tmp_path / "out" / "accuracy.png").exists()
     # a run killed before its summary continues from its checkpoint instead of starting again
     (tmp_path / "out" / "good" / "summary.json").unlink()
+    # killed after its checkpoint and before its last rows, which Lightning writes later
+    metrics = tmp_path / "out" / "good" / "metrics.csv"
+    history = read_metrics(metrics)
+    kept = [line for line in metrics.read_text().splitlines(keepends=True) if "train/accuracy" in line]
+    metrics.write_text("".join(kept))  # the header alone: there is one epoch
     main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
     assert (tmp_path / "out" / "good" / "config.0.yaml").exists()
     with (tmp_path / "out" / "results.csv").open() as file:
         again = {row["variant"]: row for row in csv.DictReader(file)}
-    assert again["good"]["test/loss"] == rows["good"]["test/loss"]
+    assert read_metrics(metrics) == history
+    # as it had, also what it did not measure again
+    for row in (again["good"], rows["good"]):
+        del row["seconds"]
+    assert again["good"] == rows["good"]
+    assert {"train/accuracy", "val/accuracy", "test/loss"} <= again["good"].keys()
+    summary = json.loads((tmp_path / "out" / "good" / "summary.json").read_text())
+    assert summary["seeds"]["seed_everything"] == 0
+    assert summary["config"]["data"]["init_args"]["train"] == 32
+    assert {"versions", "device", "seconds"} <= summary.keys()
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """Every metric of every run, bit for bit, and the history of its epochs."""
+    path = write(
+        tmp_path / "grid.yaml",
+        devices=[],
+        parallel=2,
+        configs=[str(CONFIGS / "quickstart.yaml")],
+        set={**TINY, "trainer.max_epochs": 20},
+        variants={"plain": {"set": {"model.weight": 0}}, "regularised": {}},
+        grid={"seed_everything, data.seed, model.penalty.seed": [1]},
+    )
+    command = [sys.executable, "-m", "lightning_locality", "sweep", str(path)]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, timeout=600, **quiet)
+    dice = random.Random(0)
+
+    def rows_so_far() -> int:
+        return sum(len(path.read_text().splitlines()) for path in (tmp_path / "killed").glob("*/metrics.csv"))
+
+    # counted in epochs, so that a slow machine is not killed in its starts alone; the first one is, perhaps
+    for rows in (0, *(dice.randint(1, 15) for _ in range(4))):
+        process = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], start_new_session=True, **quiet)
+        before = rows_so_far()
+        while process.poll() is None and rows_so_far() < before + rows:
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.3) if rows else dice.uniform(0, 6))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, f"--out={tmp_path / 'killed'}"], check=True, timeout=600, **quiet)
+    tables = []
+    for name in ("whole", "killed"):
+        with (tmp_path / name / "results.csv").open(newline="") as file:
+            tables.append([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)])
+    assert len(tables[0]) == 2
+    assert tables[0] == tables[1]
+    for row in tables[0]:
+        histories = [read_metrics(tmp_path / name / row["run"] / "metrics.csv") for name in ("whole", "killed")]
+        assert [epoch["epoch"] for epoch in histories[0]][:20] == list(range(20))
+        assert histories[0] == histories[1]
+    # something was continued, or this shows nothing
+    assert list((tmp_path / "killed").glob("*/config.0.yaml"))
 
 
 def recovery_run(folder: Path, variant: str, point: dict[str, object], rows: list[dict[str, float]]) -> Run:
@@ -192,7 +259,7 @@ def test_progress_of_a_recovery_run_is_read_from_the_end_of_its_metrics(tmp_path
     (run.folder / "summary.json").unlink()
     with (run.folder / "metrics.csv").open("a") as file:
         file.write("5000,0.1")  # half a row
-    table = progress_table([run], [(run, "running")], 1.0)
+    table = progress_table([run], [(run, "running")], Progress([run], 1))
     assert list(table.columns[2].cells) == ["iteration 4999, loss 0.0002, error 0.5"]
 
 

@@ -33,6 +33,11 @@ class StopOnceFitted(Callback):
         self.monitor, self.threshold, self.checks = monitor, threshold, checks
         self.count = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was killed after its last epoch has none to go."""
+        if self.count >= self.checks:
+            trainer.should_stop = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count, and stop where the count is reached."""
         value = trainer.callback_metrics.get(self.monitor)

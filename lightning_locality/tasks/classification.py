@@ -23,7 +23,7 @@ from lightning_locality.tasks.fitting_checkpoint import refuse_other_model
 
 Stage = Literal["train", "val", "test"]
 _STEPS_BETWEEN_CHECKS = 50
-_OBJECTS = ["network", "penalty", "optimizer", "scheduler"]
+_OBJECTS = ["network", "penalty", "optimizer", "scheduler", "augmentation"]
 
 
 class Classification(LightningModule):
@@ -50,6 +50,9 @@ class Classification(LightningModule):
         measured_batches: Batches per epoch and stage on which R is measured where it is not trained on
             (validation, test, and training at weight 0); 0 for none.
         channels_last: Keep images and weights in the channels-last memory format, which is faster on recent GPUs.
+        augmentation: Called with the images ``(B, C, H, W)`` of every training batch, on their device, as
+            :class:`~lightning_locality.augmentation.RandomShift` or a transform of torchvision (which changes a whole
+            batch alike); None, as published, for none.
 
     Raises:
         ValueError: Negative weight, weight without penalty, fewer than two classes.
@@ -69,6 +72,7 @@ class Classification(LightningModule):
         in_channels: int | None = None,
         measured_batches: int = 4,
         channels_last: bool = False,
+        augmentation: nn.Module | None = None,
     ) -> None:
         super().__init__()
         # from the command line the settings arrive as plain values, from which a checkpoint rebuilds the
@@ -96,6 +100,7 @@ class Classification(LightningModule):
         self.in_channels = in_channels
         self.measured_batches = measured_batches
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.augmentation = augmentation
         self.metrics = nn.ModuleDict()
         self._finite: Tensor | None = None
         if num_classes is not None and in_channels is not None:
@@ -148,13 +153,14 @@ class Classification(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model, with what differs instead of a page of keys.
 
-        A run may go on with the penalty where it began without, and the other way round.
+        A run may go on with the penalty or an augmentation where it began without, and the other way round.
         """
-        draws = "penalty._extra_state"
-        if self.penalty is None:
-            checkpoint["state_dict"].pop(draws, None)
-        else:
-            checkpoint["state_dict"].setdefault(draws, self.state_dict()[draws])
+        mine = self.state_dict()
+        for draws in ("penalty._extra_state", "augmentation._extra_state"):
+            if draws in mine:
+                checkpoint["state_dict"].setdefault(draws, mine[draws])
+            else:
+                checkpoint["state_dict"].pop(draws, None)
         refuse_other_model(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
@@ -214,6 +220,8 @@ class Classification(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Classification loss plus the weighted term of a batch."""
         x, y = batch
+        if self.augmentation is not None:
+            x = self.augmentation(x)
         x = x.contiguous(memory_format=self.memory_format)
         if self.penalty is None or self.weight == 0:
             logits = self(x)

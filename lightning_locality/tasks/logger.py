@@ -62,5 +62,23 @@ class MetricsFile(CSVLogger):
             writer.writeheader()
             writer.writerows(row for row in rows if wanted(row))
 
+    def complete(self, row: Mapping[str, float]) -> None:
+        """Write what the file lacks of the metrics of an epoch.
+
+        Args:
+            row: ``epoch``, ``step`` and the metrics.
+        """
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        known: set[str] = set()
+        if path.is_file():
+            with path.open(newline="") as file:
+                for stored in csv.DictReader(file):
+                    if stored.get("epoch") and int(float(stored["epoch"])) == row["epoch"]:
+                        known |= {name for name, value in stored.items() if value}
+        missing = {name: value for name, value in row.items() if name not in known and name not in ("epoch", "step")}
+        if missing:
+            self.log_metrics({**missing, "epoch": row["epoch"]}, int(row["step"]))
+            self.save()
+
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: the run's config.yaml holds them."""

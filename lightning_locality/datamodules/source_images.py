@@ -1,0 +1,204 @@
+"""What every task built from an image source shares: its images, who may be drawn for which split, normalisation."""
+
+from __future__ import annotations
+
+__all__ = ["AbstractSourceImages"]
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_locality.datamodules.base import AbstractImageDataModule, Split
+from lightning_locality.datamodules.images import LabelledImages, Resize, pixel_statistics, stratified_split
+from lightning_locality.datamodules.sources import (
+    Part,
+    load_images,
+    parse_source,
+    prepare_images,
+    source_channels,
+)
+
+# as published; of the training images, to three digits
+_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
+
+
+class AbstractSourceImages(AbstractImageDataModule):
+    """Samples made of the images of a source, drawn as a table of indices and labels for each split.
+
+    Args:
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no
+            download) or ``folder:PATH``, a folder of class folders, with or without train/ and test/.
+        root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
+            where that is not set.
+        image_size: Height and width of the images in pixels; the source's are resized.
+        resize: How: bilinear, area (mean over blocks) or pad (black around).
+        channels: 1 (grey) or 3 (colour); the source's own if not given, 3 for folders.
+        classes: Labels to draw images of; all if not given.
+        batch_size: Samples per step and process.
+        seed: Seed of the samples, of the hold-out and of the order of training batches.
+        drop_last: Leave out the last, smaller training batch of an epoch.
+        download: Let torchvision download a set that is not in ``root``.
+        validation_is_test: The validation samples are the test samples.
+        holdout: Share of the training images of each class that is kept for validation.
+        mean: Mean intensity (0 to 1) of each channel, subtracted. If not given, the published values for
+            ``cifar10`` in colour, and those of the official training images for every other source.
+        std: Standard deviation of each channel, divided by; if not given, likewise.
+
+    Raises:
+        UnknownSourceError: If there is no such source.
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        root: str | Path | None,
+        image_size: int,
+        resize: Resize,
+        channels: Literal[1, 3] | None,
+        classes: Sequence[int] | None,
+        batch_size: int,
+        seed: int,
+        drop_last: bool,
+        download: bool,
+        validation_is_test: bool,
+        holdout: float,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
+        root = str(root) if root is not None else os.environ.get("LIGHTNING_LOCALITY_DATA", "data")
+        # not logged: Lightning stops when a model has a hyper-parameter of the same name
+        self.save_hyperparameters(logger=False)
+        # as text: checkpoints are read with weights_only, which takes no Path
+        self.hparams.update(root=root)
+        name, _ = parse_source(source, root)
+        self.source, self.root, self.download = source, root, download
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+        if classes is not None and len(set(classes)) < 2:
+            raise ValueError(f"classes must name at least 2 different classes, got {list(classes)}")
+        if not 0 < holdout < 1:
+            raise ValueError(f"holdout must be a share between 0 and 1, got {holdout}")
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        self.image_size, self.resize, self.classes, self.holdout = image_size, resize, classes, holdout
+        self.channels: Literal[1, 3] = source_channels(name) if channels is None else channels
+        self.validation_is_test = validation_is_test
+        if (mean is None) != (std is None):
+            raise ValueError(f"give both of mean and std or neither, got mean={mean}, std={std}")
+        if mean is None and name == "cifar10" and self.channels == 3:
+            mean, std = _CIFAR10_MEAN, _CIFAR10_STD
+        self._given = None if mean is None or std is None else (_row(mean), _row(std))
+        for argument, row in zip(("mean", "std"), self._given or (), strict=False):
+            if len(row) != self.channels:
+                raise ValueError(f"{argument} must have {self.channels} values, got {row.tolist()}")
+        if self._given is not None and not bool((self._given[1] > 0).all()):
+            raise ValueError(f"std must be positive, got {self._given[1].tolist()}")
+        self._parts: dict[Part, LabelledImages] = {}
+        self._tables: dict[Split, Tensor] = {}
+        self._affine: dict[torch.dtype, Tensor] = {}
+
+    @abstractmethod
+    def draw(self, split: Split) -> Tensor:
+        """The samples of a split ``(R, N)``, int64: rows of image indices, the label's row the last."""
+
+    def prepare_data(self) -> None:
+        """Let torchvision download the set, where that is allowed and needed."""
+        if self.download:
+            prepare_images(self.source, self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images and draw the samples that the stage needs and that are not there yet."""
+        splits: tuple[Split, ...]
+        match stage:
+            case "fit":
+                splits = ("train", "validation")
+            case "validate":
+                splits = ("validation",)
+            case "test" | "predict":
+                splits = ("test",)
+            case _:
+                splits = ("train", "validation", "test")
+        for split in splits:
+            if split not in self._tables:
+                self._tables[split] = self.draw(split)
+        if not self._affine:
+            mean, std = self._given or pixel_statistics(self.images("train").images)
+            rows = torch.stack(self.normalisation(mean, std))
+            self._affine[torch.float64] = rows[:, None, :, None, None]
+
+    def part(self, split: Split) -> Part:
+        """Official part of the source that the images of a split are of."""
+        return "test" if split == "test" or (split == "validation" and self.validation_is_test) else "train"
+
+    def images(self, part: Part) -> LabelledImages:
+        """The source's official train or test images, ``(N, C, s, s)`` uint8, and their labels."""
+        if part not in self._parts:
+            self._parts[part] = load_images(
+                self.source,
+                part,
+                self.root,
+                image_size=self.image_size,
+                resize=self.resize,
+                channels=self.channels,
+            )
+        return self._parts[part]
+
+    def candidates(self, split: Split) -> Tensor:
+        """Indices into ``images(part(split))`` that the split may draw; training and validation share none.
+
+        Raises:
+            ValueError: If the source lacks one of ``classes``.
+        """
+        labels = self.images(self.part(split)).labels
+        candidates = torch.arange(len(labels))
+        if self.part(split) == "train" and not self.validation_is_test:
+            kept, held = stratified_split(labels, self.holdout, self.seed)
+            candidates = kept if split == "train" else held
+        if self.classes is None:
+            return candidates
+        known = torch.unique(labels).tolist()
+        missing = sorted(set(self.classes) - set(known))
+        if missing:
+            raise ValueError(f"classes {missing} are not in {self.source}, which has {known}")
+        return candidates[torch.isin(labels[candidates], torch.tensor(list(self.classes)))]
+
+    def stream(self, split: Split) -> Split:
+        """Name of the random stream of a split: published is that validation has the very samples of the test."""
+        return "test" if self.part(split) == "test" else split
+
+    def table(self, split: Split) -> Tensor:
+        """The samples of a split as :meth:`draw` gave them.
+
+        Raises:
+            RuntimeError: Before ``setup``.
+        """
+        if split not in self._tables:
+            raise RuntimeError(f"the {split} {self.unit}s are not drawn yet: call setup() first")
+        return self._tables[split]
+
+    @property
+    def unit(self) -> str:
+        """What a sample is called in messages."""
+        return "image"
+
+    def normalisation(self, mean: Tensor, std: Tensor) -> list[Tensor]:
+        """Factor and offset ``(C,)`` of a uint8 value, and what else is to be had by :meth:`affine`."""
+        return [1 / (255 * std), -mean / std]
+
+    def affine(self, device: torch.device) -> Tensor:
+        """The rows of :meth:`normalisation` ``(R, 1, C, 1, 1)`` on a device, in the default dtype."""
+        dtype = torch.get_default_dtype()
+        # rounded before it is moved: not every device has float64
+        rows = self._affine.setdefault(dtype, self._affine[torch.float64].to(dtype))
+        return self.on_device(f"affine {dtype}", rows, device)
+
+
+def _row(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""The figure command: figures and tables of finished runs."""

@@ -21,53 +21,17 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_locality import optim, patches, regularizer, tensors
-from lightning_locality.datamodules.binary_images import BinaryImages
-from lightning_locality.datamodules.distant_halves import DistantHalves
-from lightning_locality.datamodules.is_greater import IsGreater
-from lightning_locality.datamodules.pathfinder import Pathfinder
-from lightning_locality.datamodules.permuted_images import PermutedImages
-from lightning_locality.datamodules.recovery import TensorRecovery
-from lightning_locality.datamodules.same_class import SameClass
-from lightning_locality.datamodules.same_parity import SameParity
-from lightning_locality.datamodules.two_by_two import UnboundedCompletion
+import lightning_locality.named  # noqa: F401  what a configuration may call by its bare class name
 from lightning_locality.folder import default_folder, keep_earlier_config, refuse_used, stored_checkpoint
-from lightning_locality.networks import SmallResNet
 from lightning_locality.parser import SuggestingParser
 from lightning_locality.record import last_measured, read_settings
 from lightning_locality.report import write_figures, write_json, write_predictions
-from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
-from lightning_locality.tasks.callbacks import StopAfter, StopOnceFitted
-from lightning_locality.tasks.classification import Classification
+from lightning_locality.tasks.callbacks import StopAfter
 from lightning_locality.tasks.kept_row import KeptRow
 from lightning_locality.tasks.logger import MetricsFile
-from lightning_locality.tasks.rank_monitor import RankMonitor
 from lightning_locality.tasks.recovery import Recovery
 from lightning_locality.tasks.whole_checkpoints import with_whole_checkpoints
 
-# what a configuration may call by its bare class name: everything imported here
-_NAMED = (
-    optim,
-    patches,
-    regularizer,
-    tensors,
-    BinaryImages,
-    DistantHalves,
-    IsGreater,
-    Pathfinder,
-    PermutedImages,
-    SameClass,
-    SameParity,
-    TensorRecovery,
-    UnboundedCompletion,
-    SmallResNet,
-    Classification,
-    Recovery,
-    AntiLocalityCallback,
-    RankMonitor,
-    StopAfter,
-    StopOnceFitted,
-)
 _PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 

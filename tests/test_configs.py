@@ -29,6 +29,10 @@ CASES = {
     "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
     "quickstart": (["quickstart.yaml"], QUICK),
     "quickstart + far field": (["quickstart.yaml", "overlays/quickstart_far_field.yaml"], QUICK),
+    **{
+        f"quickstart + {name}": (["quickstart.yaml", f"overlays/{name}.yaml"], QUICK)
+        for name in ("small_preactivation", "small_convnext", "small_vit")
+    },
     "quickstart + rank_monitor": (["quickstart.yaml", "overlays/rank_monitor.yaml"], QUICK),
     "same_class + rank_monitor": (
         ["same_class.yaml", "overlays/anti_locality.yaml", "overlays/rank_monitor.yaml"],
@@ -59,7 +63,12 @@ RECOVERY = {
     "deep_tensor_train": (),
 }
 # what the runs of a sweep need beside the sweep's own options
-SWEEP_OPTIONS = {"binary_images": BITS, "binary_images_small": BITS}
+SWEEP_OPTIONS = {
+    "binary_images": BITS,
+    "binary_images_small": BITS,
+    **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), DIGITS),
+    **dict.fromkeys(("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"), CURVES),
+}
 # needs a GPU: parsed here, run by the test marked gpu
 PARSED_ONLY = {"overlays/gpu.yaml"}
 
@@ -78,6 +87,8 @@ def fast(files: list[str], options: tuple[str, ...], root: Path, *more: str) -> 
 @pytest.mark.parametrize("name", CASES)
 def test_config_runs_a_batch(name: str, tmp_path: Path) -> None:
     files, options = CASES[name]
+    if "small" in name:
+        pytest.importorskip("timm")
     cli = run(fast(files, options, tmp_path))
     assert cli.trainer.global_step == 1
     for key in ("train/loss", "val/loss", "test/loss"):
@@ -115,12 +126,16 @@ def test_gpu_overlay_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_sweep_runs_are_known_to_the_command_line(path: Path, tmp_path: Path) -> None:
     plan = Sweep.read(path, tmp_path)
+    if "comparisons" in path.stem:
+        pytest.importorskip("timm")
     seen = set()
     for one in plan.runs:
         if one.variant in seen:
             continue
         seen.add(one.variant)
-        options = SWEEP_OPTIONS.get(path.stem, ())
+        options = list(SWEEP_OPTIONS.get(path.stem, ()))
+        if "pathfinder" in path.stem:
+            options.append(f"--data.root={tmp_path}")
         assert run([*one.arguments, *options, "--trainer.fast_dev_run=1"]).trainer.global_step == 1
 
 

@@ -3,9 +3,8 @@ r"""Cut share and test accuracy of the networks of a sweep, side by side: does t
     lightning-locality sweep configs/sweeps/quickstart_seeds.yaml
     lightning-locality rank --checkpoint runs/quickstart_seeds/*/last.ckpt --images 1024 --samples 256 \
         --repetitions 4 --patch 8 --method exact --out ranks_seeds
-    python experiments/share_and_accuracy.py runs/quickstart_seeds ranks_seeds --out results/quickstart_ranks
-
-writes seeds.csv and seeds.{pdf,png}.
+    python experiments/share_and_accuracy.py runs/quickstart_seeds ranks_seeds --out seeds.csv
+    lightning-locality figure xy seeds.csv --x cut_share --y test_accuracy --group variant --points
 """
 
 from __future__ import annotations
@@ -15,13 +14,6 @@ import csv
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
-from lightning_locality.figures import COLOURS, COLUMN, STYLE, save_figure
-
-MARKERS = "osD^v"
 
 
 @dataclass(frozen=True)
@@ -54,40 +46,19 @@ def read(sweep: Path, ranks: Path) -> list[Network]:
     return networks
 
 
-def draw(networks: Sequence[Network]) -> Figure:
-    """Test accuracy against the share, a mark for every network."""
-    figure = Figure(figsize=(COLUMN, 0.8 * COLUMN), layout="constrained")
-    axes = figure.subplots()
-    for (variant, marker), colour in zip(
-        zip(dict.fromkeys(network.variant for network in networks), MARKERS, strict=False), COLOURS, strict=False
-    ):
-        mine = [network for network in networks if network.variant == variant]
-        axes.errorbar(
-            [network.cut_share for network in mine],
-            [100 * network.test_accuracy for network in mine],
-            xerr=[2 * network.standard_error for network in mine],
-            fmt=marker, color=colour, markersize=4, elinewidth=0.8, label=variant,
-        )  # fmt: skip
-    axes.set(xlabel="share of variance crossing left | right", ylabel="test accuracy (%)", ylim=(45, 102))
-    axes.legend(loc="lower right")
-    return figure
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read, write and draw."""
+    """Read and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="folder of the sweep")
     parser.add_argument("ranks", type=Path, help="folder that `lightning-locality rank` wrote")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="CSV to write")
     options = parser.parse_args(arguments)
     networks = read(options.sweep, options.ranks)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "seeds.csv").open("w", newline="") as file:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in fields(Network)])
         writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(network)] for network in networks)
-    with rc_context(STYLE):
-        save_figure(draw(networks), options.out / "seeds")
 
 
 if __name__ == "__main__":

@@ -186,10 +186,9 @@ def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:
         "far__plain-seed_everything=1,cut_share,top,0.9,0.01,,\n"
         "far__plain-seed_everything=0,cut_share,left,0.002,0.001,,\n"
     )
-    load("share_and_accuracy").main([str(sweep), str(ranks), f"--out={tmp_path / 'out'}"])
-    assert (tmp_path / "out" / "seeds.csv").read_text().splitlines() == [
+    load("share_and_accuracy").main([str(sweep), str(ranks), f"--out={tmp_path / 'out.csv'}"])
+    assert (tmp_path / "out.csv").read_text().splitlines() == [
         "variant,seed,train_accuracy,test_accuracy,cut_share,standard_error",
         '"far, plain",0,1,0.5,0.002,0.001',
         '"far, plain",1,0.9,0.625,0.125,0.01',
     ]
-    assert (tmp_path / "out" / "seeds.pdf").read_bytes().startswith(b"%PDF")

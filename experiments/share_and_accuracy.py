@@ -5,6 +5,8 @@ r"""Cut share and test accuracy of the networks of a sweep, side by side: does t
         --repetitions 4 --patch 8 --method exact --out ranks_seeds
     python experiments/share_and_accuracy.py runs/quickstart_seeds ranks_seeds --out seeds.csv
     lightning-locality figure xy seeds.csv --x cut_share --y test_accuracy --group variant --points
+
+The rows are those of the sweep's results.csv; the shares are those across the cut between left and right.
 """
 
 from __future__ import annotations

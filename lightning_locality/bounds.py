@@ -13,6 +13,8 @@ import yaml
 
 from lightning_locality.trajectories import Bound
 
+_Problem = tuple[float, float, float, bool]
+
 
 def lower_bounds(labels: Mapping[Path, str]) -> dict[str, Bound]:
     """Lower bound of every label's problem, one for all in black where they share the problem.
@@ -21,16 +23,20 @@ def lower_bounds(labels: Mapping[Path, str]) -> dict[str, Bound]:
         labels: Folder of a run, with its ``config.yaml`` -> how the run is called in the figure.
 
     Returns:
-        What :func:`~lightning_locality.trajectories.value_against_loss` takes; empty where no problem has a bound.
+        What :func:`~lightning_locality.trajectories.value_against_loss` takes; nothing for labels whose runs have
+        several problems, or one without a bound.
     """
-    problems = {label: _problem(folder / "config.yaml") for folder, label in labels.items()}
-    known = {label: problem for label, problem in problems.items() if problem is not None}
-    if len(set(known.values())) == 1:
-        return {"lower bound": _bound(*next(iter(known.values())))}
-    return {label: _bound(*problem) for label, problem in known.items()}
+    problems: dict[str, set[_Problem | None]] = {}
+    for folder, label in labels.items():
+        problems.setdefault(label, set()).add(_problem(folder / "config.yaml"))
+    every = set().union(*problems.values())
+    if len(every) == 1 and (shared := every.pop()) is not None:
+        return {"lower bound": _bound(*shared)}
+    single = {label: next(iter(own)) for label, own in problems.items() if len(own) == 1}
+    return {label: _bound(*problem) for label, problem in single.items() if problem is not None}
 
 
-def _problem(config: Path) -> tuple[float, float, float, bool] | None:
+def _problem(config: Path) -> _Problem | None:
     """z, z', eps of the run's data module and whether it is larger than 2x2, where it is one with a bound."""
     content = yaml.safe_load(config.read_text()) if config.is_file() else {}
     data = (content.get("data") or {}).get("init_args") or {}

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,8 @@ from typing import Self, final
 
 # what file systems without locks answer
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+# one that only looks whether a claim is held has it for an instant itself
+_TRIES, _BETWEEN = 20, 0.01
 
 
 @final
@@ -46,7 +49,7 @@ class Claim:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self._lock(wait)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(self.descriptor)
@@ -58,6 +61,15 @@ class Claim:
         # for whoever looks; the lock does not depend on it
         os.truncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+
+    def _lock(self, wait: bool) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                return fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(_BETWEEN)
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["last_measured", "read_settings"]
+__all__ = ["last_measured", "leaves", "read_settings"]
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def read_settings(config: Path) -> dict[str, Any]:
         {'seed_everything': 3, 'data.seed': 4}
     """
     content = yaml.safe_load(config.read_text()) if config.is_file() else {}
-    seeds = {name: value for name, value in _leaves(content) if name.split(".")[-1] in ("seed", "seed_everything")}
+    seeds = {name: value for name, value in leaves(content) if name.split(".")[-1] in ("seed", "seed_everything")}
     return {"seeds": seeds, "config": content}
 
 
@@ -53,10 +53,19 @@ def last_measured(metrics: Path) -> dict[str, float]:
     return values
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted name, without the words that only structure them."""
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted name, without the words that only structure them.
+
+    Args:
+        tree: Settings, as YAML holds them.
+        prefix: Name of the tree.
+
+    Example:
+        >>> dict(leaves({"weight": 1, "network": {"class_path": "N", "init_args": {"depth": 2}}}))
+        {'weight': 1, 'network.class_path': 'N', 'network.depth': 2}
+    """
     if not isinstance(tree, Mapping):
         yield prefix, tree
         return
     for name, value in tree.items():
-        yield from _leaves(value, prefix if name == "init_args" else f"{prefix}.{name}" if prefix else str(name))
+        yield from leaves(value, prefix if name == "init_args" else f"{prefix}.{name}" if prefix else str(name))

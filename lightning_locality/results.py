@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FinishedRun", "Progress", "collect", "progress_table", "result_table"]
+__all__ = ["FinishedRun", "Progress", "collect", "progress_table", "result_row", "result_table"]
 
 import csv
 import json
@@ -53,18 +53,23 @@ def collect(runs: Sequence[FinishedRun], path: Path) -> list[dict[str, Any]]:
     Returns:
         The rows.
     """
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        if run.finished:
-            summary = json.loads((run.folder / "summary.json").read_text())
-            own = {key: summary[key] for key in ("epochs", "iterations", "seconds") if key in summary}
-            rows.append({"run": run.folder.name, "variant": run.variant, **run.point, **own, **summary["metrics"]})
+    rows = [result_row(run) for run in runs if run.finished]
     names = list(dict.fromkeys(key for row in rows for key in row))
     with written_whole(path) as file:
         writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(rows)
     return rows
+
+
+def result_row(run: FinishedRun) -> dict[str, Any]:
+    """A run's place in the sweep, and what its summary says once it has finished."""
+    row = {"run": run.folder.name, "variant": run.variant, **run.point}
+    if not run.finished:
+        return row
+    summary = json.loads((run.folder / "summary.json").read_text())
+    counts = {key: summary[key] for key in ("epochs", "iterations", "seconds") if key in summary}
+    return {**row, **counts, **summary["metrics"]}
 
 
 def result_table(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Table:
@@ -177,7 +182,8 @@ def progress_table(runs: Sequence[FinishedRun], states: Sequence[tuple[FinishedR
         states: Those that are not waiting or done, and what they do.
         progress: The title.
     """
-    table = Table(title=str(progress), show_header=False)
+    # a title is wrapped at the width of its table
+    table = Table(title=str(progress), show_header=False, min_width=len(str(progress)))
     known = {run.folder: state for run, state in states}
     for run in runs:
         if len(runs) > _ROWS and run.folder not in known:
@@ -207,7 +213,10 @@ def _last_epoch(metrics: Path) -> str:
             if key in last:
                 parts.append(f"{name} {last[key]:.3g}")
         return ", ".join(parts)
-    history = read_metrics(metrics) if metrics.exists() else []
+    try:
+        history = read_metrics(metrics) if metrics.exists() else []
+    except ValueError:  # a number is being written
+        return ""
     if not history:
         return "starting"
     last = history[-1]

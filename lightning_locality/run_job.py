@@ -59,6 +59,8 @@ class RunJob:
             code = 0 if self.run.finished else self._fit(claim)
             if self.run.finished:
                 return "finished"
+            if code < 0:  # it could not say so itself
+                print(f"ended by signal {-code} ({signal.strsignal(-code)})", file=sys.stderr)
             return "failed" if code else "stopped"
 
     def checkpoint(self) -> Any:

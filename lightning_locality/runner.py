@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 import lightning_locality.named  # noqa: F401  what a configuration may call by its bare class name
 from lightning_locality.folder import default_folder, keep_earlier_config, refuse_used, stored_checkpoint
 from lightning_locality.parser import SuggestingParser
-from lightning_locality.record import last_measured, read_settings
+from lightning_locality.record import last_measured, leaves, read_settings
 from lightning_locality.report import write_figures, write_json, write_predictions
 from lightning_locality.tasks.callbacks import StopAfter
 from lightning_locality.tasks.kept_row import KeptRow
@@ -71,8 +71,8 @@ class LocalityCLI(LightningCLI):
         stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
         typed = config.get("model") or {}
         typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
-        values = _leaves({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})})
-        trained = _leaves({"class_path": stored.pop("_class_path", None), **stored})
+        values = dict(leaves({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})}))
+        trained = dict(leaves({"class_path": stored.pop("_class_path", None), **stored}))
         for name in sorted(values.keys() & trained.keys()):
             if values[name] is not None and trained[name] is not None and values[name] != trained[name]:
                 rank_zero_warn(
@@ -208,15 +208,6 @@ def _results(scores: dict[str, float], counts: dict[str, float]) -> list[str]:
         errors = [f"{name} {scores[name]:.3g}" for name in ("train/loss", "reconstruction_error") if name in scores]
         return [f"{counts['iterations']:.0f} iterations ({counts['iterations_per_second']:.0f} per second)", *errors]
     return [f"{counts['epochs']:.0f} epochs", *(f"{k} {v:.4f}" for k, v in scores.items() if k.endswith("accuracy"))]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, without the words that only structure them."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = prefix if name == "init_args" else f"{prefix}.{name}" if prefix else name
-        leaves |= _leaves(value, path) if isinstance(value, Mapping) else {path: value}
-    return leaves
 
 
 def run(args: Sequence[str]) -> LocalityCLI:

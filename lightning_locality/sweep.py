@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -66,20 +67,23 @@ def sweep(
     jobs: _Jobs = _Slurm(plan) if (cluster or plan.cluster) == "slurm" else _Local(plan, parallel or plan.parallel)
     plan.folder.mkdir(parents=True, exist_ok=True)
     console = Console()
-    _report_other_settings(plan, console)
+    # one sweep at a time: two may begin or end together
+    alone = plan.folder / ".collect"
+    with Claim(alone, wait=True):
+        _report_other_settings(plan, console)
     failed = _run_all(plan, jobs, console)
-    # one sweep at a time: two may end together
-    with Claim(plan.folder / ".collect", wait=True):
+    with Claim(alone, wait=True):
         rows = collect(plan.runs, plan.folder / "results.csv")
-        picture = plan.figure.save(plan.runs, plan.folder)
     # where there is no terminal rich would wrap the table at 80 columns
     wide = console if console.is_terminal else Console(width=_TABLE_WIDTH)
     wide.print(result_table(plan.runs, rows))
+    for run, log in failed:
+        console.print(f"failed: {run.folder.name}\n{log}", soft_wrap=True, markup=False)
+    with Claim(alone, wait=True):
+        picture = plan.figure.save(plan.runs, plan.folder)
     shown = f", {picture.name}" if picture else ""
     folders = "a folder for every run, with figures of its own (figures/*.png)"
     console.print(f"In {plan.folder}: results.csv{shown}, and {folders}.", soft_wrap=True)
-    for run, log in failed:
-        console.print(f"failed: {run.folder.name}\n{log}", soft_wrap=True, markup=False)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again and skips the rest"
@@ -121,7 +125,9 @@ class _Local:
         self.at_once = self.places
         share = max(1, cores // (self.places * plan.devices_per_run))
         self.threads = None if "OMP_NUM_THREADS" in os.environ else share
-        self.executor = submitit.AutoExecutor(folder=plan.folder / "log", cluster="local")
+        # submitit names its files by process, and another sweep or machine may have a process of the same number
+        own = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{socket.gethostname()}_{os.getpid()}"
+        self.executor = submitit.AutoExecutor(folder=plan.folder / "log" / own, cluster="local")
         self.executor.update_parameters(timeout_min=_WEEK)
 
     def submit(self, runs: Sequence[Run]) -> list[_Submitted]:
@@ -249,7 +255,7 @@ def _run_all(plan: Sweep, jobs: _Jobs, console: Console) -> list[tuple[Run, str]
                     continue
                 if outcome == "failed":
                     failed.append((one.run, one.end_of_log()))
-                if not console.is_terminal:
+                if outcome == "stopped" or not console.is_terminal:
                     progress.update([*elsewhere, *_states(jobs, running, failed)])
                     console.print(f"{outcome}: {one.run.folder.name} ({progress})", soft_wrap=True, markup=False)
     return failed
@@ -280,8 +286,9 @@ def _report_other_settings(plan: Sweep, console: Console) -> None:
         if run.finished or (run.folder / "last.ckpt").exists():
             stored = json.loads(path.read_text()) if path.is_file() else settings
             if changed := ", ".join(sorted(set(stored) ^ set(settings))):
+                now = "is kept" if run.finished else "goes on with the new ones"
                 console.print(
-                    f"{run.folder.name} was started with other settings ({changed}) and is kept: remove its folder "
+                    f"{run.folder.name} was started with other settings ({changed}) and {now}: remove its folder "
                     "to run it anew",
                     soft_wrap=True,
                     markup=False,

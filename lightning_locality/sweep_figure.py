@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["SweepFigure"]
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning_locality.plotting.cells import write_table
 from lightning_locality.plotting.drawn import draw_chart
 from lightning_locality.plotting.options import parsed
 from lightning_locality.plotting.run_table import Row, RunTable, Value
-from lightning_locality.results import FinishedRun
+from lightning_locality.results import FinishedRun, result_row
 from lightning_locality.suggest import nearest
 from lightning_locality.trajectories import component_curves, read_iterations, value_against_loss
 
@@ -119,7 +118,7 @@ class SweepFigure:
         return folder / f"{self.kind}.png"
 
     def _save_chart(self, runs: Sequence[FinishedRun], folder: Path) -> Path | None:
-        rows = [Row(_values({"variant": r.variant, **r.point, **_metrics(r)}), r.folder, r.finished) for r in runs]
+        rows = [Row(_values(result_row(run)), run.folder, run.finished) for run in runs]
         if not any(row.finished for row in rows):
             return None
         varied = dict.fromkeys(name for run in runs for name in run.point)
@@ -131,7 +130,10 @@ class SweepFigure:
     def _draw(self, runs: Sequence[FinishedRun]) -> Figure | None:
         assert self.kind != "xy"  # is a chart
         if self.kind == "accuracy":
-            return accuracy_curves(_by_variant(runs, [read_metrics(run.folder / "metrics.csv") for run in runs]))
+            histories = [read_metrics(run.folder / "metrics.csv") for run in runs]
+            if not any(name.endswith("/accuracy") for rows in histories for row in rows for name in row):
+                return None
+            return accuracy_curves(_by_variant(runs, histories))
         rows = [read_iterations(run.folder / "metrics.csv") for run in runs]
         runs, rows = [run for run, own in zip(runs, rows, strict=True) if own], [own for own in rows if own]
         if not runs:
@@ -154,10 +156,6 @@ class SweepFigure:
                 return rank_against_fit(last, **self.options)
             case "observations":
                 return completion_against_observations(last, **self.options)
-
-
-def _metrics(run: FinishedRun) -> dict[str, Any]:
-    return json.loads((run.folder / "summary.json").read_text())["metrics"] if run.finished else {}
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Value]:

@@ -194,7 +194,7 @@ def _slurm(options: Any, per_run: int, path: Path) -> dict[str, Any]:
         if key in options and (not isinstance(options[key], int) or options[key] < 1):
             raise ValueError(f"{path}: slurm: {key} must be a whole number of minutes, got {options[key]!r}")
     gpus = options.get("gpus_per_node")
-    if gpus and gpus < per_run:
+    if isinstance(gpus, int) and 0 < gpus < per_run:
         raise ValueError(f"{path}: slurm: gpus_per_node is {gpus}, but devices_per_run {per_run}")
     return options
 

@@ -257,6 +257,8 @@ def _value_panel(
             if label in names or label not in runs:
                 style = {"color": colours.get(label, "black"), "label": None if label in runs else label}
                 axes.plot(shown, bound(shown), linewidth=0.8, linestyle=":", **style)
+        if bounds.keys() <= runs.keys() and bounds.keys() & names.keys():  # none that explains the dots
+            axes.plot([], [], color="0.4", linewidth=0.8, linestyle=":", label="lower bound")
         # the bound starts at zero, far below the runs
         axes.set_ylim(low, high)
     axes.invert_xaxis()

@@ -368,7 +368,7 @@ def note(event, args):
         path = os.fsdecode(args[0])
     else:
         path = os.fsdecode(args[1]) if event == "os.rename" else ""
-    if "/run/" in path:
+    if "runs/" in path:
         line = os.environ.get("LOCAL_RANK", "0") + " " + path + "\\n"
         os.write(witness, line.encode())
 witness = os.open(os.environ["WITNESS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -383,9 +383,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (top / "sitecustomize.py").write_text(_WITNESS)
     path = os.pathsep.join(filter(None, (str(top), os.environ.get("PYTHONPATH"))))
     variables = environment(PYTHONPATH=path, WITNESS=str(top / "witness"))
-    folder = top / "run"
-    ddp = ("--trainer.strategy=ddp", "--trainer.devices=2", f"--run_dir={folder}")
+    ddp = ("--trainer.strategy=ddp", "--trainer.devices=2")
     finished(started([sys.executable, *COMMAND, *ddp], top, variables))
+    (folder,) = (top / "runs").iterdir()  # both have taken the same, named by the time
     predict = ("-m", "lightning_locality", "predict", f"--config={folder}/config.yaml", "--ckpt_path=last")
     finished(started([sys.executable, *predict], top, variables))
     return folder
@@ -402,7 +402,7 @@ def results(folder: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
 @pytest.mark.slow
 def test_everything_is_written_by_one_process(plain: Path) -> None:
     assert contents(plain) == LEFT | FIGURES | {"predictions.csv"}
-    written = [line.split(" ", 1) for line in (plain.parent / "witness").read_text().splitlines()]
+    written = [line.split(" ", 1) for line in (plain.parent.parent / "witness").read_text().splitlines()]
     assert {Path(path).name for _, path in written} >= {"config.yaml", "last.ckpt", "training.pdf", "metrics.csv"}
     assert {rank for rank, _ in written} == {"0"}
     names = [Path(path).name for _, path in written]
@@ -414,6 +414,7 @@ def test_everything_is_written_by_one_process(plain: Path) -> None:
     assert 101 * scores["test/accuracy"] == pytest.approx(round(101 * scores["test/accuracy"]), abs=1e-4)
     assert 63 * rows[-1]["val/accuracy"] == pytest.approx(round(63 * rows[-1]["val/accuracy"]), abs=1e-4)
     assert torch.load(plain / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert json.loads((plain / "summary.json").read_text())["device"]["processes"] == 2
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 import yaml
 
+from lightning_locality.bounds import lower_bounds
 from lightning_locality.cli import main
 from lightning_locality.lines import line_style
 from lightning_locality.plotting.cells import Axes, cells
 from lightning_locality.plotting.chart import Chart
+from lightning_locality.plotting.drawn import draw_chart
 from lightning_locality.plotting.growth import fits, read_curves, write_curves
+from lightning_locality.plotting.options import parsed
 from lightning_locality.plotting.run_table import RunTable, ordered
 from lightning_locality.sweep_figure import SweepFigure
 from lightning_locality.sweep_plan import Run
@@ -140,6 +144,11 @@ def test_values_sort_by_kind_and_size_and_texts_as_in_the_sweep() -> None:
     assert ordered([10, "z", 9.5, True, "a", None, False, 9.5, "z", -1]) == [False, True, -1, 9.5, 10, "z", "a", None]
 
 
+def test_a_table_saved_by_a_spreadsheet(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("x,loß\n1,2\n", encoding="utf-8-sig")
+    assert RunTable.read([tmp_path / "r.csv"]).columns == ("x", "loß")
+
+
 def test_columns_by_their_last_part(sweep: Path) -> None:
     table = RunTable.read([sweep])
     assert table.column("distance") == table.column("data.distance") == "data.distance"
@@ -180,6 +189,41 @@ def test_several_inputs_are_joined_and_told_apart(sweep: Path, tmp_path: Path) -
     found = {row["input"]: row for row in read_csv(tmp_path / "both.csv")}
     assert found.keys() == {"sweep", "other"}
     assert (float(found["other"]["mean"]), found["other"]["n"]) == (0.75, "4")
+
+
+def test_what_was_averaged_names_the_inputs(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_csv(tmp_path / "weight_0.5" / "results.csv", runs()).parent
+    main(["figure", "accuracy", str(sweep), str(other), "--out", str(tmp_path / "both")])
+    assert "averaged over input (sweep, weight_0.5), seed_everything (0, 1, 2, 3)" in capsys.readouterr().out
+    fails(["accuracy", str(sweep), str(other), "--over", "seed_everything"], "input varies as well", capsys)
+
+
+@pytest.mark.parametrize(("factor", "label"), [(1, "test accuracy (%)"), (100, "test accuracy")])
+def test_per_cent_is_not_taken_for_a_share(factor: int, label: str, tmp_path: Path) -> None:
+    rows = [{"x": x, "test/accuracy": factor * y} for x, y in ((0, 0.75), (1, 1.0), (2, math.nan))]
+    table = RunTable.read([write_csv(tmp_path / "r.csv", rows)])
+    options = parsed(["xy", ".", "--x", "x", "--y", "accuracy"])
+    (panel,) = draw_chart(options, table).figure.axes
+    assert panel.lines[0].get_xydata().tolist() == [[0, 75], [1, 100]]
+    assert panel.get_ylabel() == label
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_neighbour_that_may_not_be_read_does_no_harm(sweep: Path) -> None:
+    (sweep / "private").mkdir(mode=0)
+    assert len(RunTable.read([sweep]).rows) == len(runs())
+
+
+def test_values_that_are_none_are_one_group(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"v-clip=None-seed={seed}").mkdir()
+        (tmp_path / f"v-clip=None-seed={seed}" / "config.yaml").write_text("{}")
+    point = {"run": "v-clip=None-seed=0", "variant": "v", "clip": "", "seed": 0, "seconds": 3, "y": 1.0}
+    write_csv(tmp_path / "results.csv", [point, {**point, "run": "v-clip=0.5-seed=0", "clip": 0.5}])
+    table = RunTable.read([tmp_path])
+    found = [(cell.group, cell.values, cell.runs) for cell in cells(table, Axes("variant", "y", ("clip",)))]
+    assert found == [((0.5,), (1.0,), 2), ((None,), (1.0,), 2)]
+    assert [row.finished for row in table.where(["clip=none"]).rows] == [True, False]
 
 
 def test_unfinished_runs_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,8 +287,8 @@ def test_default_groups_are_weight_and_variant_unless_one_tells_the_other(sweep:
         (["accuracy", "SWEEP", "--group", "variant", "--over", "seed_everything"], "model.weight varies as well"),
         (["accuracy", "SWEEP", "--width", "page"], "invalid choice: 'page'"),
         (["xy", "SWEEP", "--x", "distance"], "required: --y"),
-        (["dynamics", "SWEEP"], "no recovery runs with a metrics.csv"),
-        (["norm", "SWEEP"], "no recovery runs with a metrics.csv"),
+        (["dynamics", "SWEEP"], "no finished recovery runs with a metrics.csv"),
+        (["norm", "SWEEP"], "no finished recovery runs with a metrics.csv"),
         (["rank", "SWEEP"], "no column 'rank'"),
         (["growth", "SWEEP"], "growth_exponents.py --out .*sweep"),
         (["bars", "SWEEP"], "invalid choice: 'bars'"),
@@ -305,6 +349,17 @@ def test_texts_along_the_axis_are_not_joined(tmp_path: Path) -> None:
     assert panel.lines[0].get_xydata().tolist() == [[0, 2], [1, 1]]
     assert panel.lines[0].get_linestyle() == "None"
     assert [text.get_text() for text in panel.get_xticklabels()] == ["second", "first"]
+
+
+def test_points_are_not_joined(tmp_path: Path) -> None:
+    rows = [{"x": x, "y": x * x} for x in (1.0, 2.0, 3.0)]
+    write_csv(tmp_path / "r.csv", rows)
+    look = []
+    for option in ([], ["--points"]):
+        options = parsed(["xy", str(tmp_path / "r.csv"), "--x", "x", "--y", "y", *option])
+        (panel,) = draw_chart(options, RunTable.read(options.inputs)).figure.axes
+        look.append((panel.lines[0].get_linestyle(), panel.lines[0].get_xydata().tolist()))
+    assert look == [("-", [[1, 1], [2, 4], [3, 9]]), ("None", [[1, 1], [2, 4], [3, 9]])]
 
 
 @pytest.mark.parametrize(
@@ -369,6 +424,30 @@ def test_dynamics_draws_the_runs_and_reads_them_off(tmp_path: Path) -> None:
     assert found["depth 2", "last error"] == 0.2
     main(["figure", "dynamics", str(folder / "depth_2"), "--out", str(tmp_path / "one")])  # one run
     assert {row["run"] for row in read_csv(tmp_path / "one.csv")} == {"depth_2"}
+
+
+def test_dynamics_leaves_unfinished_runs_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = recovery_sweep(tmp_path / "r")
+    (folder / "depth_3" / "summary.json").unlink()
+    (folder / "results.csv").unlink()
+    main(["figure", "dynamics", str(folder)])
+    assert {row["run"] for row in read_csv(folder / "dynamics.csv")} == {"depth_2"}
+    assert "1 run not finished and left out: depth_3" in capsys.readouterr().out
+    fails(["dynamics", str(folder / "depth_3")], "no finished recovery runs", capsys)
+
+
+def test_a_label_of_several_problems_has_no_bound(tmp_path: Path) -> None:
+    problem = {"rows": 2, "cols": 2, "z": 1.0, "z_prime": 1.0, "eps": 0.0}
+    for name, z in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {**problem, "z": z}}}))
+    (tmp_path / "d").mkdir()
+    folders = [tmp_path / name for name in "abcd"]
+    bounds = lambda *labels: list(lower_bounds(dict(zip(folders, labels, strict=False))))
+    assert bounds("one", "two") == ["lower bound"]
+    assert bounds("one", "one", "two") == ["one", "two"]
+    assert bounds("one", "two", "two") == ["one"]
+    assert bounds("one", "two", "three", "none") == ["one", "two", "three"]
 
 
 def test_norm_draws_the_entry_with_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,6 +524,10 @@ def test_a_sweep_draws_the_same_chart(tmp_path: Path) -> None:
         ("1", "0", 0.55, "2", "2"),
         ("1", "80", 0.5, "1", "2"),
     ]
+    (tmp_path / "000" / "summary.json").write_text(json.dumps({"metrics": {"test/accuracy": 0.5}, "seconds": 7}))
+    times = SweepFigure.read({"kind": "xy", "x": "distance", "y": "seconds"}, "here")
+    assert times.save(plan[:1], tmp_path)
+    assert [float(row["mean"]) for row in read_csv(tmp_path / "xy.csv")] == [7]
     with pytest.raises(ValueError, match="here: figure 'xy' cannot be drawn"):
         SweepFigure.read({"kind": "xy", "x": "distance"}, "here")
 

@@ -7,6 +7,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -238,6 +239,23 @@ def test_float32_is_the_rounded_float64() -> None:
 def test_bad_arguments_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         digits(**options)
+
+
+def test_classes_without_a_training_image_are_refused(tmp_path: Path) -> None:
+    arrays = {part: np.zeros((20, 1, 4, 4), np.uint8) for part in ("train_images", "test_images")}
+    labels = np.arange(20)
+    np.savez(tmp_path / "a.npz", **arrays, train_labels=labels % 2 * 2, test_labels=labels % 3)
+    options: dict[str, Any] = {
+        "source": f"file:{tmp_path / 'a.npz'}",
+        "image_size": 4,
+        "mean": [0.5] * 3,
+        "std": [1] * 3,
+    }
+    with pytest.raises(ValueError, match=r"test images of file:.* have classes \[1\].*choose classes=\[0, 2\]"):
+        PermutedImages(**options).setup()
+    chosen = PermutedImages(**options, classes=[0, 2])
+    chosen.setup()
+    assert chosen.size("test") == 13
 
 
 @pytest.mark.parametrize("window", [0, 9])

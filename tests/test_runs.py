@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -243,25 +241,3 @@ def test_any_module_with_the_callback(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert 0 < rows[-1]["train/regularizer"] <= 1
     assert (tmp_path / "run" / "last.ckpt").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_leave_one_run(tmp_path: Path) -> None:
-    """``--trainer.strategy ddp`` from a terminal: Lightning starts the second process with the same command."""
-    command = [sys.executable, "-m", "lightning_locality", "fit", f"--config={QUICKSTART}", *SMALL]
-    ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu", "--test_after_fit=last"]
-    done = subprocess.run([*command, *ddp], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    rows = read_metrics(folder / "metrics.csv")
-    assert [row["epoch"] for row in rows[:2]] == [0, 1]
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["device"]["processes"] == 2
-    assert summary["steps"] == 2 * 64 // (2 * 16)
-    # every one of the 100 test pairs counts once: the accuracy is a number of hundredths
-    hundredths = 100 * summary["metrics"]["test/accuracy"]
-    assert hundredths == pytest.approx(round(hundredths), abs=1e-4)
-    again = [*command, *ddp, "--ckpt_path=last", f"--run_dir={folder}", "--trainer.max_epochs=3"]
-    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert read_metrics(folder / "metrics.csv")[2]["epoch"] == 2

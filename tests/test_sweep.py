@@ -18,6 +18,7 @@ import yaml
 from lightning_locality.cli import main
 from lightning_locality.figures import read_metrics
 from lightning_locality.results import Progress, collect, progress_table, result_table
+from lightning_locality.run_job import prepared
 from lightning_locality.sweep import Run, Sweep
 from lightning_locality.sweep_figure import SweepFigure
 
@@ -129,8 +130,8 @@ def test_collect_is_tidy_and_leaves_out_unfinished_runs(tmp_path: Path) -> None:
     assert cells == ["v", "2 of 3", "-", "62.5 (50.0 to 75.0)", "-", "2"]
 
 
-def test_runs_skips_finished_reports_failed_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One sweep in three calls: a run that fails does not stop the other, and is tried again alone."""
+def test_a_failed_run_is_reported_and_another_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real runs: one that fails does not stop the other, which then continues as if it had not ended."""
     path = write(
         tmp_path / "grid.yaml",
         configs=[str(CONFIGS / "quickstart.yaml")],
@@ -142,37 +143,28 @@ def test_runs_skips_finished_reports_failed_and_resumes(tmp_path: Path, capsys: 
     output = capsys.readouterr()
     assert "1 of 2 runs failed" in output.err
     assert "distance" in output.out
-    stamp = (tmp_path / "out" / "good" / "summary.json").stat().st_mtime_ns
-    write(
-        path,
-        configs=[str(CONFIGS / "quickstart.yaml")],
-        set=TINY,
-        variants={"good": {}, "bad": {"set": {"model.weight": 0}}},
-    )
-    main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
-    assert (tmp_path / "out" / "good" / "summary.json").stat().st_mtime_ns == stamp
-    with (tmp_path / "out" / "results.csv").open() as file:
-        rows = {row["variant"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {"good", "bad"}
     assert (tmp_path / "out" / "accuracy.png").exists()
-    # a run killed before its summary continues from its checkpoint instead of starting again
-    (tmp_path / "out" / "good" / "summary.json").unlink()
+    with (tmp_path / "out" / "results.csv").open() as file:
+        (before,) = csv.DictReader(file)
+    good = Sweep.read(path, tmp_path / "out").runs[0]
+    (good.folder / "summary.json").unlink()
     # killed after its checkpoint and before its last rows, which Lightning writes later
-    metrics = tmp_path / "out" / "good" / "metrics.csv"
+    metrics = good.folder / "metrics.csv"
     history = read_metrics(metrics)
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if "train/accuracy" in line]
     metrics.write_text("".join(kept))  # the header alone: there is one epoch
-    main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
-    assert (tmp_path / "out" / "good" / "config.0.yaml").exists()
-    with (tmp_path / "out" / "results.csv").open() as file:
-        again = {row["variant"]: row for row in csv.DictReader(file)}
+    main([*good.arguments, f"--ckpt_path={prepared(good.folder)}"])  # as the job of a sweep
+    assert (good.folder / "config.0.yaml").exists()
     assert read_metrics(metrics) == history
     # as it had, also what it did not measure again
-    for row in (again["good"], rows["good"]):
+    collect([good], tmp_path / "again.csv")
+    with (tmp_path / "again.csv").open() as file:
+        (again,) = csv.DictReader(file)
+    for row in (before, again):
         del row["seconds"]
-    assert again["good"] == rows["good"]
-    assert {"train/accuracy", "val/accuracy", "test/loss"} <= again["good"].keys()
-    summary = json.loads((tmp_path / "out" / "good" / "summary.json").read_text())
+    assert again == before
+    assert {"train/accuracy", "val/accuracy", "test/loss"} <= again.keys()
+    summary = json.loads((good.folder / "summary.json").read_text())
     assert summary["seeds"]["seed_everything"] == 0
     assert summary["config"]["data"]["init_args"]["train"] == 32
     assert {"versions", "device", "seconds"} <= summary.keys()
@@ -190,17 +182,20 @@ def test_a_sweep_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path: P
         variants={"plain": {"set": {"model.weight": 0}}, "regularised": {}},
         grid={"seed_everything, data.seed, model.penalty.seed": [1]},
     )
-    command = [sys.executable, "-m", "lightning_locality", "sweep", str(path)]
+    command = [sys.executable, "-m", "lightning_locality", "sweep", str(path), f"--out={tmp_path / 'killed'}"]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, timeout=600, **quiet)
+    plan = Sweep.read(path, tmp_path / "whole")
+    for run in plan.runs:  # undisturbed, in this process
+        main(list(run.arguments))
+    collect(plan.runs, tmp_path / "whole" / "results.csv")
     dice = random.Random(0)
 
     def rows_so_far() -> int:
         return sum(len(path.read_text().splitlines()) for path in (tmp_path / "killed").glob("*/metrics.csv"))
 
     # counted in epochs, so that a slow machine is not killed in its starts alone; the first one is, perhaps
-    for rows in (0, *(dice.randint(1, 15) for _ in range(4))):
-        process = subprocess.Popen([*command, f"--out={tmp_path / 'killed'}"], start_new_session=True, **quiet)
+    for rows in (0, *(dice.randint(1, 15) for _ in range(2))):
+        process = subprocess.Popen(command, start_new_session=True, **quiet)
         before = rows_so_far()
         while process.poll() is None and rows_so_far() < before + rows:
             time.sleep(0.01)
@@ -208,7 +203,7 @@ def test_a_sweep_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path: P
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run([*command, f"--out={tmp_path / 'killed'}"], check=True, timeout=600, **quiet)
+    subprocess.run(command, check=True, timeout=600, **quiet)
     tables = []
     for name in ("whole", "killed"):
         with (tmp_path / name / "results.csv").open(newline="") as file:
@@ -298,7 +293,27 @@ def test_figures_of_recovery_runs(kind: str, axes: int, tmp_path: Path, monkeypa
         }
 
 
+def test_a_figure_that_cannot_be_drawn_hides_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = {"kind": "xy", "x": "depth", "y": "test/accuracy"}
+    grid = write(tmp_path / "s.yaml", out=str(tmp_path / "runs"), figure=figure, grid={"data.distance": [0]})
+    (run,) = Sweep.read(grid).runs
+    run.folder.mkdir(parents=True)
+    (run.folder / "summary.json").write_text(json.dumps({"metrics": {"test/accuracy": 0.75}}))
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(grid)])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "--x: there is no column 'depth'" in printed.err
+    assert "75.0" in printed.out
+
+
 def test_nothing_to_draw_before_the_first_metrics(tmp_path: Path) -> None:
     runs = [Run("a", {}, (), tmp_path / "a")]
     assert SweepFigure().save(runs, tmp_path) is None
     assert SweepFigure("depth").save(runs, tmp_path) is None
+
+
+def test_runs_without_accuracies_have_no_figure_of_them(tmp_path: Path) -> None:
+    row = {"epoch": 0, "iteration": 0, "train/loss": 1.0}
+    assert SweepFigure().save([recovery_run(tmp_path / "a", "a", {}, [row])], tmp_path) is None
+    assert not (tmp_path / "accuracy.png").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import io
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -18,15 +21,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import submitit
 import torch
 import yaml
 from pytorch_lightning import Trainer
+from rich.console import Console
 
 from lightning_locality import sweep as sweeps
 from lightning_locality.claim import Claim
 from lightning_locality.cli import main
 from lightning_locality.devices import Devices
-from lightning_locality.results import Progress
+from lightning_locality.results import Progress, progress_table
 from lightning_locality.run_job import RunJob, prepared
 from lightning_locality.sweep import Run, Sweep
 from lightning_locality.tasks.callbacks import StopOnceFitted
@@ -38,6 +43,8 @@ if sys.orig_argv[1:4] == ["-m", "lightning_locality", "fit"]:
     folder = pathlib.Path(next(a.split("=", 1)[1] for a in sys.orig_argv if a.startswith("--run_dir=")))
     note = {"run": folder.name, "start": time.time(), "arguments": sys.orig_argv[4:]}
     note["env"] = {k: v for k, v in os.environ.items() if k.startswith(("CUDA", "SLURM", "OMP", "MASTER"))}
+    with open(os.environ["FAKE_NOTES"] + ".started", "a") as file:
+        file.write(f"{os.getppid()} {os.getpid()}\\n")
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0.2")))
     note["end"] = time.time()
     with open(os.environ["FAKE_NOTES"], "a") as file:
@@ -133,6 +140,16 @@ def test_a_claim_ends_with_its_process_and_with_those_that_inherit_it(tmp_path: 
     assert not Claim.held(path)
 
 
+def test_who_only_looks_takes_no_claim_from_a_job(tmp_path: Path) -> None:
+    """A look has the lock for an instant; sweeps look at every run that waits, again and again."""
+    path = tmp_path / ".claim"
+    Claim(path).release()
+    look = os.open(path, os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.03, os.close, (look,)).start()
+    Claim(path).release()
+
+
 def test_a_file_system_without_locks_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, how: int) -> None:
         raise OSError(38, "Function not implemented")
@@ -168,9 +185,44 @@ def test_a_job_leaves_alone_what_others_hold_or_have_finished(tmp_path: Path, no
     assert RunJob(run)() == "finished"
     assert len(read(notes)) == 1
     bad = Run("v", {}, ("fit", f"--run_dir={tmp_path / 'bad'}"), tmp_path / "bad")
-    assert RunJob(bad)() == "failed"
-    # what submitit queues again is the same job
-    assert RunJob(run, ("3",)).checkpoint().function == RunJob(run, ("3",))
+    assert [RunJob(bad)(), RunJob(bad)()] == ["failed", "failed"]  # is tried again
+    assert Counter(note["run"] for note in read(notes)) == {"r": 1, "bad": 2}
+
+
+def test_what_killed_a_run_is_in_its_log(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_SECONDS", "60")
+    run = Run("v", {}, ("fit", f"--run_dir={tmp_path / 'r'}"), tmp_path / "r")
+    start = subprocess.Popen
+
+    def killed(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = start(*args, **options)
+        process.kill()
+        return process
+
+    monkeypatch.setattr("lightning_locality.run_job.subprocess.Popen", killed)
+    assert RunJob(run)() == "failed"
+    assert "ended by signal 9 (Killed)" in capfd.readouterr().err
+
+
+def test_a_job_whose_time_is_up_is_queued_again(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM signals the job and what it has started; here submitit's local jobs stand for it."""
+    monkeypatch.setenv("FAKE_SECONDS", "1.5")
+    run = Run("v", {}, ("fit", f"--run_dir={tmp_path / 'r'}"), tmp_path / "r")
+    executor = submitit.AutoExecutor(tmp_path / "log", "local")
+    executor.update_parameters(timeout_min=60)
+    job = executor.submit(RunJob(run))
+    started = Path(f"{notes}.started")  # the process of the job, and that of the run
+    while not started.exists() or not started.read_text().endswith("\n"):
+        assert not job.done()
+        time.sleep(0.02)
+    for process in started.read_text().split():
+        os.kill(int(process), signal.SIGUSR2)
+    assert job.result() == "finished"
+    assert "preempted" in job.stderr()
+    assert len(started.read_text().splitlines()) == 2
+    assert len(read(notes)) == 1  # the first start did not come to its end
 
 
 def test_local_runs_share_the_devices(
@@ -379,6 +431,13 @@ def test_errors_of_the_file(tmp_path: Path, content: dict[str, object], expected
         Sweep.read(write(tmp_path / "grid.yaml", **content))
 
 
+def test_gpus_of_a_kind_are_left_to_submitit(tmp_path: Path, slurm: Path) -> None:
+    options = {"gpus_per_node": "a100:2"}
+    plan = Sweep.read(write(tmp_path / "grid.yaml", slurm=options, devices_per_run=2), tmp_path / "out")
+    with pytest.raises(ValueError, match="gpus_per_node"):
+        sweeps._Slurm(plan)
+
+
 def test_slurm_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> None:
     path = write(tmp_path / "grid.yaml", slurm={"partitoin": "gpu"})
     for expected in ("srun", "partitoin"):
@@ -414,6 +473,62 @@ def test_other_settings_of_a_finished_run_are_said(
     shown = capsys.readouterr().out
     assert "run was started with other settings (--trainer.max_epochs=1, --trainer.max_epochs=2)" in shown
     assert len(read(notes)) == 1
+
+
+def test_other_settings_of_a_run_that_goes_on_are_said(
+    tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out" / "run"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "last.ckpt", "w") as file:
+        file.writestr("a", "b")
+    (folder / ".settings.json").write_text(json.dumps(["--trainer.max_epochs=1"]))
+    path = write(tmp_path / "grid.yaml", set={"trainer.max_epochs": 2})
+    main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
+    assert "and goes on with the new ones" in capsys.readouterr().out
+    (note,) = read(notes)
+    assert {"--trainer.max_epochs=2", f"--ckpt_path={folder / 'last.ckpt'}"} <= set(note["arguments"])
+
+
+def test_sweeps_that_begin_together_note_the_settings_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    note = sweeps._report_other_settings
+    monkeypatch.setattr(
+        sweeps,
+        "_report_other_settings",
+        lambda plan, console: (held.append(Claim.held(plan.folder / ".collect")), note(plan, console)),
+    )
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "summary.json").write_text('{"metrics": {}}')
+    main(["sweep", str(write(tmp_path / "grid.yaml")), f"--out={tmp_path / 'out'}"])
+    assert held == [True]
+
+
+def test_the_jobs_of_two_sweeps_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submitit names them by process, of which another machine, or this one later, may have the same number."""
+    plan = Sweep.read(write(tmp_path / "grid.yaml"), tmp_path / "out")
+    folders = {sweeps._Local(plan, 1).executor.folder}
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    folders.add(sweeps._Local(plan, 1).executor.folder)
+    assert len(folders) == 2
+    assert {folder.parent for folder in folders} == {tmp_path / "out" / "log"}
+
+
+def test_a_number_that_is_being_written_does_not_stop_the_table(tmp_path: Path) -> None:
+    run = Run("v", {}, (), tmp_path)
+    whole = "epoch,step,train/accuracy\n0,3,0.5\n1,7,2.5e-01\n"
+    for size in range(len(whole) + 1):
+        (tmp_path / "metrics.csv").write_text(whole[:size])
+        table = progress_table([run], [(run, "running")], Progress([run], 1))
+    assert list(table.columns[2].cells) == ["epoch 2, training 25 %"]
+
+
+def test_the_title_of_the_table_is_one_line(tmp_path: Path) -> None:
+    run, progress = Run("v", {}, (), tmp_path), Progress([], 1, lambda: 0.0)
+    progress.update([])
+    console = Console(width=100, file=io.StringIO())
+    console.print(progress_table([run], [], progress))
+    assert "0 done, 0 running, 0 failed, 0 waiting; 0 s" in console.file.getvalue()
 
 
 def test_progress_counts_and_estimates(tmp_path: Path) -> None:

@@ -102,6 +102,13 @@ def test_value_against_loss_in_panels() -> None:
     assert figure.axes[0].get_ylabel() == "|entry (1, 0)|"
 
 
+def test_bounds_in_the_colours_of_runs_are_explained() -> None:
+    rows = [{"train/loss": 1.0, "entry/0-0": 2.0}]
+    figure = value_against_loss({"p, a": [rows], "q, b": [rows]}, split=", ", bounds={"q, b": np.sqrt})
+    texts = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert texts == [["a"], ["b", "lower bound"]]
+
+
 def test_number_of_components_counts_what_is_not_small_beside_the_largest() -> None:
     assert number_of_components({"bond 1/1": 1.0, "bond 1/2": 0.02, "bond 1/3": 0.005, "bond 2/1": 7.0}) == 1.5
     assert number_of_components(CP[1], threshold=0.3) == 1

@@ -26,7 +26,7 @@ class DistantHalves(AbstractClassLaw):
 
     Args:
         source: As for :class:`SameClass`.
-        negatives: ``any`` or ``same_class``.
+        negatives: The other image of a negative pair: of ``any`` class, or of the ``same_class``.
         options: The other arguments of :class:`AbstractImagePairs`, by name, with the defaults of :class:`SameClass`.
             ``image_size`` is that of the whole image and must be even; distractors are left and right halves of other
             draws in turn; ``distinct=False`` lets a negative pair be of one image by chance.

@@ -34,7 +34,8 @@ class AbstractImagePairs(AbstractSourceImages):
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no
-            download) or ``folder:PATH``, a folder of class folders, with or without train/ and test/.
+            download), ``folder:PATH``, a folder of class folders, with or without train/ and test/, or
+            ``file:PATH``, an .npz file (see :func:`~lightning_locality.datamodules.sources.load_images`).
         root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
             where that is not set.
         distance: Pixels between the inner edges of the two images.

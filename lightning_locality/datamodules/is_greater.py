@@ -36,7 +36,7 @@ class IsGreater(AbstractClassLaw):
 
     Args:
         source: As for :class:`SameClass`.
-        order: ``circle`` or ``line``.
+        order: ``circle``: ahead by less than half of the circle of classes; ``line``: the greater of two neighbours.
         options: The other arguments of :class:`AbstractImagePairs`, by name, with the defaults of :class:`SameClass`;
             ``distinct`` has no effect, as the classes are never the same.
 

@@ -175,7 +175,7 @@ class PermutedImages(AbstractSourceImages):
         """Image indices and labels ``(2, N)``; fewer images are the first of more.
 
         Raises:
-            ValueError: If there are fewer images than asked for.
+            ValueError: If there are fewer images than asked for, or of classes that the training images lack.
         """
         candidates, wanted = self.candidates(split), self._wanted[split]
         if wanted is not None and wanted > len(candidates):
@@ -183,9 +183,14 @@ class PermutedImages(AbstractSourceImages):
                 f"{split}={wanted} images asked for, but {self.source} has {len(candidates)} for it: lower it"
             )
         order = torch.randperm(len(candidates), generator=seeded_generator(self.seed, "images", split))
-        index = candidates[order[:wanted]]
+        index, classes = candidates[order[:wanted]], self._classes()
         labels = self.images(self.part(split)).labels[index]
-        return torch.stack([index, torch.searchsorted(self._classes(), labels)])
+        if strangers := sorted(set(labels.tolist()) - set(classes.tolist())):
+            raise ValueError(
+                f"the {split} images of {self.source} have classes {strangers}, which its training images lack: "
+                f"choose classes={classes.tolist()}"
+            )
+        return torch.stack([index, torch.searchsorted(classes, labels)])
 
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images ``(B, C, s, s)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""

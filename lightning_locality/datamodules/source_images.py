@@ -32,7 +32,8 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no
-            download) or ``folder:PATH``, a folder of class folders, with or without train/ and test/.
+            download), ``folder:PATH``, a folder of class folders, with or without train/ and test/, or
+            ``file:PATH``, an .npz file (see :func:`~lightning_locality.datamodules.sources.load_images`).
         root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
             where that is not set.
         image_size: Height and width of the images in pixels; the source's are resized.

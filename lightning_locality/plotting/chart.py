@@ -31,7 +31,6 @@ _NAMES = {
     "seed_everything": "seed",
     "seconds": "time (s)",
     "observations": "observed entries",
-    "rank": "CP rank",
 }
 _STAGES = {"train": "training", "val": "validation", "test": "test"}
 _TICKS = 7  # places on the axis that are named each
@@ -73,6 +72,7 @@ class Chart:
         level: Horizontal line, in the units of y, and its name.
         labels: What a column or a value is called in the figure, instead of its own name.
         width: Of the figure, in inches.
+        points: Marks alone, without lines between them.
     """
 
     axes: Axes
@@ -83,6 +83,7 @@ class Chart:
     level: tuple[float, str] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     width: float = 3.35
+    points: bool = False
 
     def draw(self, cells: Sequence[Cell]) -> Figure:
         """Draw.
@@ -99,6 +100,7 @@ class Chart:
         xs = ordered(cell.x for cell in cells)
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in xs)
         places = {x: float(x) if numbers else float(number) for number, x in enumerate(xs)}
+        joined = numbers and not self.points
         columns = min(len(panels), 3 if self.width > _WIDE else 2)
         lines = -(-len(panels) // columns)
         height = min(max(0.68 * self.width / columns, 1.5), 2.9)
@@ -113,7 +115,7 @@ class Chart:
                 for position, group in enumerate(groups):
                     points = [cell.point(places[cell.x], self.scale) for cell in own if cell.group == group]
                     points = [point for point in points if point.values]
-                    look: Any = {"statistic": self.statistic, "spread": self.spread, "joined": numbers}
+                    look: Any = {"statistic": self.statistic, "spread": self.spread, "joined": joined}
                     draw_points(axes, points, position, len(groups), **look)
                 if self.level is not None:
                     axes.axhline(self.scale * self.level[0], color="0.4", linewidth=0.8, linestyle=":", zorder=0)
@@ -128,7 +130,7 @@ class Chart:
             if "y" in self.log:
                 grid[0, 0].set_yscale("log")
             self._ticks(grid[0, 0], places, 0.8 * self.width / columns)
-            self._legend(figure, groups, numbers)
+            self._legend(figure, groups, joined)
             return figure
 
     def _check(self, cells: Sequence[Cell]) -> None:

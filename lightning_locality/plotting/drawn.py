@@ -74,7 +74,9 @@ def _chart(options: Namespace, table: RunTable) -> tuple[Chart, list[str] | None
     places = (x, *group, *([panel] if panel else []))
     if twice := [name for name in places if places.count(name) > 1]:
         raise ValueError(f"{twice[0]} is asked for twice: use it once in --x, --group and --panel")
-    percent = y.endswith("accuracy")
+    # a table of somebody else may be in per cent already
+    values = [row.values.get(y) for row in table.rows]
+    percent = y.endswith("accuracy") and not any(isinstance(value, (int, float)) and value > 1 for value in values)
     level = getattr(options, "chance", None)
     return Chart(
         Axes(x, y, group, panel),
@@ -85,6 +87,7 @@ def _chart(options: Namespace, table: RunTable) -> tuple[Chart, list[str] | None
         level=(level, "chance") if level is not None else None,
         labels=_pairs(options.labels or ()),
         width=INCHES[options.width],
+        points=options.points,
     ), None if options.over is None else [table.column(name, "--over") for name in options.over]
 
 

@@ -46,13 +46,13 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     accuracy = _kind(kinds, "accuracy", "test accuracy against distance or path length, a line per weight")
     _chart(accuracy, x=None, y="test/accuracy")
     accuracy.add_argument(
-        "--chance", type=_level, default=0.5, metavar="SHARE", help="level of guessing, or none (default: 0.5)"
+        "--chance", type=share, default=0.5, metavar="SHARE", help="level of guessing, or none (default: 0.5)"
     )
     dynamics = _kind(kinds, "dynamics", "recovery runs: what grows, reconstruction error and loss against iteration")
     dynamics.add_argument(
         "--magnitudes", nargs="+", metavar="GROUP", help="as component, node 0-1-2-3; those there are"
     )
-    dynamics.add_argument("--top", type=_count, default=10, help="the largest so many of each group (default: 10)")
+    dynamics.add_argument("--top", type=count, default=10, help="the largest so many of each group (default: 10)")
     dynamics.add_argument("--against", choices=("iteration", "time"), default="iteration", help="time: gradient flow")
     rank = _kind(kinds, "rank", "training and test error against the rank, a line of panels per image set")
     rank.add_argument("--group", metavar="COLUMN", help="a line for every value (default: variant)")
@@ -63,14 +63,19 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     norm.add_argument("--entry", metavar="I-J", help="which entry (default: the one the runs follow)")
     norm.add_argument("--split", default="", help="labels are PANEL SPLIT LABEL, a panel for every PANEL")
     norm.add_argument("--least", type=float, default=0.0, help="smallest loss that is shown")
-    _kind(kinds, "growth", "growth exponents of CP and deep CP, from growth_curves.csv", where=False)
+    growth = "growth exponents of CP and deep CP, as experiments/growth_exponents.py has measured them"
+    _kind(kinds, "growth", growth, inputs="folders with a growth_curves.csv, or the file", where=False)
     xy = _kind(kinds, "xy", "any column against any other")
     _chart(xy, x=..., y=...)
     return parser.parse_args(list(args))
 
 
 def _kind(
-    kinds: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, where: bool = True
+    kinds: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    inputs: str = "folders of sweeps or of runs, or their results.csv",
+    where: bool = True,
 ) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=text, description=f"Draw {text}.", allow_abbrev=False)
     parser.add_argument(
@@ -78,7 +83,7 @@ def _kind(
         nargs="+",
         type=Path,
         metavar="FOLDER_OR_CSV",
-        help="folders of sweeps or of runs, or their results.csv",
+        help=inputs,
     )
     parser.add_argument("--out", metavar="PATH", help="without ending; by default in the first folder")
     parser.add_argument(
@@ -111,8 +116,11 @@ def _chart(parser: argparse.ArgumentParser, x: object, y: object) -> None:
         "--over", nargs="+", metavar="COLUMN", help="what may vary within a point (default: all the rest)"
     )
     parser.add_argument("--log", choices=get_args(Log), default="none", help="logarithmic axes")
+    parser.add_argument("--points", action="store_true", help="marks alone, without lines between them")
     parser.add_argument("--statistic", choices=get_args(Statistic), default="mean", help="the line (default: mean)")
-    parser.add_argument("--spread", choices=get_args(Spread), default="std", help="the bars (default: std)")
+    parser.add_argument(
+        "--spread", choices=get_args(Spread), default="std", help="the bars (default: std, which divides by n)"
+    )
     parser.add_argument("--labels", nargs="+", metavar="NAME=TEXT", help="text for a column or a value")
 
 
@@ -120,11 +128,11 @@ def _default(value: object, text: object) -> str:
     return "" if value is ... else f" (default: {text})"
 
 
-def _level(text: str) -> float | None:
+def share(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number

@@ -119,15 +119,17 @@ def rank(table: RunTable, *, group: str, scale: float, trivial: float, width: fl
 
 
 def _curves(table: RunTable) -> dict[Path, list[dict[str, float]]]:
-    """Measurements of the recovery runs, by folder."""
-    folders = [row.folder for row in table.rows if row.folder is not None]
+    """Measurements of the recovery runs that have finished, by folder."""
+    folders = [row.folder for row in table.rows if row.folder is not None and row.finished]
     found = {
         folder: rows
         for folder in folders
         if (folder / "metrics.csv").is_file() and (rows := read_iterations(folder / "metrics.csv"))
     }
     if not found:
-        raise ValueError("no recovery runs with a metrics.csv in their folder: give the folder of a sweep or of a run")
+        raise ValueError(
+            "no finished recovery runs with a metrics.csv in their folder: give the folder of a sweep or of a run"
+        )
     return found
 
 

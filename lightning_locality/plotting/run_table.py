@@ -6,6 +6,7 @@ __all__ = ["Row", "RunTable", "Value", "ordered", "shown"]
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,11 +72,12 @@ class RunTable:
             seen.add(source.resolve())
             own, names = _read(given)
             if len(inputs) > 1:
-                label = given.parent.name if given.name == "results.csv" else given.stem
+                folder = given.parent if given.name == "results.csv" else given
+                label = folder.resolve().name if folder.is_dir() else given.stem
                 own = [replace(row, values={_INPUT: label, **row.values}) for row in own]
             rows += own
             varied += [name for name in names if name not in varied]
-        return cls(tuple(rows), tuple(varied))
+        return cls(tuple(rows), (*([_INPUT] if len(seen) > 1 else []), *varied))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -146,7 +148,7 @@ def _read(path: Path) -> tuple[list[Row], list[str]]:
 
 def _read_csv(path: Path) -> tuple[list[Row], list[str]]:
     folders = {run.name: run for run in path.parent.iterdir() if _is_run(run)}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a mark
         reader = csv.DictReader(file)
         names = list(reader.fieldnames or ())
         varied = names[: min((names.index(name) for name in _COUNTS if name in names), default=0)]
@@ -179,13 +181,15 @@ def _read_folder(folder: Path) -> tuple[list[Row], list[str]]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("summary.json", "metrics.csv", "config.yaml"))
+    # not Path.is_file, which raises in a neighbour that may not be read
+    return any(os.path.isfile(folder / name) for name in ("summary.json", "metrics.csv", "config.yaml"))
 
 
 def _run(folder: Path, known: Mapping[tuple[str, str], Value]) -> Row:
     """A run that is in no results.csv."""
     point = {name: known.get((name, text), _value(text)) for name, text in _point(folder.name).items()}
-    values = {name: value for name, value in point.items() if value is not None}
+    # an empty cell in results.csv
+    values = {name: value for name, value in point.items() if value not in (None, "None")}
     summary = folder / "summary.json"
     if not summary.is_file():
         return Row(values, folder, finished=False)
@@ -223,6 +227,8 @@ def _value(text: str) -> Value | None:
 
 
 def _among(value: Value | None, wanted: Sequence[Value]) -> bool:
+    if value is None:
+        return shown(value) in wanted
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in wanted)
 
 

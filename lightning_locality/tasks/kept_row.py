@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["KeptRow"]
 
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -35,7 +36,8 @@ class KeptRow(Callback):
         self.row = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the file lacks of the row."""
-        for logger in trainer.loggers if self.row else ():
-            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
+        """Write what the file lacks of the row, unless the run goes on in another folder, which begins with its own."""
+        folder = Path(trainer.ckpt_path).parent.resolve() if trainer.ckpt_path else None
+        for logger in trainer.loggers if self.row and trainer.is_global_zero else ():
+            if isinstance(logger, MetricsFile) and Path(logger.log_dir).resolve() == folder:
                 logger.complete(self.row)

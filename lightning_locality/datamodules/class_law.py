@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import Split
+from lightning_locality.datamodules.class_images import ClassImages
 from lightning_locality.datamodules.image_pairs import AbstractImagePairs
 
 
@@ -58,23 +59,16 @@ def draw_by_law(
         >>> torch.equal(left, label), torch.equal(right, 1 - label)
         (True, True)
     """
-    classes, counts = torch.unique(labels[candidates], return_counts=True)
-    count = len(classes)
+    images = ClassImages.of(labels, candidates)
+    count = len(images.classes)
     # written so that a law with NaN is refused
     if law.shape != (2, count, count) or not ((law >= 0).all() and (law.sum((1, 2)) - 1).abs().max() < 1e-6):
         raise ValueError(
             f"law must be a table of probabilities of {count}x{count} classes, which sum to 1, for each of two labels; "
             f"got shape {tuple(law.shape)}: {law.tolist()}"
         )
-    lonely = classes[(counts < 2) & (law.diagonal(dim1=1, dim2=2) > 0).any(0)]
-    if distinct and len(lonely):
-        raise ValueError(
-            f"classes {lonely.tolist()} have a single image to draw from, so no pair of two distinct images: leave "
-            "them out (classes=...), hold out another share, or set distinct=False"
-        )
-    # images of class k: by_class[first[k] : first[k] + counts[k]]
-    by_class = candidates[labels[candidates].argsort(stable=True)]
-    first = counts.cumsum(0) - counts
+    if distinct:
+        images.refuse_lonely((law.diagonal(dim1=1, dim2=2) > 0).any(0))
     # columns: coin, the two classes, left image, right image; float64 resolves every image index
     uniform = torch.rand((size, 4), dtype=torch.float64, generator=generator).unbind(1)
     label = (uniform[0] < 0.5).long()
@@ -86,12 +80,7 @@ def draw_by_law(
     point = uniform[1].contiguous()
     negative, positive = (torch.searchsorted(row, point, right=True) for row in sums)
     cell = torch.where(label == 1, positive, negative)
-    left_class, right_class = cell // count, cell % count
-    left = (uniform[2] * counts[left_class]).long()
-    excluded = torch.logical_and(left_class == right_class, torch.tensor(distinct)).long()
-    right = (uniform[3] * (counts[right_class] - excluded)).long()
-    right = right + excluded * (right >= left)
-    return LabelledPairs(by_class[first[left_class] + left], by_class[first[right_class] + right], label)
+    return LabelledPairs(*images.two((cell // count, cell % count), (uniform[2], uniform[3]), distinct), label)
 
 
 class AbstractClassLaw(AbstractImagePairs):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import Split, seeded_generator
+from lightning_locality.datamodules.class_images import ClassImages
 from lightning_locality.datamodules.images import Resize
 from lightning_locality.datamodules.source_images import AbstractSourceImages
 
@@ -205,12 +206,9 @@ class AbstractImagePairs(AbstractSourceImages):
 
 def _any_image(labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Uniform images of uniform classes, ``(size,)`` indices."""
-    classes, counts = torch.unique(labels[candidates], return_counts=True)
-    by_class = candidates[labels[candidates].argsort(stable=True)]
-    first = counts.cumsum(0) - counts
+    images = ClassImages.of(labels, candidates)
     uniform = torch.rand((size, 2), dtype=torch.float64, generator=generator)
-    chosen = (uniform[:, 0] * len(classes)).long()
-    return by_class[first[chosen] + (uniform[:, 1] * counts[chosen]).long()]
+    return images.one((uniform[:, 0] * len(images.classes)).long(), uniform[:, 1])
 
 
 def _place(canvas: tuple[int, int], size: int, wide: int, distance: int) -> tuple[Box, Box]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_locality.datamodules.class_images import ClassImages
+
 
 class Pairs(NamedTuple):
     """Pairs of images: indices ``(N,)`` of the left and the right one, and whether their class is the same."""
@@ -44,33 +46,19 @@ def draw_pairs(
     Raises:
         ValueError: If there are fewer than two classes, or ``distinct`` and a class has a single image.
     """
-    classes, counts = torch.unique(labels[candidates], return_counts=True)
-    if len(classes) < 2:
-        raise ValueError(f"pairs need at least 2 classes, got {classes.tolist()}")
-    if distinct and counts.min() < 2:
-        lonely = classes[counts < 2].tolist()
-        raise ValueError(
-            f"classes {lonely} have a single image to draw from, so no pair of two distinct images: leave them "
-            "out (classes=...), hold out another share, or set distinct=False"
-        )
-    # images of class k: by_class[first[k] : first[k] + counts[k]]
-    by_class = candidates[labels[candidates].argsort(stable=True)]
-    first = counts.cumsum(0) - counts
+    images = ClassImages.of(labels, candidates)
+    number = len(images.classes)
+    if number < 2:
+        raise ValueError(f"pairs need at least 2 classes, got {images.classes.tolist()}")
+    if distinct:
+        images.refuse_lonely(torch.ones(number, dtype=torch.bool))
     # columns: coin, left class, right class, left image, right image; float64 resolves every image index
     uniform = torch.rand((size, 5), dtype=torch.float64, generator=generator).unbind(1)
     positive = uniform[0] < 0.5
     if balanced:
         positive[1::2] = ~positive[::2][: size // 2]
-    left_class = _up_to(uniform[1], torch.tensor(len(classes)))
-    other = _up_to(uniform[2], torch.tensor(len(classes) - 1))
-    other = other + (other >= left_class)
-    right_class = torch.where(positive, left_class, other)
-    left = _up_to(uniform[3], counts[left_class])
-    excluded = positive & distinct
-    right = _up_to(uniform[4], counts[right_class] - excluded.long())
-    right = right + (excluded & (right >= left))
-    return Pairs(by_class[first[left_class] + left], by_class[first[right_class] + right], positive.long())
-
-
-def _up_to(uniform: Tensor, count: Tensor) -> Tensor:
-    return (uniform * count).long()
+    left = (uniform[1] * number).long()
+    other = (uniform[2] * (number - 1)).long()
+    other = other + (other >= left)
+    right = torch.where(positive, left, other)
+    return Pairs(*images.two((left, right), (uniform[3], uniform[4]), distinct), positive.long())

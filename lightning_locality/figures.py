@@ -105,14 +105,16 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
 
     Args:
         histories: Label of a kind of run -> the rows of each of its runs; a thin line for every run, a panel
-            for training and one for validation data.
+            for training and one for validation data. Where none is below 30 %, there are two classes, and a
+            dotted line at chance.
     """
+    rows_of_all = [row for runs in histories.values() for rows in runs for row in rows]
+    seen = [row[name] for row in rows_of_all for name in ("train/accuracy", "val/accuracy") if name in row]
+    two_classes = min(seen, default=1.0) >= 0.3
     with rc_context(STYLE):
         figure = Figure(figsize=(2 * COLUMN, 2.4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, stage, title in zip(
-            panels, ("train", "val"), ("training pairs", "unseen (validation) pairs"), strict=True
-        ):
+        for axes, stage, title in zip(panels, ("train", "val"), ("training", "unseen (validation)"), strict=True):
             for position, (label, runs) in enumerate(histories.items()):
                 for number, rows in enumerate(runs):
                     _draw(
@@ -125,10 +127,11 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
                         alpha=1.0 if len(runs) == 1 else 0.7,
                         linewidth=1.2 if len(runs) == 1 else 0.7,
                     )
-            axes.axhline(50, color="0.6", linewidth=0.6, linestyle=":")
+            if two_classes:
+                axes.axhline(50, color="0.6", linewidth=0.6, linestyle=":")
             axes.set_title(title, fontsize=8)
             _epochs(axes)
-            axes.set_ylim(30, 103)
+            axes.set_ylim(30 if two_classes else 0, 103)
         panels[0].set_ylabel("accuracy (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure

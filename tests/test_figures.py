@@ -38,6 +38,13 @@ def test_accuracy_curves_have_a_line_for_every_run() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+@pytest.mark.parametrize(("least", "lines", "bottom"), [(0.45, 2, 30), (0.1, 1, 0)])
+def test_chance_is_that_of_two_classes_or_not_drawn(least: float, lines: int, bottom: float) -> None:
+    figure = accuracy_curves({"a": [[{"epoch": 0, "train/accuracy": least, "val/accuracy": 0.5}]]})
+    assert len(figure.axes[0].lines) == lines
+    assert figure.axes[0].get_ylim()[0] == bottom
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_outline_runs_round_the_mask(channels: int) -> None:
     images = np.zeros((2, channels, 4, 6))

@@ -30,6 +30,7 @@ from lightning_locality.tasks.callbacks import StopAfter
 from lightning_locality.tasks.kept_row import KeptRow
 from lightning_locality.tasks.logger import MetricsFile
 from lightning_locality.tasks.recovery import Recovery
+from lightning_locality.tasks.stopwatch import Stopwatch
 from lightning_locality.tasks.whole_checkpoints import with_whole_checkpoints
 
 _PROGRAM = "lightning-locality"
@@ -40,7 +41,7 @@ class LocalityCLI(LightningCLI):
     """Lightning's command line; every run has a folder, and a checkpoint never overrides what was typed."""
 
     run_dir: Path
-    started: float
+    stopwatch: Stopwatch
     fit_started: float
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -82,7 +83,7 @@ class LocalityCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder, and refuse what would lose or mislead."""
-        self.started = time.time()
+        self.stopwatch = Stopwatch()
         config = self.config[self.subcommand]
         checkpoint = config.get("ckpt_path")
         if self.subcommand in ("validate", "test", "predict") and not checkpoint:
@@ -113,7 +114,8 @@ class LocalityCLI(LightningCLI):
         extra = list(config.get("callbacks") or [])
         checkpoints = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         if self.subcommand == "fit" and checkpoints and not any(isinstance(c, ModelCheckpoint) for c in extra):
-            extra += [*self._checkpoints(), *([] if isinstance(self.model, Recovery) else [KeptRow()])]
+            kept = [] if isinstance(self.model, Recovery) else [KeptRow()]
+            extra += [*self._checkpoints(), *kept, self.stopwatch]
         root = str(config.get("default_root_dir") or self.run_dir)
         return with_whole_checkpoints(super().instantiate_trainer(callbacks=extra, default_root_dir=root, **kwargs))
 
@@ -190,7 +192,7 @@ class LocalityCLI(LightningCLI):
                 "metrics": scores,
                 **counts,
                 "steps": self.trainer.global_step,
-                "seconds": round(time.time() - self.started, 1),
+                "seconds": round(self.stopwatch.seconds, 1),
                 "device": {
                     "name": name,
                     "processes": self.trainer.world_size,

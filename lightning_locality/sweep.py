@@ -5,34 +5,24 @@ from __future__ import annotations
 __all__ = ["Run", "Sweep", "sweep"]
 
 import json
-import os
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Literal
 
-import submitit
 from rich.console import Console
 from rich.live import Live
 
 from lightning_locality.claim import Claim
-from lightning_locality.devices import Devices
+from lightning_locality.jobs import Jobs, LocalJobs, SlurmJobs, Submitted
 from lightning_locality.results import Progress, collect, progress_table, result_table
-from lightning_locality.run_job import RunJob
 from lightning_locality.sweep_plan import Run, Sweep
 from lightning_locality.whole import written_whole
 
-_POLL = {"local": 0.5, "slurm": 5.0}  # seconds between looks at the jobs
-_LOG_LINES = 6
 _TABLE_WIDTH = 130
-_WEEK = 7 * 24 * 60  # minutes
-_REQUEUES = 50  # times that a job on SLURM may run out of its time and go on
-_ALIVE = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING", "PREEMPTED")
 
 
 def sweep(
@@ -64,14 +54,23 @@ def sweep(
         return
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel must be at least 1, got {parallel}")
-    jobs: _Jobs = _Slurm(plan) if (cluster or plan.cluster) == "slurm" else _Local(plan, parallel or plan.parallel)
+    jobs: Jobs = SlurmJobs(plan) if (cluster or plan.cluster) == "slurm" else LocalJobs(plan, parallel or plan.parallel)
     plan.folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     # one sweep at a time: two may begin or end together
     alone = plan.folder / ".collect"
     with Claim(alone, wait=True):
         _report_other_settings(plan, console)
-    failed = _run_all(plan, jobs, console)
+    try:
+        failed = _run_all(plan, jobs, console)
+    except KeyboardInterrupt:
+        done = sum(run.finished for run in plan.runs)
+        console.print(
+            f"interrupted: {done} of {len(plan.runs)} runs are finished; the same command goes on from there",
+            soft_wrap=True,
+            highlight=False,
+        )
+        raise SystemExit(130) from None
     with Claim(alone, wait=True):
         rows = collect(plan.runs, plan.folder / "results.csv")
     # where there is no terminal rich would wrap the table at 80 columns
@@ -90,136 +89,7 @@ def sweep(
         )
 
 
-@final
-@dataclass(frozen=True)
-class _Submitted:
-    """A run whose job has been submitted."""
-
-    run: Run
-    job: Any
-    devices: tuple[str, ...] = ()
-
-    def outcome(self) -> str:
-        """How it ended."""
-        if self.run.finished:
-            return "finished"
-        # waits for the result where the file system is slow, and says what killed the job where there is none
-        return "failed" if self.job.exception() else str(self.job.result())
-
-    def end_of_log(self) -> str:
-        """Last lines of what it wrote."""
-        text = (self.job.stderr() or self.job.stdout() or "").strip()
-        return "\n".join(text.splitlines()[-_LOG_LINES:]) or f"no log (state {self.job.state})"
-
-
-@final
-class _Local:
-    """Jobs on this machine: as many as there is place for."""
-
-    poll = _POLL["local"]
-
-    def __init__(self, plan: Sweep, parallel: int | None) -> None:
-        self.devices = Devices.here(plan.devices_per_run, plan.devices)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.places = parallel or len(self.devices) or max(1, cores // plan.devices_per_run)
-        self.at_once = self.places
-        share = max(1, cores // (self.places * plan.devices_per_run))
-        self.threads = None if "OMP_NUM_THREADS" in os.environ else share
-        # submitit names its files by process, and another sweep or machine may have a process of the same number
-        own = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{socket.gethostname()}_{os.getpid()}"
-        self.executor = submitit.AutoExecutor(folder=plan.folder / "log" / own, cluster="local")
-        self.executor.update_parameters(timeout_min=_WEEK)
-
-    def submit(self, runs: Sequence[Run]) -> list[_Submitted]:
-        """Start runs, no more than there is place for."""
-        submitted = []
-        for run in runs:
-            devices = self.devices.take()
-            job = self.executor.submit(RunJob(run, devices, self.threads))
-            submitted.append(_Submitted(run, job, devices))
-        return submitted
-
-    def done(self, submitted: _Submitted) -> bool:
-        """Whether a job has ended; its devices are free again then."""
-        if not submitted.job.done():
-            return False
-        self.devices.give(submitted.devices)
-        return True
-
-    def state(self, submitted: _Submitted) -> str:
-        """What a job is doing."""
-        return "running"
-
-    def found(self, runs: Sequence[Run]) -> list[_Submitted]:
-        """Nothing: what an earlier sweep has started here holds its claim."""
-        return []
-
-    def interrupted(self, running: Sequence[_Submitted]) -> None:
-        """Runs end with the sweep."""
-        for submitted in running:
-            submitted.job.cancel()
-
-
-@final
-class _Slurm:
-    """Jobs of one array on SLURM: all at once."""
-
-    poll = _POLL["slurm"]
-
-    def __init__(self, plan: Sweep) -> None:
-        options = dict(plan.slurm)
-        if plan.devices_per_run > 1 and not options.keys() & {"gpus_per_node", "gpus_per_task", "gres"}:
-            options["gpus_per_node"] = plan.devices_per_run
-        generic = submitit.AutoExecutor._typed_parameters()
-        try:
-            self.executor = submitit.AutoExecutor(plan.folder / "log", "slurm", slurm_max_num_timeout=_REQUEUES)
-            self.executor.update_parameters(
-                name=plan.folder.name, **{k if k in generic else f"slurm_{k}": v for k, v in options.items()}
-            )
-        except (NameError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"slurm: {error}") from error
-        self.places = len(plan.runs)
-        self.at_once = min(self.places, options.get("array_parallelism", self.places))
-
-    def submit(self, runs: Sequence[Run]) -> list[_Submitted]:
-        """Queue runs as one array."""
-        with self.executor.batch():
-            jobs = [self.executor.submit(RunJob(run)) for run in runs]
-        for run, job in zip(runs, jobs, strict=True):
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(run.folder / ".job") as file:
-                file.write(job.job_id)
-        return [_Submitted(run, job) for run, job in zip(runs, jobs, strict=True)]
-
-    def done(self, submitted: _Submitted) -> bool:
-        """Whether a job has ended, or left what it was to leave (SLURM is asked rarely)."""
-        return submitted.run.finished or bool(submitted.job.done())
-
-    def state(self, submitted: _Submitted) -> str:
-        """What a job is doing."""
-        running = submitted.job.state.upper().startswith("RUNNING") or Claim.held(submitted.run.claim)
-        return "running" if running else "queued"
-
-    def found(self, runs: Sequence[Run]) -> list[_Submitted]:
-        """Jobs that an earlier sweep has queued and SLURM still has."""
-        stored = [(run, run.folder / ".job") for run in runs]
-        jobs = [
-            _Submitted(run, submitit.SlurmJob(self.executor.folder, path.read_text().strip()))
-            for run, path in stored
-            if path.is_file()
-        ]
-        return [one for one in jobs if one.job.state.upper().startswith(_ALIVE)]
-
-    def interrupted(self, running: Sequence[_Submitted]) -> None:
-        """Jobs go on; the same command follows them."""
-        numbers = sorted({str(submitted.job.job_id).split("_")[0] for submitted in running})
-        print(f"jobs {', '.join(numbers)} go on: the same command follows them, scancel ends them")
-
-
-_Jobs = _Local | _Slurm
-
-
-def _run_all(plan: Sweep, jobs: _Jobs, console: Console) -> list[tuple[Run, str]]:
+def _run_all(plan: Sweep, jobs: Jobs, console: Console) -> list[tuple[Run, str]]:
     """Run what has not finished; returns the failed runs with the ends of their logs."""
     waiting = [run for run in plan.runs if not run.finished]
     running = jobs.found(waiting)
@@ -261,7 +131,7 @@ def _run_all(plan: Sweep, jobs: _Jobs, console: Console) -> list[tuple[Run, str]
     return failed
 
 
-def _states(jobs: _Jobs, running: Sequence[_Submitted], failed: Sequence[tuple[Run, str]]) -> list[tuple[Run, str]]:
+def _states(jobs: Jobs, running: Sequence[Submitted], failed: Sequence[tuple[Run, str]]) -> list[tuple[Run, str]]:
     return [*((one.run, jobs.state(one)) for one in running), *((run, "failed") for run, _ in failed)]
 
 

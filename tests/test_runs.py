@@ -122,6 +122,9 @@ def test_an_earlier_run_is_never_overwritten(trained: Path, capsys: pytest.Captu
 def test_resume_appends_and_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     fit(tmp_path / "part")
     first = (tmp_path / "part" / "metrics.csv").read_text().splitlines()[1:3]
+    stored = torch.load(tmp_path / "part" / "last.ckpt", weights_only=True)
+    stored["callbacks"]["Stopwatch"]["seconds"] += 10_000
+    torch.save(stored, tmp_path / "part" / "last.ckpt")
     fit(tmp_path / "part", "--trainer.max_epochs=4", "--ckpt_path=last")
     fit(tmp_path / "whole", "--trainer.max_epochs=4")
     rows = read_metrics(tmp_path / "part" / "metrics.csv")
@@ -130,6 +133,8 @@ def test_resume_appends_and_equals_an_uninterrupted_run(tmp_path: Path) -> None:
         assert [row[name] for row in rows[:4]] == [row[name] for row in whole[:4]]
     assert (tmp_path / "part" / "metrics.csv").read_text().splitlines()[1:3] == first
     assert (tmp_path / "part" / "config.0.yaml").exists()
+    for name, least in (("part", 10_000), ("whole", 0)):
+        assert least < json.loads((tmp_path / name / "summary.json").read_text())["seconds"] < least + 1000
     a, b = (torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("part", "whole"))
     for name in a:
         if isinstance(a[name], torch.Tensor):

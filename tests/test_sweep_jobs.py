@@ -31,6 +31,7 @@ from lightning_locality import sweep as sweeps
 from lightning_locality.claim import Claim
 from lightning_locality.cli import main
 from lightning_locality.devices import Devices
+from lightning_locality.jobs import LocalJobs, SlurmJobs
 from lightning_locality.results import Progress, progress_table
 from lightning_locality.run_job import RunJob, prepared
 from lightning_locality.sweep import Run, Sweep
@@ -288,18 +289,24 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, notes: Path, monkeypatch: pytest
     assert len(rows(tmp_path / "out")) == 4
 
 
-def test_runs_end_with_a_sweep_that_is_terminated(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_runs_end_with_a_sweep_that_is_stopped(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
     path = write(tmp_path / "grid.yaml", grid={"data.seed": [0, 1]})
     command = [sys.executable, "-m", "lightning_locality", "sweep", str(path), f"--out={tmp_path / 'out'}"]
     claims = [tmp_path / "out" / f"run-seed={n}" / ".claim" for n in range(2)]
     monkeypatch.setenv("FAKE_SECONDS", "120")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not all(Claim.held(claim) for claim in claims):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
-    process.wait(30)
+    process.send_signal(how)
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.endswith("interrupted: 0 of 2 runs are finished; the same command goes on from there\n")
+    assert "Traceback" not in errors
     while any(Claim.held(claim) for claim in claims):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -350,7 +357,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program.write_text(text.format(python=sys.executable, folder=str(folder)))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sweeps._Slurm, "poll", 0.3)
+    monkeypatch.setattr(SlurmJobs, "poll", 0.3)
     return folder
 
 
@@ -399,7 +406,7 @@ def test_a_sweep_on_slurm_follows_the_jobs_of_an_earlier_one(tmp_path: Path, not
         run.folder.mkdir(parents=True)
         if number < 2:
             (run.folder / ".job").write_text(f"77_{number}")
-    jobs = sweeps._Slurm(plan)
+    jobs = SlurmJobs(plan)
     (slurm / "state").write_text("PENDING")
     assert [one.run.folder for one in jobs.found(plan.runs)] == [run.folder for run in plan.runs[:2]]
     assert [jobs.state(one) for one in jobs.found(plan.runs)] == ["queued", "queued"]
@@ -435,7 +442,7 @@ def test_gpus_of_a_kind_are_left_to_submitit(tmp_path: Path, slurm: Path) -> Non
     options = {"gpus_per_node": "a100:2"}
     plan = Sweep.read(write(tmp_path / "grid.yaml", slurm=options, devices_per_run=2), tmp_path / "out")
     with pytest.raises(ValueError, match="gpus_per_node"):
-        sweeps._Slurm(plan)
+        SlurmJobs(plan)
 
 
 def test_slurm_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> None:
@@ -507,9 +514,9 @@ def test_sweeps_that_begin_together_note_the_settings_in_turn(tmp_path: Path, mo
 def test_the_jobs_of_two_sweeps_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitit names them by process, of which another machine, or this one later, may have the same number."""
     plan = Sweep.read(write(tmp_path / "grid.yaml"), tmp_path / "out")
-    folders = {sweeps._Local(plan, 1).executor.folder}
+    folders = {LocalJobs(plan, 1).executor.folder}
     monkeypatch.setattr("socket.gethostname", lambda: "another")
-    folders.add(sweeps._Local(plan, 1).executor.folder)
+    folders.add(LocalJobs(plan, 1).executor.folder)
     assert len(folders) == 2
     assert {folder.parent for folder in folders} == {tmp_path / "out" / "log"}
 

@@ -22,6 +22,7 @@ from lightning_locality.sweep_plan import Run, Sweep
 from lightning_locality.whole import written_whole
 
 _LOG_LINES = 6
+_PATIENCE = 10.0  # seconds that interrupted jobs have to end
 _WEEK = 7 * 24 * 60  # minutes
 _REQUEUES = 50  # times that a job on SLURM may run out of its time and go on
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING", "PREEMPTED")
@@ -93,9 +94,12 @@ class LocalJobs:
         return []
 
     def interrupted(self, running: Sequence[Submitted]) -> None:
-        """Runs end with the sweep."""
+        """Runs end with the sweep, and before it."""
         for submitted in running:
             submitted.job.cancel()
+        deadline = time.monotonic() + _PATIENCE
+        while not all(submitted.job.done() for submitted in running) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 @final

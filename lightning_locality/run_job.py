@@ -16,6 +16,7 @@ from typing import Any, Literal, final
 from submitit.helpers import DelayedSubmission
 
 from lightning_locality.claim import Claim
+from lightning_locality.interrupts import delayed_interrupts
 from lightning_locality.sweep_plan import Run
 
 Outcome = Literal["finished", "failed", "stopped", "taken"]
@@ -75,17 +76,19 @@ class RunJob:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices)
         if self.threads:
             env["OMP_NUM_THREADS"] = str(self.threads)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lightning_locality", *self.run.arguments, *resumed],
-            env=env,
-            pass_fds=[claim.descriptor],
-            # SLURM signals every process of a job; what follows is the job's to decide
-            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-        )
+        process = None
         try:
+            with delayed_interrupts():
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "lightning_locality", *self.run.arguments, *resumed],
+                    env=env,
+                    pass_fds=[claim.descriptor],
+                    # SLURM signals every process of a job; what follows is the job's to decide
+                    preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+                )
             return process.wait()
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.terminate()
                 try:
                     process.wait(_PATIENCE)

@@ -6,10 +6,9 @@ __all__ = ["Run", "Sweep", "sweep"]
 
 import json
 import shlex
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from lightning_locality.claim import Claim
+from lightning_locality.interrupts import delayed_interrupts, terminated_like_interrupted
 from lightning_locality.jobs import Jobs, LocalJobs, SlurmJobs, Submitted
 from lightning_locality.results import Progress, collect, progress_table, result_table
 from lightning_locality.sweep_plan import Run, Sweep
@@ -98,7 +98,7 @@ def _run_all(plan: Sweep, jobs: Jobs, console: Console) -> list[tuple[Run, str]]
     failed: list[tuple[Run, str]] = []
     progress = Progress(plan.runs, jobs.at_once)
     with ExitStack() as stack:
-        stack.enter_context(_terminated_like_interrupted())
+        stack.enter_context(terminated_like_interrupted())
         live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
         stack.callback(lambda: jobs.interrupted(running) if running else None)
         while waiting or running:
@@ -106,7 +106,8 @@ def _run_all(plan: Sweep, jobs: Jobs, console: Console) -> list[tuple[Run, str]]
             held = {run.folder for run in waiting if Claim.held(run.claim)}
             free = [run for run in waiting if run.folder not in held][: max(0, jobs.places - len(running))]
             if free:
-                running += jobs.submit(free)
+                with delayed_interrupts():
+                    running += jobs.submit(free)
                 submitted = {run.folder for run in free}
                 waiting = [run for run in waiting if run.folder not in submitted]
             elsewhere = [(run, "running elsewhere") for run in waiting if run.folder in held]
@@ -133,19 +134,6 @@ def _run_all(plan: Sweep, jobs: Jobs, console: Console) -> list[tuple[Run, str]]
 
 def _states(jobs: Jobs, running: Sequence[Submitted], failed: Sequence[tuple[Run, str]]) -> list[tuple[Run, str]]:
     return [*((one.run, jobs.state(one)) for one in running), *((run, "failed") for run, _ in failed)]
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """So that the runs end with the sweep when it is terminated, not only when it is interrupted."""
-    # a sweep started in the background of a script ignores interrupts, and so would its jobs, which it ends by them
-    signals = (signal.SIGTERM, signal.SIGINT)
-    earlier = [signal.signal(number, signal.default_int_handler) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, earlier, strict=True):
-            signal.signal(number, handler)
 
 
 def _report_other_settings(plan: Sweep, console: Console) -> None:

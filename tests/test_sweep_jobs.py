@@ -207,6 +207,27 @@ def test_what_killed_a_run_is_in_its_log(
     assert "ended by signal 9 (Killed)" in capfd.readouterr().err
 
 
+def test_a_run_interrupted_while_it_is_started_ends(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SECONDS", "60")
+    run = Run("v", {}, ("fit", f"--run_dir={tmp_path / 'r'}"), tmp_path / "r")
+    start = subprocess.Popen
+    started = []
+
+    def interrupted(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = start(*args, **options)
+        started.append(process)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr("lightning_locality.run_job.subprocess.Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        RunJob(run)()
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+    assert not Claim.held(run.claim)
+
+
 def test_a_job_whose_time_is_up_is_queued_again(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM signals the job and what it has started; here submitit's local jobs stand for it."""
     monkeypatch.setenv("FAKE_SECONDS", "1.5")
@@ -307,6 +328,32 @@ def test_runs_end_with_a_sweep_that_is_stopped(
     assert process.returncode == 130
     assert said.endswith("interrupted: 0 of 2 runs are finished; the same command goes on from there\n")
     assert "Traceback" not in errors
+    while any(Claim.held(claim) for claim in claims):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not notes.exists()
+
+
+def test_runs_end_with_a_sweep_that_is_stopped_while_it_starts_them(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "grid.yaml", grid={"data.seed": [0, 1]})
+    claims = [tmp_path / "out" / f"run-seed={n}" / ".claim" for n in range(2)]
+    monkeypatch.setenv("FAKE_SECONDS", "120")
+    deadline = time.monotonic() + 60
+    submit = LocalJobs.submit
+
+    def interrupted(jobs: LocalJobs, runs: Any) -> Any:
+        submitted = submit(jobs, runs)
+        while not all(Claim.held(claim) for claim in claims):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        return submitted
+
+    monkeypatch.setattr(LocalJobs, "submit", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
     while any(Claim.held(claim) for claim in claims):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -5,24 +5,19 @@ from __future__ import annotations
 __all__ = ["delayed_interrupts", "terminated_like_interrupted"]
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> AbstractContextManager[None]:
     """Raise ``KeyboardInterrupt`` in the block where the process is terminated, as where it is interrupted.
 
     A sweep started in the background of a script ignores interrupts, and so would its jobs, which it ends by them.
     """
-    earlier = [signal.signal(number, signal.default_int_handler) for number in _SIGNALS]
-    try:
-        yield
-    finally:
-        for number, handler in zip(_SIGNALS, earlier, strict=True):
-            signal.signal(number, handler)
+    return _handled_by(signal.default_int_handler)
 
 
 @contextmanager
@@ -32,11 +27,19 @@ def delayed_interrupts() -> Iterator[None]:
     A process whose start is cut off before it has a name runs on with nobody to end it.
     """
     waiting: list[int] = []
-    earlier = [signal.signal(number, lambda number, _: waiting.append(number)) for number in _SIGNALS]
+    try:
+        with _handled_by(lambda number, _: waiting.append(number)):
+            yield
+    finally:
+        if waiting:
+            signal.raise_signal(waiting[0])
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    earlier = [signal.signal(number, handler) for number in _SIGNALS]
     try:
         yield
     finally:
-        for number, handler in zip(_SIGNALS, earlier, strict=True):
-            signal.signal(number, handler)
-        if waiting:
-            signal.raise_signal(waiting[0])
+        for number, before in zip(_SIGNALS, earlier, strict=True):
+            signal.signal(number, before)

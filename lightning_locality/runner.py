@@ -112,10 +112,12 @@ class LocalityCLI(LightningCLI):
             own = [MetricsFile(str(self.run_dir))] if self.subcommand == "fit" else []
             kwargs["logger"] = [*own, *typed]
         extra = list(config.get("callbacks") or [])
-        checkpoints = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
-        if self.subcommand == "fit" and checkpoints and not any(isinstance(c, ModelCheckpoint) for c in extra):
-            kept = [] if isinstance(self.model, Recovery) else [KeptRow()]
-            extra += [*self._checkpoints(), *kept, self.stopwatch]
+        if self.subcommand == "fit":
+            checkpoints = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
+            if checkpoints and not any(isinstance(c, ModelCheckpoint) for c in extra):
+                kept = [] if isinstance(self.model, Recovery) else [KeptRow()]
+                extra += [*self._checkpoints(), *kept]
+            extra.append(self.stopwatch)
         root = str(config.get("default_root_dir") or self.run_dir)
         return with_whole_checkpoints(super().instantiate_trainer(callbacks=extra, default_root_dir=root, **kwargs))
 

@@ -141,6 +141,17 @@ def test_resume_appends_and_equals_an_uninterrupted_run(tmp_path: Path) -> None:
             assert torch.equal(a[name], b[name]), name
 
 
+def test_seconds_count_all_parts_with_a_checkpoint_callback_of_the_users(tmp_path: Path) -> None:
+    own = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'kept'}"]
+    own += ["--trainer.callbacks.filename=mine", "--trainer.callbacks.enable_version_counter=false"]
+    fit(tmp_path / "run", *own)
+    stored = torch.load(tmp_path / "kept" / "mine.ckpt", weights_only=True)
+    stored["callbacks"]["Stopwatch"]["seconds"] += 10_000
+    torch.save(stored, tmp_path / "longer.ckpt")
+    fit(tmp_path / "run", *own, "--trainer.max_epochs=3", f"--ckpt_path={tmp_path / 'longer.ckpt'}")
+    assert 10_000 < json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] < 11_000
+
+
 def test_typed_settings_win_over_the_checkpoint_with_a_warning(trained: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"weight: .* was trained with 3.0, the command line says 0.5"):
         fit(

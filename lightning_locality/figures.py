@@ -40,6 +40,7 @@ STYLE: Any = {
     "ps.fonttype": 42,
 }
 COLUMN = 3.4  # inches: one column of a two-column paper
+_DASHES = ("-", "--", ":")  # one for every round of the colours
 _CURVES = (
     ("accuracy", "accuracy (%)", 100.0),
     ("loss", "loss", 1.0),
@@ -112,7 +113,8 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
     seen = [row[name] for row in rows_of_all for name in ("train/accuracy", "val/accuracy") if name in row]
     two_classes = min(seen, default=1.0) >= 0.3
     with rc_context(STYLE):
-        figure = Figure(figsize=(2 * COLUMN, 2.4), layout="constrained")
+        below = 0.17 * -(-len(histories) // 2)  # inches of the legend
+        figure = Figure(figsize=(2 * COLUMN, 2.1 + below), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, stage, title in zip(panels, ("train", "val"), ("training", "unseen (validation)"), strict=True):
             for position, (label, runs) in enumerate(histories.items()):
@@ -123,6 +125,7 @@ def accuracy_curves(histories: Mapping[str, Sequence[Rows]]) -> Figure:
                         f"{stage}/accuracy",
                         100.0,
                         color=COLOURS[position % len(COLOURS)],
+                        linestyle=_DASHES[position // len(COLOURS) % len(_DASHES)],
                         label=label if number == 0 else None,
                         alpha=1.0 if len(runs) == 1 else 0.7,
                         linewidth=1.2 if len(runs) == 1 else 0.7,

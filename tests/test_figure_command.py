@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,23 @@ def test_everything_fits_and_can_be_read(groups: int, width: float, tmp_path: Pa
     assert left.x1 < right.x0
     styles = {tuple(map(str, line_style(number).values())) for number in range(56)}
     assert len(styles) == 56
+
+
+@pytest.mark.parametrize(("number", "angle"), [(2, 0.0), (6, 30.0), (15, 90.0)])
+def test_names_along_the_axis_can_be_read(number: int, angle: float, tmp_path: Path) -> None:
+    rows = [{"m": f"remedy number {m}", "y": float(m)} for m in range(number)]
+    table = RunTable.read([write_csv(tmp_path / "r.csv", rows)])
+    axes = Axes("m", "y")
+    figure = Chart(axes, width=3.35).draw(cells(table, axes))
+    figure.savefig(tmp_path / "f.png")
+    names = figure.axes[0].get_xticklabels()
+    assert [name.get_text() for name in names] == [row["m"] for row in rows]
+    assert {name.get_rotation() for name in names} == {angle}
+    # lines of text at an angle stand sin(angle) of their places apart
+    places = [name.get_transform().transform(name.get_position())[0] for name in names]
+    apart = min(b - a for a, b in pairwise(places)) * (math.sin(math.radians(angle)) if angle else 1.0)
+    assert apart >= (names[0].get_fontsize() / 72 * figure.dpi if angle else names[0].get_window_extent().width)
+    assert figure.axes[0].get_window_extent().height > 0.9 * figure.dpi
 
 
 def test_texts_along_the_axis_are_not_joined(tmp_path: Path) -> None:

@@ -38,6 +38,17 @@ def test_accuracy_curves_have_a_line_for_every_run() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_many_kinds_of_run_have_lines_of_their_own_and_panels_as_high_as_few() -> None:
+    few, many = (accuracy_curves({f"kind {k}": [ROWS] for k in range(number)}) for number in (2, 15))
+    styles = {(line.get_color(), line.get_linestyle()) for line in many.axes[0].lines[:15]}
+    assert len(styles) == 15
+    heights = []
+    for figure in (few, many):
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_position().height * figure.get_figheight())
+    assert heights[1] > 0.9 * heights[0] > 1.0
+
+
 @pytest.mark.parametrize(("least", "lines", "bottom"), [(0.45, 2, 30), (0.1, 1, 0)])
 def test_chance_is_that_of_two_classes_or_not_drawn(least: float, lines: int, bottom: float) -> None:
     figure = accuracy_curves({"a": [[{"epoch": 0, "train/accuracy": least, "val/accuracy": 0.5}]]})

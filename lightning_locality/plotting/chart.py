@@ -38,6 +38,7 @@ _DECADES = 2.5  # fewer are named at 1, 2 and 5 in each
 _CLOSEST = 0.09  # of the axis: ticks nearer than this would touch
 _WIDE = 5.0  # inches
 _LETTERS = 16  # in an inch, at 8 points
+_SLANTED = 0.25  # inches between names at 30 degrees, at least
 _MARGIN = 0.07  # of the axis, beside the first and the last place: room for bars that stand beside each other
 
 
@@ -174,10 +175,12 @@ class Chart:
             crowded = sum(map(len, texts)) / _LETTERS + 0.1 * len(texts) > inches
             figure = axes.get_figure(root=True)
             assert figure is not None
-            if crowded:  # what stands at 30 degrees takes half its length
-                figure.set_size_inches(self.width, figure.get_figheight() + max(map(len, texts)) / _LETTERS / 2)
+            # at 30 degrees a line of text takes twice its height across, and half its length down
+            angle = 0 if not crowded else 30 if inches >= _SLANTED * len(texts) else 90
+            down = math.sin(math.radians(angle)) * max(map(len, texts)) / _LETTERS
+            figure.set_size_inches(self.width, figure.get_figheight() + down)
             for panel in figure.axes:
-                panel.set_xticks(found, texts, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+                panel.set_xticks(found, texts, rotation=angle, ha="right" if angle == 30 else "center")
                 panel.set_xlim(-0.4, len(found) - 0.6)
             return
         log = "x" in self.log

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lightning_locality.datamodules.sources import load_images
+from lightning_locality.datamodules.image_sets import load_images
 
 
 def main() -> None:

@@ -27,11 +27,10 @@ import PIL
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pathfinder_twin import SlowPicture
 
-from lightning_locality.datamodules.curves import PathfinderCurves
-from lightning_locality.datamodules.pictures import draw, pictures
-from lightning_locality.datamodules.placement import place
-from lightning_locality.datamodules.store import ImageFile
-from lightning_locality.datamodules.workers import draw_in_order, usable_cores
+from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
+from lightning_locality.datamodules.pathfinder.placement import place
+from lightning_locality.datamodules.pathfinder.rendering import draw, pictures
+from lightning_locality.datamodules.pathfinder.store import ImageFile, draw_in_order, usable_cores
 
 AT_ONCE = 128
 

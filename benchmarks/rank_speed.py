@@ -42,9 +42,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lightning_locality.figures import COLOURS, COLUMN, STYLE, save_figure
+from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE, save_figure
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
-from lightning_locality.ranks.quantities import participation_ratio
+from lightning_locality.ranks.spectra import participation_ratio
 from lightning_locality.tensors import HierarchicalTensorFactorization, ModeTree
 
 MODE_SIZE = 4

@@ -12,11 +12,10 @@ import torch
 from published_twins import MaskedCP, MaskedMatrix, OneHotBinaryCP, OneHotCP, OneHotHierarchical, Twin
 from torch import Tensor
 
-from lightning_locality.datamodules.problem import AbstractRecoveryDataModule
-from lightning_locality.datamodules.recovery import TensorRecovery
+from lightning_locality.datamodules.tensor_recovery import AbstractRecoveryDataModule, TensorRecovery
 from lightning_locality.optim import GroupRMSprop
-from lightning_locality.tasks.objective import Objective, Observed
 from lightning_locality.tasks.recovery import Recovery
+from lightning_locality.tasks.recovery_loss import Objective, Observed
 from lightning_locality.tensors import CP, DeepMatrix, Entries, Factorization, RecoveryBatch
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree

@@ -34,9 +34,8 @@ import torchvision
 from hardware import device_name, own_high_water
 from torch import Tensor, nn
 
-from lightning_locality.boxes import Box
-from lightning_locality.patches import GivenPatches
-from lightning_locality.regularizer import AntiLocality
+from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.patches import Box, GivenPatches
 
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac
 
-from lightning_locality.datamodules.recovery import TensorRecovery
-from lightning_locality.figures import save_figure
+from lightning_locality.datamodules.tensor_recovery import TensorRecovery
 from lightning_locality.outcomes import completion_against_observations
+from lightning_locality.plotting.style import save_figure
 
 BASELINE = "zeros elsewhere"
 Array = NDArray[np.float64]

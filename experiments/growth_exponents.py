@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from lightning_locality.figures import save_figure
 from lightning_locality.plotting.growth import (
     Curve,
     Curves,
@@ -44,6 +43,7 @@ from lightning_locality.plotting.growth import (
     growth_figure,
     write_curves,
 )
+from lightning_locality.plotting.style import save_figure
 from lightning_locality.tensors import CP, Chain
 
 SIZE, COMPONENTS = 3, 2

@@ -22,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lightning_locality.figures import COLOURS, COLUMN, STYLE, save_figure
+from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE, save_figure
 from lightning_locality.ranks import InteractionProfile, cut_share, interaction_profile
 from lightning_locality.ranks.masks import halves
 

@@ -47,7 +47,7 @@ def _problem(config: Path) -> _Problem | None:
 
 def _bound(z: float, z_prime: float, eps: float, larger: bool) -> Bound:
     # here, because the data modules load Lightning
-    from lightning_locality.datamodules.two_by_two import lower_bound
+    from lightning_locality.datamodules.unbounded import lower_bound
 
     def bound(losses: Any) -> Any:
         values = [lower_bound(float(loss), z, z_prime, eps, larger=larger) for loss in losses]

@@ -39,7 +39,7 @@ def _sweep(args: Sequence[str]) -> None:
 def _make_data(args: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
-    from lightning_locality.datamodules.pathfinder import make_pathfinder
+    from lightning_locality.datamodules.pathfinder.module import make_pathfinder
 
     auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog="lightning-locality make-data")
 

@@ -15,11 +15,11 @@ from typing import Any, final
 
 import submitit
 
+from lightning_locality.callbacks.history import written_whole
 from lightning_locality.claim import Claim
 from lightning_locality.devices import Devices
 from lightning_locality.run_job import RunJob
 from lightning_locality.sweep_plan import Run, Sweep
-from lightning_locality.whole import written_whole
 
 _LOG_LINES = 6
 _PATIENCE = 10.0  # seconds that interrupted jobs have to end

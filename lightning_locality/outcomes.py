@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_locality.figures import COLUMN, STYLE
-from lightning_locality.lines import Spread, Statistic, draw_points, legend_below, points_by
+from lightning_locality.plotting.style import COLUMN, STYLE, Spread, Statistic, draw_points, legend_below, points_by
 from lightning_locality.trajectories import Rows, magnitude_groups
 
 

@@ -14,7 +14,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
-from lightning_locality.patches import AbstractPatches
+from lightning_locality.regularizer.patches import AbstractPatches
 from lightning_locality.suggest import nearest
 
 _OPTION = re.compile(r"does not accept (?:option|nested key) '(?:\w+\.)*?([\w.]+)'")

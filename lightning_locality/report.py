@@ -15,11 +15,11 @@ import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import distributed
 
+from lightning_locality.callbacks.history import written_whole
 from lightning_locality.datamodules.base import AbstractImageDataModule
-from lightning_locality.figures import example_inputs, read_metrics, save_figure, training_curves
-from lightning_locality.regularizer import AntiLocality
+from lightning_locality.plotting.style import example_inputs, read_metrics, save_figure, training_curves
+from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations
-from lightning_locality.whole import written_whole
 
 _EXAMPLES = 4
 

@@ -21,17 +21,14 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-import lightning_locality.named  # noqa: F401  what a configuration may call by its bare class name
+import lightning_locality
+from lightning_locality.callbacks.history import KeptRow, MetricsFile, Stopwatch, with_whole_checkpoints
+from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.folder import default_folder, keep_earlier_config, refuse_used, stored_checkpoint
 from lightning_locality.parser import SuggestingParser
 from lightning_locality.record import last_measured, leaves, read_settings
 from lightning_locality.report import write_figures, write_json, write_predictions
-from lightning_locality.tasks.callbacks import StopAfter
-from lightning_locality.tasks.kept_row import KeptRow
-from lightning_locality.tasks.logger import MetricsFile
 from lightning_locality.tasks.recovery import Recovery
-from lightning_locality.tasks.stopwatch import Stopwatch
-from lightning_locality.tasks.whole_checkpoints import with_whole_checkpoints
 
 _PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
@@ -223,6 +220,9 @@ def run(args: Sequence[str]) -> LocalityCLI:
     Returns:
         The command line object, with its ``trainer``, ``model``, ``datamodule`` and ``run_dir``.
     """
+    # jsonargparse finds a class by its bare name once it is imported
+    for name in lightning_locality.__all__:
+        getattr(lightning_locality, name)
     with warnings.catch_warnings():
         # Lightning 2.6 itself uses names that jsonargparse 5 will remove; the bound below 5 covers it
         warnings.filterwarnings("ignore", module="pytorch_lightning.cli")

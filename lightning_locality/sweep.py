@@ -15,12 +15,12 @@ from typing import Literal
 from rich.console import Console
 from rich.live import Live
 
+from lightning_locality.callbacks.history import written_whole
 from lightning_locality.claim import Claim
 from lightning_locality.interrupts import delayed_interrupts, terminated_like_interrupted
 from lightning_locality.jobs import Jobs, LocalJobs, SlurmJobs, Submitted
-from lightning_locality.results import Progress, collect, progress_table, result_table
+from lightning_locality.old_results import Progress, collect, progress_table, result_table
 from lightning_locality.sweep_plan import Run, Sweep
-from lightning_locality.whole import written_whole
 
 _TABLE_WIDTH = 130
 

@@ -12,13 +12,13 @@ from typing import Any, Literal, Self, get_args
 from matplotlib.figure import Figure
 
 from lightning_locality.bounds import lower_bounds
-from lightning_locality.figures import accuracy_curves, read_metrics, save_figure
+from lightning_locality.old_results import FinishedRun, result_row
 from lightning_locality.outcomes import against_depth, completion_against_observations, rank_against_fit
 from lightning_locality.plotting.cells import write_table
 from lightning_locality.plotting.drawn import draw_chart
 from lightning_locality.plotting.options import parsed
 from lightning_locality.plotting.run_table import Row, RunTable, Value
-from lightning_locality.results import FinishedRun, result_row
+from lightning_locality.plotting.style import accuracy_curves, read_metrics, save_figure
 from lightning_locality.suggest import nearest
 from lightning_locality.trajectories import component_curves, read_iterations, value_against_loss
 

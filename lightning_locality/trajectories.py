@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from lightning_locality.figures import COLOURS, COLUMN, STYLE
+from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE
 
 Rows = Sequence[Mapping[str, Any]]
 Array = NDArray[np.floating[Any]]
@@ -45,7 +45,7 @@ def read_iterations(path: Path) -> list[dict[str, float]]:
     """Rows of a recovery run's ``metrics.csv``, one per measurement.
 
     Args:
-        path: File written by :class:`~lightning_locality.tasks.logger.MetricsFile`.
+        path: File written by :class:`~lightning_locality.callbacks.history.MetricsFile`.
 
     Returns:
         Rows in order of ``iteration``; none where the run was of another kind.

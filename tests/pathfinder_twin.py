@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lightning_locality.datamodules.curves import PathfinderCurves
+from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 
 Array = np.ndarray[Any, Any]
 Spot = tuple[int, int]

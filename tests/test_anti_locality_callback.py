@@ -15,9 +15,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_locality.patches import UniformPatches
-from lightning_locality.regularizer import AntiLocality
-from lightning_locality.tasks.anti_locality_callback import AntiLocalityCallback
+from lightning_locality.callbacks.anti_locality import AntiLocalityCallback
+from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.patches import UniformPatches
 
 WEIGHT = 2.0
 

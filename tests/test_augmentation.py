@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.augmentation import RandomShift
 from lightning_locality.networks import SmallResNet
 from lightning_locality.tasks.classification import Classification
+from lightning_locality.transforms import RandomShift
 
 
 def moved(image: Tensor, down: int, right: int, mirrored: bool) -> Tensor:

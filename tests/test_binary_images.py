@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from lightning_locality.datamodules.binary_images import BinaryImages
-from lightning_locality.datamodules.sources import ImagesNotFoundError, UnknownSourceError, load_images
+from lightning_locality.datamodules.image_sets import ImagesNotFoundError, UnknownSourceError, load_images
 from lightning_locality.tensors.cp import CP
-from lightning_locality.tensors.observations import Entries
+from lightning_locality.tensors.factorization import Entries
 
 pytest.importorskip("sklearn.datasets")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.circuit import ConvolutionalArithmeticCircuit as Circuit
+from lightning_locality.networks import ConvolutionalArithmeticCircuit as Circuit
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization as HTF
 from lightning_locality.tensors.mode_tree import ModeTree
 

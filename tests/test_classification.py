@@ -14,9 +14,9 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_locality.patches import GivenPatches, UniformPatches
-from lightning_locality.regularizer import AntiLocality
-from lightning_locality.tasks.callbacks import StopOnceFitted
+from lightning_locality.callbacks.stopping import StopOnceFitted
+from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.patches import GivenPatches, UniformPatches
 from lightning_locality.tasks.classification import Classification, NonFiniteLossError
 
 BOXES = [(0, 0, 4, 4), (0, 4, 4, 4)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.tensors import CP, Chain
-from lightning_locality.tensors.binary import binary_products
+from lightning_locality.tensors.cp import binary_products
 
 
 def dense_twin(model: CP) -> Tensor:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_locality.networks import SmallResNet
-from lightning_locality.ranks.cuts import CutShare, _jackknife, cut_share
+from lightning_locality.ranks.cuts import CutShare, _jackknife, cut_share, mixing_matrix, variance_components
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checkerboard, halves, quad_tree
-from lightning_locality.ranks.mixing import mixing_matrix
-from lightning_locality.ranks.moments import variance_components
 
 LEFT = halves(4, 6)
 

@@ -27,14 +27,14 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_locality.callbacks.history import WholeCheckpoints, with_whole_checkpoints
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import AbstractImageDataModule, IndexLoader, Split
-from lightning_locality.figures import read_metrics
-from lightning_locality.patches import UniformPatches
-from lightning_locality.regularizer import AntiLocality, input_gradient_change
+from lightning_locality.plotting.style import read_metrics
+from lightning_locality.regularizer.anti_locality import AntiLocality, input_gradient_change
+from lightning_locality.regularizer.patches import UniformPatches
 from lightning_locality.runner import run
 from lightning_locality.tasks.classification import Classification
-from lightning_locality.tasks.whole_checkpoints import WholeCheckpoints, with_whole_checkpoints
 
 WEIGHT, LOCAL, MOMENTUM, RATE = 2.0, 6, 0.9, 0.1
 SIZES: dict[Split, int] = {"train": 24, "validation": 17, "test": 13}

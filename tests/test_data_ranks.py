@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.datamodules.sources import load_images
-from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra
+from lightning_locality.datamodules.image_sets import load_images
+from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra, pixel_tree, sample_gramians
 from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.quantities import entanglement_entropy, participation_ratio
-from lightning_locality.ranks.sample_gramians import pixel_tree, sample_gramians
+from lightning_locality.ranks.spectra import entanglement_entropy, participation_ratio
 from lightning_locality.tensors.mode_tree import ModeTree
 
 TREES = [
@@ -90,7 +89,7 @@ def test_gramians_of_a_tree_are_products_of_cosines(device: torch.device) -> Non
 def test_many_modes_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, labels = torch.rand(9, 30), signs(9)
     whole = data_entanglement(samples, labels)
-    monkeypatch.setattr("lightning_locality.ranks.sample_gramians._MOST_ENTRIES", 7 * 81)
+    monkeypatch.setattr("lightning_locality.ranks.data._MOST_ENTRIES", 7 * 81)
     assert data_entanglement(samples, labels) == pytest.approx(whole, rel=1e-12)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_locality.double_backward import FastDoubleBackward
+from lightning_locality.regularizer.double_backward import FastDoubleBackward
 
 LAYERS = {
     "plain": (nn.Conv2d(3, 4, 3), (2, 3, 7, 8)),

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.evaluation import GIB, Evaluation, measuring, scores
+from lightning_locality.ranks.evaluation import GIB, Evaluation, measuring, peak_bytes, scores
 from lightning_locality.ranks.masks import blocks, checked_mask, checkerboard, halves, quad_tree, standard_cuts
-from lightning_locality.ranks.memory import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -362,7 +361,7 @@ def test_two_processes_of_fabric_give_the_same_bits(tmp_path: Path) -> None:
         "from lightning_locality.networks import SmallResNet\n"
         "from lightning_locality.ranks.cuts import cut_share\n"
         "from lightning_locality.ranks.evaluation import Evaluation\n"
-        "from lightning_locality.ranks.grid import tree_separation\n"
+        "from lightning_locality.ranks.block_tree import tree_separation\n"
         "from lightning_locality.ranks.masks import blocks, halves\n"
         "from lightning_locality.ranks.profile import interaction_profile\n"
         "from lightning_locality.tensors.mode_tree import ModeTree\n"

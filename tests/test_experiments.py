@@ -80,7 +80,7 @@ def test_cp_rank_of_known_tensors(ranks: ModuleType) -> None:
 
 
 def test_completion_ranks_of_finished_runs(ranks: ModuleType, tmp_path: Path) -> None:
-    from lightning_locality.datamodules.recovery import TensorRecovery
+    from lightning_locality.datamodules.tensor_recovery import TensorRecovery
     from lightning_locality.tensors import CP
 
     data = {"target": "cp", "shape": [4, 4, 4], "rank": 1, "norm": 1.0, "observations": 40, "seed": 3}

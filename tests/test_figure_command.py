@@ -20,13 +20,13 @@ import yaml
 
 from lightning_locality.bounds import lower_bounds
 from lightning_locality.cli import main
-from lightning_locality.lines import line_style
 from lightning_locality.plotting.cells import Axes, cells
 from lightning_locality.plotting.chart import Chart
 from lightning_locality.plotting.drawn import draw_chart
 from lightning_locality.plotting.growth import fits, read_curves, write_curves
 from lightning_locality.plotting.options import parsed
 from lightning_locality.plotting.run_table import RunTable, ordered
+from lightning_locality.plotting.style import line_style
 from lightning_locality.sweep_figure import SweepFigure
 from lightning_locality.sweep_plan import Run
 

@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_locality.figures import accuracy_curves, example_inputs, read_metrics, save_figure, training_curves
+from lightning_locality.plotting.style import (
+    accuracy_curves,
+    example_inputs,
+    read_metrics,
+    save_figure,
+    training_curves,
+)
 
 ROWS = [
     {"epoch": 0.0, "train/accuracy": 0.5, "val/accuracy": 0.25, "train/loss": 0.7},

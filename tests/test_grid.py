@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.circuit import ConvolutionalArithmeticCircuit as Circuit
+from lightning_locality.networks import ConvolutionalArithmeticCircuit as Circuit
+from lightning_locality.ranks.block_tree import grid_tensor, tree_separation
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.evaluation import Evaluation
-from lightning_locality.ranks.grid import grid_tensor, tree_separation
 from lightning_locality.ranks.masks import blocks
 from lightning_locality.tensors.mode_tree import ModeTree
 

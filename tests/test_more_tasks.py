@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import Split, seeded_generator
-from lightning_locality.datamodules.class_law import AbstractClassLaw, draw_by_law
-from lightning_locality.datamodules.distant_halves import DistantHalves
 from lightning_locality.datamodules.image_pairs import AbstractImagePairs
-from lightning_locality.datamodules.is_greater import IsGreater
-from lightning_locality.datamodules.same_class import SameClass
-from lightning_locality.datamodules.same_parity import SameParity
+from lightning_locality.datamodules.pair_tasks import (
+    AbstractClassLaw,
+    DistantHalves,
+    IsGreater,
+    SameClass,
+    SameParity,
+    draw_by_law,
+)
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Make = Callable[..., AbstractClassLaw]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
-from lightning_locality.ranks.quantities import participation_ratio
+from lightning_locality.ranks.spectra import participation_ratio
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.deep_matrix import DeepMatrix
 from lightning_locality.tensors.factorization import Factorization

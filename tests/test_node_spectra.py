@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_locality.ranks import triangles
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
-from lightning_locality.ranks.quantities import (
+from lightning_locality.ranks.spectra import (
     effective_rank,
     entanglement_entropy,
     numerical_rank,

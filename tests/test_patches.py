@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.boxes import Box
-from lightning_locality.patches import (
+from lightning_locality.regularizer.patches import (
     AbstractPatches,
     AdjacentPatches,
+    Box,
     ContentPatches,
     FarField,
     GivenPatches,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
-from lightning_locality.datamodules.curves import PathfinderCurves
-from lightning_locality.datamodules.pathfinder import Pathfinder, make_pathfinder
-from lightning_locality.datamodules.pictures import pictures
+from lightning_locality.datamodules.pathfinder.module import Pathfinder, make_pathfinder
+from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
+from lightning_locality.datamodules.pathfinder.rendering import pictures
 
 LENGTHS = (3, 5, 7, 9)
 SMALL = PathfinderCurves(path_length=3, window=160, size=80, padding=15, seed_distance=20, distractors=4)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from pathfinder_twin import SlowPicture
 
-from lightning_locality.datamodules.curves import PathfinderCurves
-from lightning_locality.datamodules.pictures import STREAMS, pictures
-from lightning_locality.datamodules.placement import Placement, place
-from lightning_locality.datamodules.strokes import Strokes
-from lightning_locality.datamodules.workers import draw_in_order
+from lightning_locality.datamodules.pathfinder.dashes import Strokes
+from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
+from lightning_locality.datamodules.pathfinder.placement import Placement, place
+from lightning_locality.datamodules.pathfinder.rendering import STREAMS, pictures
+from lightning_locality.datamodules.pathfinder.store import draw_in_order
 
 LENGTHS = (3, 5, 7, 9)
 # Mean distance of the discs in pixels for labels 0 and 1. No number is published: these are of 800 pictures per
@@ -83,7 +83,9 @@ def test_splits_and_seeds_are_disjoint() -> None:
 
 
 def test_failing_worker_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_locality.datamodules.workers.__spec__", type("Spec", (), {"name": "no_module"}))
+    monkeypatch.setattr(
+        "lightning_locality.datamodules.pathfinder.store.__spec__", type("Spec", (), {"name": "no_module"})
+    )
     with pytest.raises(RuntimeError, match=r"ended early .*\n.*No module named|No module named") as raised:
         drawn(SMALL, 64, workers=2, at_once=16)
     assert "workers=1" in str(raised.value)

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from lightning_locality.ranks import profile as profile_module
 from lightning_locality.ranks.evaluation import Evaluation
-from lightning_locality.ranks.interactions import InteractionProfile
-from lightning_locality.ranks.pair_samples import PairSamples
-from lightning_locality.ranks.patch_grid import PatchGrid
+from lightning_locality.ranks.patch_pairs import InteractionProfile, PairSamples, PatchGrid
 from lightning_locality.ranks.profile import interaction_profile
 
 Model = Callable[[Tensor], Tensor]

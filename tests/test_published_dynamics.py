@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_locality.datamodules.two_by_two import lower_bound
+from lightning_locality.datamodules.unbounded import lower_bound
 from lightning_locality.runner import run
 from lightning_locality.trajectories import Rows, read_iterations
 

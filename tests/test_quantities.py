@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.quantities import (
+from lightning_locality.ranks.spectra import (
     ROUNDING,
+    NodeSpectra,
     effective_rank,
     entanglement_entropy,
     epsilon_rank,
@@ -17,7 +18,6 @@ from lightning_locality.ranks.quantities import (
     participation_ratio,
     stable_rank,
 )
-from lightning_locality.ranks.spectra import NodeSpectra
 
 REAL = [effective_rank, entanglement_entropy, participation_ratio, stable_rank]
 

@@ -18,15 +18,14 @@ import yaml
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_locality.circuit import ConvolutionalArithmeticCircuit
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import seeded_generator
-from lightning_locality.datamodules.same_class import SameClass
+from lightning_locality.datamodules.pair_tasks import SameClass
 from lightning_locality.measuring import records
 from lightning_locality.measuring.command import gathered
 from lightning_locality.measuring.progress import RankProgress
 from lightning_locality.measuring.trained import Trained
-from lightning_locality.networks import SmallResNet
+from lightning_locality.networks import ConvolutionalArithmeticCircuit, SmallResNet
 from lightning_locality.ranks.components import contribution_norms
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.dense import dense_spectra

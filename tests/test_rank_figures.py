@@ -13,8 +13,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lightning_locality.figures import COLOURS, COLUMN, save_figure
-from lightning_locality.rank_figures import cut_figure, draw_profile, profile_figure, spectra_figure, tree_figure
+from lightning_locality.plotting.ranks import cut_figure, draw_profile, profile_figure, spectra_figure, tree_figure
+from lightning_locality.plotting.style import COLOURS, COLUMN, save_figure
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 

@@ -16,14 +16,14 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_locality.callbacks.rank_monitor import RankMonitor
 from lightning_locality.cli import main
-from lightning_locality.figures import read_metrics
+from lightning_locality.plotting.style import read_metrics
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import halves
 from lightning_locality.ranks.nodes import node_spectra
 from lightning_locality.ranks.profile import interaction_profile
-from lightning_locality.tasks.rank_monitor import RankMonitor
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree
@@ -477,7 +477,7 @@ torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 from torch.utils.data import DataLoader
 from test_rank_monitor import TRAINING, Anybodys
-from lightning_locality.tasks.rank_monitor import RankMonitor
+from lightning_locality.callbacks.rank_monitor import RankMonitor
 
 folder, watched = sys.argv[1:]
 monitors = [RankMonitor("profile", samples=4, patch=2), RankMonitor("cuts", size=4)] if watched == "1" else []

@@ -14,13 +14,12 @@ from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_locality.datamodules.problem import RepeatedBatch
+from lightning_locality.callbacks.history import MetricsFile
+from lightning_locality.datamodules.tensor_recovery import RepeatedBatch
 from lightning_locality.optim import GradientFlow, GroupRMSprop
-from lightning_locality.tasks.errors import NonFiniteLossError
-from lightning_locality.tasks.iterations import Iterations
-from lightning_locality.tasks.logger import MetricsFile
-from lightning_locality.tasks.objective import Loss, Objective, Observed
+from lightning_locality.tasks.classification import NonFiniteLossError
 from lightning_locality.tasks.recovery import Recovery
+from lightning_locality.tasks.recovery_loss import Iterations, Loss, Objective, Observed
 from lightning_locality.tensors import (
     CP,
     DeepMatrix,

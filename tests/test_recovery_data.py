@@ -12,12 +12,16 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_locality.datamodules.planted import TargetFormat, planted_tensor
-from lightning_locality.datamodules.problem import AbstractRecoveryDataModule, RepeatedBatch
-from lightning_locality.datamodules.recovery import TensorRecovery
+from lightning_locality.datamodules.tensor_recovery import (
+    AbstractRecoveryDataModule,
+    RepeatedBatch,
+    TargetFormat,
+    TensorRecovery,
+    planted_tensor,
+)
 from lightning_locality.tensors.cp import CP
+from lightning_locality.tensors.factorization import Entries, RankOne, RecoveryBatch
 from lightning_locality.tensors.mode_tree import ModeTree
-from lightning_locality.tensors.observations import Entries, RankOne, RecoveryBatch
 
 FORMATS: tuple[TargetFormat, ...] = ("matrix", "cp", "tucker", "tt", "ht")
 
@@ -220,7 +224,7 @@ def test_a_tensor_too_large_to_be_written_out() -> None:
 
 
 def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_locality.datamodules.recovery._WRITTEN_OUT", 10)
+    monkeypatch.setattr("lightning_locality.datamodules.tensor_recovery._WRITTEN_OUT", 10)
     data = TensorRecovery("cp", (6, 8), rank=1, observations=6)
     train, test = entries(data.problem)
     rows = torch.cat([train.indices, test.indices]).long()
@@ -387,7 +391,7 @@ def test_a_configuration_says_the_tree(tree: Any) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(LightningDataModule, "data")
     options = {"target": "ht", "shape": [3, 3, 3, 3], "rank": [3, 2], "tree": tree}
-    path = "lightning_locality.datamodules.recovery.TensorRecovery"
+    path = "lightning_locality.datamodules.tensor_recovery.TensorRecovery"
     config = parser.parse_object({"data": {"class_path": path, "init_args": options}})
     data = parser.instantiate(config).data
     twin = TensorRecovery("ht", (3, 3, 3, 3), (3, 2), ModeTree([[0, 2], [1, 3]]))

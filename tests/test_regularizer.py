@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_locality.boxes import Box
-from lightning_locality.cosine import AbsoluteCosine
-from lightning_locality.patches import (
+from lightning_locality.regularizer.anti_locality import AbsoluteCosine, AntiLocality, input_gradient_change
+from lightning_locality.regularizer.patches import (
     AbstractPatches,
+    Box,
     ContentPatches,
     FarField,
     GivenPatches,
     RandomPatches,
     UniformPatches,
 )
-from lightning_locality.regularizer import AntiLocality, input_gradient_change
 
 I, J = (0, 1, 3, 4), (5, 6, 4, 3)
 

@@ -12,7 +12,7 @@ import yaml
 from pytorch_lightning import LightningModule
 
 from lightning_locality.cli import main
-from lightning_locality.figures import read_metrics
+from lightning_locality.plotting.style import read_metrics
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SMALL = (

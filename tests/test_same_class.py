@@ -10,9 +10,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_locality.datamodules.base import Split, seeded_generator
-from lightning_locality.datamodules.pairs import Pairs, draw_pairs
-from lightning_locality.datamodules.same_class import SameClass
-from lightning_locality.datamodules.sources import ImagesNotFoundError, UnknownSourceError
+from lightning_locality.datamodules.image_pairs import Pairs, draw_pairs
+from lightning_locality.datamodules.image_sets import ImagesNotFoundError, UnknownSourceError
+from lightning_locality.datamodules.pair_tasks import SameClass
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 

@@ -16,20 +16,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from lightning_locality.datamodules.images import (
-    convert_channels,
-    pixel_statistics,
-    resize_images,
-    stratified_split,
-)
-from lightning_locality.datamodules.sources import (
+from lightning_locality.datamodules.image_sets import (
     CorruptImagesError,
     ImagesNotFoundError,
     UnknownSourceError,
+    convert_channels,
     load_images,
     parse_source,
+    pixel_statistics,
     prepare_images,
+    resize_images,
     source_channels,
+    stratified_split,
 )
 
 

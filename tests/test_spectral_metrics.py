@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lightning_locality.ranks.cuts import pair_moments, variance_components
 from lightning_locality.ranks.metrics import MeanSpectralQuantity, PooledCutShare, PooledParticipationRatio
-from lightning_locality.ranks.moments import pair_moments, variance_components
-from lightning_locality.ranks.quantities import (
+from lightning_locality.ranks.spectra import (
     effective_rank,
     entanglement_entropy,
     participation_ratio,

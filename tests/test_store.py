@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_locality.datamodules.store import CorruptFileError, ImageFile
+from lightning_locality.datamodules.pathfinder.store import CorruptFileError, ImageFile
 
 Chunk = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 SHAPE = (10, 6, 7)
@@ -123,7 +123,7 @@ def test_other_parameters_shape_and_format(tmp_path: Path, monkeypatch: pytest.M
     for other in (ImageFile(file.path, {"a": 2}, SHAPE), ImageFile(file.path, {"a": 1}, (5, 12, 7))):
         with pytest.raises(CorruptFileError, match="other parameters"):
             other.load()
-    monkeypatch.setattr("lightning_locality.datamodules.store.FORMAT", 2)
+    monkeypatch.setattr("lightning_locality.datamodules.pathfinder.store.FORMAT", 2)
     with pytest.raises(CorruptFileError, match="format 1"):
         file.load()
 

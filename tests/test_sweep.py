@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from lightning_locality.cli import main
-from lightning_locality.figures import read_metrics
-from lightning_locality.results import Progress, collect, progress_table, result_table
+from lightning_locality.old_results import Progress, collect, progress_table, result_table
+from lightning_locality.plotting.style import read_metrics
 from lightning_locality.run_job import prepared
 from lightning_locality.sweep import Run, Sweep
 from lightning_locality.sweep_figure import SweepFigure

@@ -28,15 +28,15 @@ from pytorch_lightning import Trainer
 from rich.console import Console
 
 from lightning_locality import sweep as sweeps
+from lightning_locality.callbacks.stopping import StopOnceFitted
 from lightning_locality.claim import Claim
 from lightning_locality.cli import main
 from lightning_locality.devices import Devices
 from lightning_locality.interrupts import terminated_like_interrupted
 from lightning_locality.jobs import LocalJobs, SlurmJobs
-from lightning_locality.results import Progress, progress_table
+from lightning_locality.old_results import Progress, progress_table
 from lightning_locality.run_job import RunJob, prepared
 from lightning_locality.sweep import Run, Sweep
-from lightning_locality.tasks.callbacks import StopOnceFitted
 
 # takes the place of a run in its process: notes what it was given, takes its time, leaves a summary or fails
 FAKE = """

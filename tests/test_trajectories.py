@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_locality.figures import save_figure
 from lightning_locality.outcomes import (
     against_depth,
     completion_against_observations,
     number_of_components,
     rank_against_fit,
 )
+from lightning_locality.plotting.style import save_figure
 from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations, value_against_loss
 
 CP = [

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lightning_locality.networks import SmallResNet
-from lightning_locality.patches import FarField, UniformPatches
-from lightning_locality.regularizer import AntiLocality, input_gradient_change
+from lightning_locality.regularizer.anti_locality import AntiLocality, input_gradient_change
+from lightning_locality.regularizer.patches import FarField, UniformPatches
 
 LEFT, RIGHT = (0, 0, 4, 4), (0, 8, 4, 4)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.tensors import Chain, TensorTrain, Tucker
-from lightning_locality.tensors.bonds import balance_cyclically, balanced_pair
+from lightning_locality.tensors.balance import balance_cyclically, balanced_pair
 
 
 def columns_of(chain: Any) -> Tensor:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.datamodules.two_by_two import UnboundedCompletion, lower_bound
+from lightning_locality.datamodules.unbounded import UnboundedCompletion, lower_bound
 from lightning_locality.tensors.deep_matrix import DeepMatrix
-from lightning_locality.tensors.observations import Entries
+from lightning_locality.tensors.factorization import Entries
 
 
 def observed(data: UnboundedCompletion) -> Entries:

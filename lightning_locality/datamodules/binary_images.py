@@ -11,10 +11,9 @@ from typing import Literal, final, get_args
 import torch
 
 from lightning_locality.datamodules.base import seeded_generator
-from lightning_locality.datamodules.images import LabelledImages
-from lightning_locality.datamodules.problem import AbstractRecoveryDataModule
-from lightning_locality.datamodules.sources import Part, load_images, parse_source, prepare_images
-from lightning_locality.tensors.observations import Entries, RecoveryBatch
+from lightning_locality.datamodules.image_sets import LabelledImages, Part, load_images, parse_source, prepare_images
+from lightning_locality.datamodules.tensor_recovery import AbstractRecoveryDataModule
+from lightning_locality.tensors.factorization import Entries, RecoveryBatch
 
 Variant = Literal["original", "random_images", "random_labels"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import Split, seeded_generator
-from lightning_locality.datamodules.images import Resize
+from lightning_locality.datamodules.image_sets import Resize
 from lightning_locality.datamodules.source_images import AbstractSourceImages
 
 

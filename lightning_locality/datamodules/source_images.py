@@ -2,26 +2,86 @@
 
 from __future__ import annotations
 
-__all__ = ["AbstractSourceImages"]
+__all__ = ["AbstractSourceImages", "ClassImages"]
 
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import AbstractImageDataModule, Split
-from lightning_locality.datamodules.images import LabelledImages, Resize, pixel_statistics, stratified_split
-from lightning_locality.datamodules.sources import (
+from lightning_locality.datamodules.image_sets import (
+    LabelledImages,
     Part,
+    Resize,
     load_images,
     parse_source,
+    pixel_statistics,
     prepare_images,
     source_channels,
+    stratified_split,
 )
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """Images by class. A class is meant by its place among the classes that are there, in ascending order.
+
+    Args:
+        classes: Class numbers, ascending ``(C,)``.
+        counts: Images of each ``(C,)``.
+        by_class: Indices of the images, those of one class beside each other ``(K,)``.
+
+    Example:
+        >>> images = ClassImages.of(labels=torch.tensor([3, 5, 3]), candidates=torch.arange(3))
+        >>> images.classes.tolist(), images.one(torch.tensor([0, 0, 1]), torch.tensor([0.0, 0.9, 0.5])).tolist()
+        ([3, 5], [0, 2, 1])
+    """
+
+    classes: Tensor
+    counts: Tensor
+    by_class: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, candidates: Tensor) -> Self:
+        """Group the images ``candidates`` ``(K,)`` by their ``labels`` ``(M,)``, in the order in which they come."""
+        own = labels[candidates]
+        classes, counts = torch.unique(own, return_counts=True)
+        return cls(classes, counts, candidates[own.argsort(stable=True)])
+
+    def one(self, kind: Tensor, uniform: Tensor) -> Tensor:
+        """Image of each class ``kind`` ``(N,)`` that a number from [0, 1) ``(N,)``, in float64, picks: ``(N,)``."""
+        return self._image(kind, (uniform * self.counts[kind]).long())
+
+    def two(
+        self, kinds: tuple[Tensor, Tensor], uniform: tuple[Tensor, Tensor], distinct: bool
+    ) -> tuple[Tensor, Tensor]:
+        """An image of each of two classes; where ``distinct``, two images also where the classes are the same."""
+        left, right = kinds
+        place = (uniform[0] * self.counts[left]).long()
+        excluded = ((left == right) & distinct).long()
+        other = (uniform[1] * (self.counts[right] - excluded)).long()
+        other = other + excluded * (other >= place)
+        return self._image(left, place), self._image(right, other)
+
+    def refuse_lonely(self, meets_itself: Tensor) -> None:
+        """Raise a ValueError if a class of those marked in ``(C,)`` has a single image, and no second one beside it."""
+        lonely = self.classes[(self.counts < 2) & meets_itself]
+        if len(lonely):
+            raise ValueError(
+                f"classes {lonely.tolist()} have a single image to draw from, so no pair of two distinct images: leave "
+                "them out (classes=...), hold out another share, or set distinct=False"
+            )
+
+    def _image(self, kind: Tensor, place: Tensor) -> Tensor:
+        first = self.counts.cumsum(0) - self.counts
+        return self.by_class[first[kind] + place]
+
 
 # as published; of the training images, to three digits
 _CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
@@ -33,7 +93,7 @@ class AbstractSourceImages(AbstractImageDataModule):
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no
             download), ``folder:PATH``, a folder of class folders, with or without train/ and test/, or
-            ``file:PATH``, an .npz file (see :func:`~lightning_locality.datamodules.sources.load_images`).
+            ``file:PATH``, an .npz file (see :func:`~lightning_locality.datamodules.image_sets.load_images`).
         root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
             where that is not set.
         image_size: Height and width of the images in pixels; the source's are resized.

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.ranks.block_tree import tree_separation
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.evaluation import Evaluation
-from lightning_locality.ranks.grid import tree_separation
 from lightning_locality.ranks.nodes import node_spectra
 from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.ranks.spectra import NodeSpectra

@@ -17,13 +17,13 @@ from typing import Any, final
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lightning_locality.figures import save_figure
+from lightning_locality.callbacks.history import written_whole
 from lightning_locality.measuring.records import Record, restored_spectra
-from lightning_locality.rank_figures import cut_figure, profile_figure, spectra_figure, tree_figure
-from lightning_locality.ranks.interactions import InteractionProfile
+from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
+from lightning_locality.plotting.style import save_figure
+from lightning_locality.ranks.patch_pairs import InteractionProfile
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
-from lightning_locality.whole import written_whole
 
 _COLUMNS = ("checkpoint", "quantity", "key", "value", "standard_error", "low", "high")
 

@@ -19,10 +19,9 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
-from lightning_locality.circuit import ConvolutionalArithmeticCircuit
 from lightning_locality.datamodules.base import AbstractImageDataModule, seeded_generator
-from lightning_locality.tasks.classification import Classification
-from lightning_locality.tasks.fitting_checkpoint import refuse_other_model
+from lightning_locality.networks import ConvolutionalArithmeticCircuit
+from lightning_locality.tasks.classification import Classification, refuse_other_model
 from lightning_locality.tensors import Factorization
 
 _REMEDY = (

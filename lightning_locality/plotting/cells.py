@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_locality.lines import Point
+from lightning_locality.callbacks.history import written_whole
 from lightning_locality.plotting.run_table import Row, RunTable, Value, ordered, shown
-from lightning_locality.whole import written_whole
+from lightning_locality.plotting.style import Point
 
 STATISTICS = ("mean", "std", "sem", "median", "least", "greatest", "n", "runs")
 _SHOWN_VALUES = 6

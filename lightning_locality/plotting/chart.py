@@ -17,10 +17,9 @@ from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lightning_locality.figures import STYLE
-from lightning_locality.lines import Spread, Statistic, draw_points, legend_below, line_style
 from lightning_locality.plotting.cells import Axes, Cell, ordered_groups
 from lightning_locality.plotting.run_table import Value, ordered, shown
+from lightning_locality.plotting.style import STYLE, Spread, Statistic, draw_points, legend_below, line_style
 
 Log = Literal["x", "y", "xy", "none"]
 

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lightning_locality.figures import save_figure
 from lightning_locality.plotting import growth, recovery
 from lightning_locality.plotting.cells import STATISTICS, write_table
 from lightning_locality.plotting.drawn import draw_chart
 from lightning_locality.plotting.options import INCHES, parsed
 from lightning_locality.plotting.run_table import RunTable
+from lightning_locality.plotting.style import save_figure
 
 _WIDTH = 130
 _PRINTED = 60  # rows of the printed table

@@ -26,9 +26,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lightning_locality.figures import COLUMN, STYLE
-from lightning_locality.lines import line_style
-from lightning_locality.whole import written_whole
+from lightning_locality.callbacks.history import written_whole
+from lightning_locality.plotting.style import COLUMN, STYLE, line_style
 
 Quantity = Literal["component norm", "norm of the vectors"]
 Curve = tuple[NDArray[Any], NDArray[Any]]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from lightning_locality.lines import Spread, Statistic
 from lightning_locality.plotting.chart import Log
+from lightning_locality.plotting.style import Spread, Statistic
 
 INCHES = {"column": 3.35, "text": 6.9}  # one column of a two-column paper, or its text width
 _DESCRIPTION = """\

@@ -44,20 +44,19 @@ __all__ = [
     "variance_components",
 ]
 
+from lightning_locality.ranks.block_tree import grid_tensor, tree_separation
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.cp_rank import CPRank, CPRankNotFoundError, cp_epsilon_ranks, cp_rank
-from lightning_locality.ranks.cuts import CutShare, cut_share
+from lightning_locality.ranks.cuts import CutShare, cut_share, mixing_matrix, pair_moments, variance_components
 from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra
 from lightning_locality.ranks.dense import dense_spectra, stacked_spectra
 from lightning_locality.ranks.evaluation import Evaluation, measuring
-from lightning_locality.ranks.grid import grid_tensor, tree_separation
-from lightning_locality.ranks.interactions import InteractionProfile
 from lightning_locality.ranks.masks import blocks, checkerboard, halves, quad_tree, standard_cuts
-from lightning_locality.ranks.mixing import mixing_matrix
-from lightning_locality.ranks.moments import pair_moments, variance_components
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
+from lightning_locality.ranks.patch_pairs import InteractionProfile
 from lightning_locality.ranks.profile import interaction_profile
-from lightning_locality.ranks.quantities import (
+from lightning_locality.ranks.spectra import (
+    NodeSpectra,
     effective_rank,
     entanglement_entropy,
     epsilon_rank,
@@ -65,4 +64,3 @@ from lightning_locality.ranks.quantities import (
     participation_ratio,
     stable_rank,
 )
-from lightning_locality.ranks.spectra import NodeSpectra

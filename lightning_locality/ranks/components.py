@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.ranks.factored import check_finite, factored
-from lightning_locality.ranks.grams import gram_sweep
+from lightning_locality.ranks.gram import gram_sweep
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.factorization import Factorization
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization

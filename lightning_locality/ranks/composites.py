@@ -12,8 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.evaluation import Evaluation, scores
-from lightning_locality.ranks.memory import is_out_of_memory, too_large
+from lightning_locality.ranks.evaluation import Evaluation, is_out_of_memory, scores, too_large
 
 Network = nn.Module | Callable[[Tensor], Tensor]
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.levenberg_marquardt import CPFit, fit_cp
-from lightning_locality.ranks.quantities import epsilon_rank
-from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks.spectra import NodeSpectra, epsilon_rank
 from lightning_locality.tensors.mode_tree import Node
 
 # up to this order the bound is over all cuts: 127 of them

@@ -2,20 +2,206 @@
 
 from __future__ import annotations
 
-__all__ = ["Evaluation", "Processes", "measuring", "scores"]
+__all__ = [
+    "OUT_OF_MEMORY",
+    "Evaluation",
+    "Processes",
+    "exact_float32",
+    "is_out_of_memory",
+    "measuring",
+    "peak_bytes",
+    "scores",
+    "too_large",
+]
 
 import copy
+import math
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from lightning_locality.ranks.memory import OUT_OF_MEMORY, is_out_of_memory, peak_bytes, too_large
-from lightning_locality.ranks.model_state import measuring
-from lightning_locality.ranks.single_precision import exact_float32
+# among these are errors of other kinds, which is_out_of_memory tells apart
+OUT_OF_MEMORY = (MemoryError, RuntimeError)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on any device: the CPU's allocator and CUDA's libraries raise a plain RuntimeError."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def too_large(allowed: str, device: torch.device) -> MemoryError:
+    """What to say where a single row does not fit."""
+    return MemoryError(
+        f"one row takes more memory on {device} than {allowed}: allow more with Evaluation(memory=...), use a smaller "
+        "dtype, smaller images or another device"
+    )
+
+
+def peak_bytes(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
+    """Result of a computation, and the most bytes that its tensors took at a time, beyond what there was before.
+
+    On CUDA the allocator counts (its peak statistics are reset). Elsewhere the tensors that operations return are
+    followed, and the working space of convolutions is added to them.
+
+    Args:
+        function: The computation.
+        device: Where it takes place.
+
+    Example:
+        >>> x = torch.zeros(1000, dtype=torch.float64)
+        >>> peak_bytes(lambda: (x + 1) * 2, x.device)[1]
+        16000
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return function(), torch.cuda.max_memory_allocated(device) - before
+    storages = _LiveStorages()
+    with storages:
+        result = function()
+    return result, storages.peak
+
+
+@final
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the storages that operations create, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.peak, self._known = 0, 0, set[int]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _has_storage(t)}
+        result = func(*args, **kwargs)
+        for tensor in tree_iter(result):
+            if not _has_storage(tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in given and key not in self._known:
+                self._known.add(key)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        self.peak = max(self.peak, self.live + _working_space(func, args, result))
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _has_storage(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _working_space(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Bytes that a convolution takes inside, where nothing can follow it."""
+    match getattr(func, "_overloadpacket", None):
+        case torch.ops.aten.convolution:
+            x, weight, y = args[0], args[1], result
+        case torch.ops.aten.convolution_backward:
+            y, x, weight = args[:3]
+        case _:
+            return 0
+    if x.dtype != torch.float64:
+        # both are copied into the library's own order of numbers
+        return int((x.numel() + y.numel()) * x.element_size())
+    # the windows of the whole batch are written out
+    return int(y.numel() // max(1, y.shape[1]) * math.prod(weight.shape[1:]) * x.element_size())
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and parameters without gradients inside; afterwards all is as it was, also after an error.
+
+    Put back are every module's ``training`` flag, the parameters' ``requires_grad`` and ``grad``, buffers, and the
+    state of torch's random generators. Hooks stay in place: they may be a part of what the model computes.
+
+    Args:
+        model: What is measured.
+    """
+    modules, parameters = list(model.modules()), list(model.parameters())
+    training = [module.training for module in modules]
+    gradients = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
+    cuda = sorted({tensor.device.index for tensor in chain(parameters, model.buffers()) if tensor.is_cuda})
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            model.eval()
+            for parameter in parameters:
+                # what inference mode made would keep it ever after
+                if parameter.requires_grad and not parameter.is_inference():
+                    parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+            for parameter, (required, gradient) in zip(parameters, gradients, strict=True):
+                if parameter.requires_grad != required:
+                    parameter.requires_grad_(required)
+                parameter.grad = gradient
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                # written only where it changed: a graph that was built before may still need it
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32, no bfloat16 and no autocast in place of float32 inside; afterwards all is as before.
+
+    Torch has two sets of names for TF32 and refuses to answer one when the other says something else, so that inside
+    both say the same: whatever a network asks, it gets an answer.
+    """
+    cuda, cpu, cudnn = torch.backends.cuda.matmul, torch.backends.mkldnn, torch.backends.cudnn
+    # names that torch has no types for
+    backends: list[Any] = [cuda, cpu.matmul, cpu.conv, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        _exact(backends)
+        matmul = torch.get_float32_matmul_precision()
+        try:
+            convolutions = cudnn.allow_tf32
+        except RuntimeError:
+            # it says yes, and the new names, just set, say no
+            convolutions = True
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        _exact(backends)
+        try:
+            with ExitStack() as stack:
+                for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                yield
+        finally:
+            cudnn.allow_tf32 = convolutions
+            torch.set_float32_matmul_precision(matmul)
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _exact(backends: list[Any]) -> None:
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+
 
 GIB = 2**30
 # rows per call at most, or a part of all rows: several processes find work, and progress is seen

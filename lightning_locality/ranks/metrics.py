@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_locality.ranks.moments import PairMoments, VarianceComponents, pair_moments, variance_components
-from lightning_locality.ranks.quantities import (
+from lightning_locality.ranks.cuts import PairMoments, VarianceComponents, pair_moments, variance_components
+from lightning_locality.ranks.spectra import (
     effective_rank,
     entanglement_entropy,
     participation_ratio,
@@ -57,7 +57,7 @@ class MeanSpectralQuantity(_AbstractRunning):
     .. math:: \frac{1}{n} \sum_{i=1}^n q(\sigma^{(i)})
 
     Args:
-        quantity: Name of the function of :mod:`lightning_locality.ranks.quantities`.
+        quantity: Name of the function of :mod:`lightning_locality.ranks.spectra`.
         kwargs: What :class:`torchmetrics.Metric` takes.
 
     Raises:
@@ -117,7 +117,7 @@ class PooledParticipationRatio(_AbstractRunning):
     .. math:: \operatorname{PR} = \overline{(\textstyle\sum_k \sigma_k^2)^2} \Big/ \,
         \overline{\textstyle\sum_k \sigma_k^4}
 
-    Numerator and denominator are estimated without bias by :func:`~lightning_locality.ranks.moments.pair_moments` and
+    Numerator and denominator are estimated without bias by :func:`~lightning_locality.ranks.cuts.pair_moments` and
     averaged before they are divided: a mean of ratios of small matrices is biased. Every matrix counts the same.
 
     Args:
@@ -125,7 +125,7 @@ class PooledParticipationRatio(_AbstractRunning):
         kwargs: What :class:`torchmetrics.Metric` takes.
 
     Raises:
-        ValueError: A matrix that :func:`~lightning_locality.ranks.moments.pair_moments` refuses (the value so far
+        ValueError: A matrix that :func:`~lightning_locality.ranks.cuts.pair_moments` refuses (the value so far
             stays).
 
     Example:
@@ -165,14 +165,14 @@ class PooledCutShare(_AbstractRunning):
 
     .. math:: S_{IJ} = \bar v_{IJ} / (\bar v_I + \bar v_J + \bar v_{IJ})
 
-    The components are estimated without bias by :func:`~lightning_locality.ranks.moments.variance_components` and
+    The components are estimated without bias by :func:`~lightning_locality.ranks.cuts.variance_components` and
     averaged before they are divided. Every matrix counts the same.
 
     Args:
         kwargs: What :class:`torchmetrics.Metric` takes.
 
     Raises:
-        ValueError: A matrix that :func:`~lightning_locality.ranks.moments.variance_components` refuses (the value
+        ValueError: A matrix that :func:`~lightning_locality.ranks.cuts.variance_components` refuses (the value
             so far stays).
 
     Example:

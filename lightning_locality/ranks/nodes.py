@@ -10,14 +10,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.cores import matrix_ratio, matrix_spectra, tucker_ratios, tucker_spectra
 from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.factored import check_finite, factored, factors_of, scaled
-from lightning_locality.ranks.grams import gram_ratios, gram_spectra, ratio
-from lightning_locality.ranks.node_values import ROUNDING, Found, assembled, singular_values
+from lightning_locality.ranks.factored import (
+    ROUNDING,
+    Found,
+    assembled,
+    check_finite,
+    factored,
+    factors_of,
+    scaled,
+    singular_values,
+)
+from lightning_locality.ranks.gram import gram_ratios, gram_spectra, ratio
+from lightning_locality.ranks.qr import fold, reduced, triangle_spectra
 from lightning_locality.ranks.spectra import NodeSpectra
-from lightning_locality.ranks.trains import train_ratios, train_spectra
-from lightning_locality.ranks.triangles import fold, reduced, triangle_spectra
+from lightning_locality.ranks.trains import (
+    matrix_ratio,
+    matrix_spectra,
+    train_ratios,
+    train_spectra,
+    tucker_ratios,
+    tucker_spectra,
+)
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.deep_matrix import DeepMatrix
 from lightning_locality.tensors.factorization import Factorization

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from lightning_locality.ranks.composites import Composites, Network, composite, composites
 from lightning_locality.ranks.evaluation import Evaluation, scores
-from lightning_locality.ranks.interactions import InteractionProfile
-from lightning_locality.ranks.pair_samples import PairSamples
-from lightning_locality.ranks.patch_grid import PatchGrid
+from lightning_locality.ranks.patch_pairs import InteractionProfile, PairSamples, PatchGrid
 
 _SAMPLES = 64  # taken of the images where no number is given
 _ROUNDING = 20  # units in the last place that a network's output may be off (ours)

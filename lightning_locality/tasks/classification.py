@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Classification", "NonFiniteLossError"]
+__all__ = ["Classification", "NonFiniteLossError", "refuse_other_model"]
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,10 +17,43 @@ from torch.optim import SGD
 from torchmetrics import Accuracy, MeanMetric, Metric
 
 from lightning_locality.networks import adapt
-from lightning_locality.patches import GivenPatches
-from lightning_locality.regularizer import AntiLocality
-from lightning_locality.tasks.errors import NonFiniteLossError
-from lightning_locality.tasks.fitting_checkpoint import refuse_other_model
+from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.patches import GivenPatches
+
+
+class NonFiniteLossError(ValueError):
+    """Training has been stopped because the loss is infinite or not a number."""
+
+
+def refuse_other_model(model: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Refuse the weights of another model, with what differs instead of a page of keys.
+
+    Args:
+        model: What they are to be loaded into.
+        stored: State of the checkpoint.
+
+    Raises:
+        ValueError: Other tensors, or other shapes.
+    """
+    own = _shapes(model.state_dict())
+    others = _shapes(stored)
+    differ = [name for name in sorted(own.keys() | others.keys()) if own.get(name) != others.get(name)]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"the checkpoint does not fit this model: {len(differ)} of {len(own)} tensors differ, first "
+            f"{name} (checkpoint {_text(others.get(name))}, model {_text(own.get(name))}); load it with the "
+            "config.yaml of the run that wrote it"
+        )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _text(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
+
 
 Stage = Literal["train", "val", "test"]
 _STEPS_BETWEEN_CHECKS = 50
@@ -51,7 +85,7 @@ class Classification(LightningModule):
             (validation, test, and training at weight 0); 0 for none.
         channels_last: Keep images and weights in the channels-last memory format, which is faster on recent GPUs.
         augmentation: Called with the images ``(B, C, H, W)`` of every training batch, on their device, as
-            :class:`~lightning_locality.augmentation.RandomShift` or a transform of torchvision (which changes a whole
+            :class:`~lightning_locality.transforms.RandomShift` or a transform of torchvision (which changes a whole
             batch alike); None, as published, for none.
 
     Raises:

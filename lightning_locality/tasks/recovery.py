@@ -17,15 +17,12 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_locality.callbacks.history import MetricsFile
 from lightning_locality.optim import GradientFlow, GroupRMSprop
-from lightning_locality.tasks.errors import NonFiniteLossError
-from lightning_locality.tasks.fitting_checkpoint import refuse_other_model
-from lightning_locality.tasks.iterations import Graph, Iterations
-from lightning_locality.tasks.logger import MetricsFile
-from lightning_locality.tasks.measurements import Measurements
-from lightning_locality.tasks.objective import Loss, LossName, Objective, Observed, Route
-from lightning_locality.tensors.factorization import Factorization
-from lightning_locality.tensors.observations import RecoveryBatch
+from lightning_locality.tasks.classification import NonFiniteLossError, refuse_other_model
+from lightning_locality.tasks.recovery_loss import Graph, Iterations, Loss, LossName, Objective, Observed, Route
+from lightning_locality.tasks.recovery_metrics import Measurements
+from lightning_locality.tensors.factorization import Factorization, RecoveryBatch
 
 _OBJECTS = ["model", "optimizer"]
 _SHOWN = ("train/loss", "test/loss", "reconstruction_error")

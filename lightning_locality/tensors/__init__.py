@@ -23,9 +23,16 @@ __all__ = [
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.deep_matrix import DeepMatrix
-from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf
+from lightning_locality.tensors.factorization import (
+    Entries,
+    Factorization,
+    InitLaw,
+    InitOf,
+    Observations,
+    RankOne,
+    RecoveryBatch,
+)
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree, Node
-from lightning_locality.tensors.observations import Entries, Observations, RankOne, RecoveryBatch
 from lightning_locality.tensors.tensor_train import TensorTrain
 from lightning_locality.tensors.tucker import Tucker

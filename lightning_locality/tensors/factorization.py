@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
-__all__ = ["LARGE_ORDER", "Factorization", "InitLaw", "InitOf", "divided", "per_mode"]
+__all__ = [
+    "LARGE_ORDER",
+    "Entries",
+    "Factorization",
+    "InitLaw",
+    "InitOf",
+    "Observations",
+    "RankOne",
+    "RecoveryBatch",
+    "divided",
+    "per_mode",
+]
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Entries(NamedTuple):
+    """Entries of a tensor of order N (completion).
+
+    Args:
+        indices: ``(M, N)``, any integer type.
+        values: ``(M,)``.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+
+class RankOne(NamedTuple):
+    r"""Inner products with rank-one tensors :math:`\bigotimes_n x^n` (sensing).
+
+    Args:
+        vectors: One ``(M, D_n)`` per mode.
+        values: ``(M,)``.
+    """
+
+    vectors: tuple[Tensor, ...]
+    values: Tensor
+
+
+Observations = Entries | RankOne
+
+
+class RecoveryBatch(NamedTuple):
+    """A recovery problem as a whole: the batch of every training step.
+
+    Args:
+        train: What the factorisation is fitted to.
+        test: What it has to predict; None for none.
+        target: The whole tensor, where it is known and small enough to be written out; None otherwise.
+    """
+
+    train: Observations
+    test: Observations | None
+    target: Tensor | None
+
 
 # from this order on, products over the modes are rescaled on the way
 LARGE_ORDER = 16

@@ -11,11 +11,21 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from lightning_locality.tensors.component_balance import balanced
+from lightning_locality.tensors.balance import balanced
+from lightning_locality.tensors.contraction import (
+    MOST_ENTRIES,
+    EntryQuery,
+    NodeGroup,
+    Query,
+    RankOneQuery,
+    answer,
+    expand,
+    node_groups,
+    per_node,
+    product,
+)
 from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
-from lightning_locality.tensors.node_groups import MOST_ENTRIES, NodeGroup, node_groups, per_node
-from lightning_locality.tensors.queries import EntryQuery, Query, RankOneQuery, answer, expand, product
 
 
 @final

@@ -12,7 +12,7 @@ from typing import cast, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.tensors.bonds import balance_cyclically, balanced_pair, balancing_factors
+from lightning_locality.tensors.balance import balance_cyclically, balanced_pair, balancing_factors
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.factorization import LARGE_ORDER, Factorization, InitLaw, InitOf, divided, per_mode
 

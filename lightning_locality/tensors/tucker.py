@@ -10,7 +10,7 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.tensors.bonds import balance_cyclically, balanced_pair, balancing_factors
+from lightning_locality.tensors.balance import balance_cyclically, balanced_pair, balancing_factors
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
 

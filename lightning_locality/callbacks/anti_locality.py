@@ -1,0 +1,154 @@
+"""The anti-locality term for any LightningModule, without a change to it."""
+
+from __future__ import annotations
+
+__all__ = ["AntiLocalityCallback"]
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+from lightning_locality.regularizer.anti_locality import AntiLocality
+
+_KEYS = (("image", "label"), ("x", "y"))
+
+
+@final
+class AntiLocalityCallback(Callback):
+    r"""Adds ``weight * R`` to the loss of any LightningModule that is trained by automatic optimisation.
+
+    After every backward pass, the gradient of ``weight * penalty(module, x, y)`` is added to that of the loss:
+    divided by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes under DDP, and
+    clipped with it. The module is called as ``module(x)``. Training goes the same way as with the term inside the
+    loss, for one forward more. The value is logged as ``train/regularizer``.
+
+    Args:
+        penalty: The term; its draws are kept in the checkpoint.
+        weight: Weight of the term, 0 or more; nothing is computed at 0.
+        every_n_batches: The term is added at every n-th batch of an epoch only, from the first; its weight there is
+            ``weight`` itself, not n times that.
+        batch: Gives images ``(B, C, H, W)`` and labels ``(B,)`` or None of a batch; None: a batch is a tuple or list
+            that begins with both, or a mapping with "image" and "label" or "x" and "y".
+
+    Raises:
+        ValueError: Negative weight, a batch of unknown form, a model with SyncBatchNorm.
+        MisconfigurationException: Manual optimisation, float16 precision, FSDP, DeepSpeed and other strategies than
+            one device or DDP.
+    """
+
+    def __init__(
+        self,
+        penalty: AntiLocality,
+        weight: float,
+        every_n_batches: int = 1,
+        batch: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None,
+    ) -> None:
+        if not weight >= 0:
+            raise ValueError(f"weight must be 0 or more, got {weight}")
+        if every_n_batches < 1:
+            raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
+        self.penalty, self.weight, self.every_n_batches, self.batch = penalty, float(weight), every_n_batches, batch
+        self._images: tuple[Tensor, Tensor | None] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers of draws so far."""
+        return {"penalty": self.penalty.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the draws where the checkpoint was."""
+        self.penalty.load_state_dict(state_dict["penalty"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be differentiated twice, or not from outside."""
+        if stage != "fit" or self.weight == 0:
+            return
+        known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if not known or isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"AntiLocalityCallback cannot differentiate twice under {type(trainer.strategy).__name__}: use "
+                "'ddp' or one device"
+            )
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"AntiLocalityCallback adds to the gradient of automatic optimisation, and {type(pl_module).__name__} "
+                "optimises by itself: add weight * penalty(self, x, y) to the loss in its training_step"
+            )
+        precision = str(trainer.precision)
+        if precision.startswith("16"):
+            raise MisconfigurationException(
+                f"precision={precision!r}: float16 overflows in the second derivatives; use 'bf16-mixed' or '32-true'"
+            )
+        _refuse_synchronized(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again: DDP has converted the normalisations by now if ``sync_batchnorm`` is set."""
+        if self.weight > 0:
+            _refuse_synchronized(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the images and labels of the batch."""
+        if self.weight > 0 and batch_idx % self.every_n_batches == 0:
+            self._images = _images(batch) if self.batch is None else self.batch(batch)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the gradient of the term to that of the loss."""
+        if self._images is None:
+            return
+        x, y = self._images
+        with trainer.precision_plugin.forward_context():
+            value = self.penalty(pl_module, x, y)
+            term = value * (self.weight / trainer.accumulate_grad_batches)
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        _add(trainer, parameters, torch.autograd.grad(term, parameters, allow_unused=True))
+        several = trainer.world_size > 1
+        pl_module.log(
+            "train/regularizer", value.detach(), on_step=False, on_epoch=True, batch_size=len(x), sync_dist=several
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the batch go."""
+        self._images = None
+
+
+def _add(trainer: Trainer, parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> None:
+    """Add gradients to those of the loss, averaged over the processes first, in one message."""
+    used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    summands = [gradient for _, gradient in used]
+    if trainer.world_size > 1 and used:
+        flat = trainer.strategy.reduce(torch.cat([g.flatten() for g in summands]), reduce_op="mean")
+        assert isinstance(flat, Tensor)
+        parts = torch.split(flat, [g.numel() for g in summands])
+        summands = [part.view_as(g) for part, g in zip(parts, summands, strict=True)]
+    with torch.no_grad():
+        for (parameter, _), gradient in zip(used, summands, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+
+
+def _refuse_synchronized(module: nn.Module) -> None:
+    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
+        raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d and Trainer(sync_batchnorm=False)")
+
+
+def _images(batch: Any) -> tuple[Tensor, Tensor | None]:
+    pair: tuple[Any, Any] | None = None
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        pair = (batch[0], batch[1])
+    elif isinstance(batch, Mapping):
+        pair = next(((batch[x], batch[y]) for x, y in _KEYS if x in batch and y in batch), None)
+    if pair is None or not all(isinstance(part, Tensor) for part in pair):
+        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"batch ({form}) is neither (images, labels, ...) nor a mapping with 'image' and 'label' or 'x' and 'y': "
+            "pass batch=, a function that gives images (B, C, H, W) and labels (B,) or None"
+        )
+    return pair

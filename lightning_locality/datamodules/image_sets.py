@@ -1,0 +1,414 @@
+"""Image sets as one uint8 tensor and its labels: torchvision's, scikit-learn's digits, folders of classes."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CorruptImagesError",
+    "ImagesNotFoundError",
+    "LabelledImages",
+    "Part",
+    "Resize",
+    "SourceName",
+    "UnknownSourceError",
+    "convert_channels",
+    "load_images",
+    "parse_source",
+    "pixel_statistics",
+    "prepare_images",
+    "resize_images",
+    "source_channels",
+    "stratified_split",
+]
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torchvision import datasets
+
+from lightning_locality.datamodules.base import seeded_generator
+from lightning_locality.suggest import nearest
+
+Resize = Literal["bilinear", "area", "pad"]
+
+
+class LabelledImages(NamedTuple):
+    """Images ``(N, C, H, W)``, uint8, and labels ``(N,)``, int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor:
+    """Images as squares of another size, rounded to uint8; other shapes are squeezed.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8.
+        size: New height and width in pixels.
+        how: ``"bilinear"``: interpolated, with antialiasing where the image shrinks. ``"area"``: mean over
+            the block of pixels that becomes one. ``"pad"``: the image is kept as it is in the middle, with
+            black around it (28x28 to 32x32: 2 pixels on every side).
+
+    Raises:
+        ValueError: If ``how`` is not one of these, or ``size`` is below 1, or below the images' size for ``"pad"``.
+
+    Example:
+        >>> resize_images(torch.tensor([[[[10, 20], [30, 40]]]], dtype=torch.uint8), 1, "area").item()
+        25
+    """
+    if size < 1:
+        raise ValueError(f"image_size must be at least 1, got {size}")
+    if how not in get_args(Resize):
+        raise ValueError(f"resize must be one of {', '.join(get_args(Resize))}, got {how!r}")
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    if how == "pad":
+        if max(height, width) > size:
+            raise ValueError(
+                f"image_size={size} is smaller than the images ({height}x{width}), which resize='pad' cannot "
+                f"do: take resize='area' or 'bilinear', or image_size={max(height, width)}"
+            )
+        top, left = (size - height) // 2, (size - width) // 2
+        return functional.pad(images, (left, size - width - left, top, size - height - top))
+    resized = images.new_empty((*images.shape[:2], size, size))
+    # chunks bound the memory of the float copies
+    for start in range(0, len(images), 4096):
+        chunk = images[start : start + 4096].to(torch.float32)
+        if how == "area":
+            chunk = functional.interpolate(chunk, size=(size, size), mode="area")
+        else:
+            chunk = functional.interpolate(
+                chunk, size=(size, size), mode="bilinear", antialias=min(height, width) > size
+            )
+        resized[start : start + 4096] = chunk.round_().clamp_(0, 255).to(torch.uint8)
+    return resized
+
+
+def convert_channels(images: Tensor, channels: Literal[1, 3]) -> Tensor:
+    """Images in grey or in colour.
+
+    Args:
+        images: ``(N, 1, H, W)`` or ``(N, 3, H, W)``, uint8.
+        channels: 3 repeats the grey channel; 1 takes the luma 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601),
+            rounded.
+
+    Raises:
+        ValueError: If ``channels`` is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.repeat(1, 3, 1, 1)
+    # whole numbers, a channel at a time: exact and without a float copy of the set
+    red, green, blue = (images[:, c].to(torch.int32) for c in range(3))
+    return ((299 * red + 587 * green + 114 * blue + 500) // 1000).to(torch.uint8)[:, None]
+
+
+def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Seeded split that takes the same share of every class.
+
+    Args:
+        labels: ``(N,)``.
+        share: Share of each class that is held out, rounded to whole images; at least one image.
+        seed: Seed of the draw; classes are drawn independently of one another.
+
+    Returns:
+        Indices kept and indices held out, each ascending.
+
+    Raises:
+        ValueError: If ``share`` is not between 0 and 1 or a class has a single image.
+
+    Example:
+        >>> kept, held = stratified_split(torch.tensor([0] * 10 + [1] * 20), share=0.1, seed=0)
+        >>> len(kept), len(held)
+        (27, 3)
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share held out must be between 0 and 1, got {share}")
+    kept, held = [], []
+    for label in torch.unique(labels).tolist():
+        members = (labels == label).nonzero().squeeze(1)
+        if len(members) < 2:
+            raise ValueError(f"class {label} has a single image, which cannot be split: leave the class out")
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        order = torch.randperm(len(members), generator=seeded_generator(seed, "stratified split", label))
+        held.append(members[order[:count]])
+        kept.append(members[order[count:]])
+    return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the intensities (0 to 1) by channel, exact, in float64.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8.
+
+    Raises:
+        ValueError: If a channel is constant.
+    """
+    # from 256 counts instead of a float copy of the set
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = channel.reshape(-1).bincount(minlength=256).to(torch.float64) / channel.numel()
+        means.append((share * values).sum())
+        deviations.append((share * (values - means[-1]) ** 2).sum().sqrt())
+    if min(deviations) == 0:
+        raise ValueError("a channel of the images is constant, its standard deviation is 0: give mean and std")
+    return torch.stack(means), torch.stack(deviations)
+
+
+SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
+Part = Literal["train", "test"]
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+_TEST_SHARE = 0.2
+
+
+class UnknownSourceError(ValueError):
+    """The name of an image source is not known."""
+
+
+class ImagesNotFoundError(FileNotFoundError):
+    """The image set is not where it was looked for and may not, or cannot, be downloaded."""
+
+
+class CorruptImagesError(ValueError):
+    """A file of an image set is damaged, altered or missing among the others."""
+
+
+def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Path]:
+    """Name of a source and where it lies; ``"folder:PATH"`` and ``"file:PATH"`` name both.
+
+    Args:
+        source: One of :data:`SourceName`, or ``"folder:PATH"`` or ``"file:PATH"``.
+        root: Folder with the set in torchvision's layout, or what ``"folder"`` or ``"file"`` reads.
+
+    Raises:
+        UnknownSourceError: If there is no such source.
+
+    Example:
+        >>> parse_source("folder:pictures/birds")
+        ('folder', PosixPath('pictures/birds'))
+        >>> parse_source("cifar-10")
+        Traceback (most recent call last):
+        lightning_locality.datamodules.image_sets.UnknownSourceError: unknown source 'cifar-10' (did you mean ...
+    """
+    kind, colon, path = source.partition(":")
+    if colon and kind in ("folder", "file"):
+        return ("folder" if kind == "folder" else "file"), Path(path).expanduser()
+    names = get_args(SourceName)
+    if source not in names:
+        raise UnknownSourceError(
+            f"unknown source {source!r}{nearest(source.lower(), names)}; known are {', '.join(names)}, "
+            "folder:PATH and file:PATH"
+        )
+    name: SourceName = next(known for known in names if known == source)
+    return name, Path(root).expanduser()
+
+
+def source_channels(name: SourceName) -> Literal[1, 3]:
+    """Colour channels a source is read with; folders and files in colour."""
+    match name:
+        case "mnist" | "fashion_mnist" | "digits":
+            return 1
+        case "cifar10" | "cifar100" | "svhn" | "folder" | "file":
+            return 3
+
+
+def load_images(
+    source: str,
+    part: Part,
+    root: str | Path = "data",
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    resize: Resize = "bilinear",
+    channels: Literal[1, 3] | None = None,
+) -> LabelledImages:
+    r"""The official train or test images of a source as one tensor.
+
+    ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist`` and ``svhn`` are read through torchvision, whose
+    layout of files under ``root`` they have. ``digits`` is scikit-learn's set of 1,797 8x8 digits, values v
+    of 0..16 stored as ``(255 v + 8) // 16`` (so ``v = (16 u + 127) // 255`` gives them back). ``folder`` is
+    a folder of class folders of image files, labels in the order of the class names, with or without
+    ``train/`` and ``test/`` above the classes; its images need an ``image_size`` unless all are of one size.
+    ``file`` is an ``.npz`` file with uint8 ``train_images`` and ``test_images`` ``(N, C, H, W)`` and their
+    ``train_labels`` and ``test_labels``.
+    What has no official split (``digits`` and folders without ``train/``) is split by
+    :func:`stratified_split` with a test share of 0.2 and seed 0.
+
+    Args:
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH`` or
+            ``file:PATH``.
+        part: ``"train"`` or ``"test"``.
+        root: Folder of the set, as for torchvision; of the classes for ``folder``; not used by ``digits``.
+        download: Let torchvision download what is not there.
+        image_size: Height and width in pixels to bring the images to; None leaves them.
+        resize: How, see :func:`resize_images`.
+        channels: 1 or 3, see :func:`convert_channels`; None leaves them (folders are read as 3).
+
+    Raises:
+        UnknownSourceError: If there is no such source.
+        ImagesNotFoundError: If the set is not under ``root`` and is not, or cannot be, downloaded.
+        CorruptImagesError: If a file is damaged.
+        ModuleNotFoundError: If ``digits`` is asked for and scikit-learn is not installed.
+    """
+    name, folder = parse_source(source, root)
+    match name:
+        case "digits":
+            found = _part_of(_digits(), part)
+        case "folder":
+            found = _folder(folder, part, image_size, resize)
+        case "file":
+            found = _file(folder, part)
+            channels = channels or 3
+        case _:
+            found = _torchvision(name, folder, part, download)
+    images, labels = found
+    if len(images) != len(labels) or len(images) == 0:
+        raise CorruptImagesError(f"{source} in {folder} holds {len(images)} images and {len(labels)} labels")
+    if image_size is not None:
+        images = resize_images(images, image_size, resize)
+    if channels is not None:
+        images = convert_channels(images, channels)
+    return LabelledImages(images.contiguous(), labels)
+
+
+def prepare_images(source: str, root: str | Path = "data") -> None:
+    """Let torchvision download a set that is not under ``root``; nothing to do for the other sources."""
+    name, folder = parse_source(source, root)
+    match name:
+        case "digits" | "folder" | "file":
+            return
+        case "svhn":
+            _torchvision(name, folder, "train", download=True)
+            _torchvision(name, folder, "test", download=True)
+        case _:
+            # the smaller part: the files of both are checked and fetched with either
+            _torchvision(name, folder, "test", download=True)
+
+
+def _part_of(whole: LabelledImages, part: Part) -> LabelledImages:
+    kept, held = stratified_split(whole.labels, _TEST_SHARE, seed=0)
+    chosen = kept if part == "train" else held
+    return LabelledImages(whole.images[chosen], whole.labels[chosen])
+
+
+def _digits() -> LabelledImages:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "source 'digits' needs scikit-learn: pip install 'lightning-locality[digits]'", name="sklearn"
+        ) from error
+    bunch = load_digits()
+    values = torch.from_numpy(bunch.images.astype(np.int64))[:, None]
+    return LabelledImages(((255 * values + 8) // 16).to(torch.uint8), torch.from_numpy(bunch.target).long())
+
+
+def _torchvision(
+    name: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn"],
+    root: Path,
+    part: Part,
+    download: bool,
+) -> LabelledImages:
+    # what is looked at to tell a set that is missing from one that is damaged
+    match name:
+        case "cifar10" | "cifar100":
+            kind: Any = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            where = root / kind.base_folder
+        case "mnist" | "fashion_mnist":
+            kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
+            where = root / kind.__name__ / "raw"
+        case "svhn":
+            kind = datasets.SVHN
+            where = root / f"{part}_32x32.mat"
+    options = {"split": part} if name == "svhn" else {"train": part == "train"}
+    try:
+        with warnings.catch_warnings():
+            # numpy 2.4 complains about the dtype pickled in the CIFAR files
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+            data = kind(root=str(root), download=download, **options)
+    except (RuntimeError, OSError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
+        if not where.exists() or (where.is_dir() and not any(where.iterdir())):
+            remedy = (
+                f"it could not be downloaded ({error}). Check the connection and the free disk space, "
+                "or point root at a folder"
+                if download
+                else "downloading is off. Either pass download=True or point root at the folder"
+            )
+            raise ImagesNotFoundError(
+                f"no {name} in root={str(root)!r} (looked for {where}), and {remedy} that holds {where.name}"
+            ) from error
+        raise CorruptImagesError(
+            f"{where} is damaged or incomplete ({error}): delete it and download the set anew (download=True)"
+        ) from error
+    images = torch.as_tensor(np.ascontiguousarray(data.data))
+    if name in ("cifar10", "cifar100"):
+        images = images.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(data.labels if name == "svhn" else data.targets, dtype=torch.int64)
+    return LabelledImages(images if images.ndim == 4 else images[:, None], labels)
+
+
+def _folder(root: Path, part: Part, size: int | None, resize: Resize) -> LabelledImages:
+    official = (root / "train").is_dir()
+    top = root / part if official else root
+    if not top.is_dir():
+        raise ImagesNotFoundError(f"no folder {top}: source 'folder' needs class folders in it")
+    # the training part names the classes, so that both parts have the same labels
+    classes = sorted(p.name for p in (root / "train" if official else root).iterdir() if p.is_dir())
+    strangers = {p.name for p in top.iterdir() if p.is_dir()} - set(classes)
+    if strangers:
+        raise CorruptImagesError(f"{top} has classes that {root / 'train'} lacks: {sorted(strangers)}")
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        for path in sorted((top / name).rglob("*")):
+            if path.suffix.lower() in _SUFFIXES:
+                image = _read(path)
+                images.append(image if size is None else resize_images(image, size, resize))
+                labels.append(label)
+                if images[-1].shape != images[0].shape:
+                    raise ValueError(
+                        f"{path} is {image.shape[-2]}x{image.shape[-1]}, others are not: give an image_size"
+                    )
+    if not images:
+        raise ImagesNotFoundError(f"no images in class folders of {top} (looked for {sorted(_SUFFIXES)})")
+    whole = LabelledImages(torch.cat(images), torch.tensor(labels))
+    return whole if official else _part_of(whole, part)
+
+
+def _file(path: Path, part: Part) -> LabelledImages:
+    if not path.is_file():
+        raise ImagesNotFoundError(f"no file {path}: source 'file' needs an .npz file of images and labels")
+    try:
+        with np.load(path) as arrays:
+            images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CorruptImagesError(
+            f"{path} cannot be read ({error}): it needs the arrays {part}_images and {part}_labels"
+        ) from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise CorruptImagesError(
+            f"{path}: {part}_images must be uint8 (N, 1 or 3, H, W), got {images.dtype} {images.shape}"
+        )
+    return LabelledImages(torch.from_numpy(images), torch.from_numpy(labels).long())
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CorruptImagesError(f"{path} cannot be read as an image ({error}): repair or delete it") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]

@@ -1,0 +1,360 @@
+"""The anti-locality regulariser: input gradients at one patch must depend on what another patch shows.
+
+Legend: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AbsoluteCosine", "AntiLocality", "frozen_statistics", "input_gradient_change"]
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_locality.regularizer.double_backward import FastDoubleBackward
+from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
+
+
+@contextmanager
+def frozen_statistics(model: Callable[..., Any]) -> Iterator[None]:
+    """Batch normalisations inside neither update their running statistics nor count the batch."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    # in train mode this flag is read for the update alone, whatever the momentum
+    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+@final
+class AbsoluteCosine(Function):
+    """Absolute cosine ``(B,)`` of two gradients ``(B, C, H, W)`` on a mask; 0 with zero gradient where one vanishes.
+
+    Each gradient is divided by its largest entry first, so that the value is right down to denormal numbers. Its
+    own gradient, which grows as one over their size, is set to zero before it could overflow (1e-31 in float32).
+
+    >>> u, v = torch.tensor([3e-40, 4e-40]), torch.tensor([4e20, 3e20])
+    >>> AbsoluteCosine.apply(u.reshape(1, 1, 1, 2), v.reshape(1, 1, 1, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool))
+    tensor([0.9600])
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Cosines ``(B,)`` of ``u`` and ``v`` ``(B, C, H, W)`` on ``mask`` ``(1 or B, 1, H, W)``."""
+        unit_u, norm_u, zero_u = _normalized(u, mask)
+        unit_v, norm_v, zero_v = _normalized(v, mask)
+        cosine = (unit_u * unit_v).sum((1, 2, 3), keepdim=True).masked_fill(zero_u | zero_v, 0.0)
+        ctx.save_for_backward(u, v, mask, norm_u, norm_v, cosine)
+        return cosine.abs().flatten()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients by ``u`` and ``v``."""
+        u, v, mask, norm_u, norm_v, cosine = ctx.saved_tensors
+        (unit_u, _, _), (unit_v, _, _) = _normalized(u, mask), _normalized(v, mask)
+        number = torch.finfo(cosine.dtype)
+        floor = number.tiny / number.eps
+        factor = gradient.view_as(cosine) * cosine.sign()
+        factor = factor.masked_fill((norm_u < floor) | (norm_v < floor), 0.0)
+        by_u = (unit_v - cosine * unit_u) * (factor / norm_u.clamp(min=floor))
+        by_v = (unit_u - cosine * unit_v) * (factor / norm_v.clamp(min=floor))
+        return by_u.to(u.dtype), by_v.to(v.dtype), None
+
+
+def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked and divided by its norm, the norm, and where that is zero; in float32 at least."""
+    masked = u.to(torch.promote_types(u.dtype, torch.float32)) * mask
+    largest = masked.abs().amax((1, 2, 3), keepdim=True)
+    zero = largest == 0
+    masked = masked / largest.masked_fill(zero, 1.0)
+    norm = masked.square().sum((1, 2, 3), keepdim=True).sqrt()
+    return masked / norm.masked_fill(zero, 1.0), norm * largest, zero
+
+
+Model = Callable[[Tensor], Any]
+Output = Callable[[Any, Tensor | None], Tensor]
+
+
+def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
+    """What is differentiated, summed over the batch."""
+    if output is not None:
+        return output(out, y).sum()
+    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
+        raise ValueError(
+            f"the model's output must be (B,), (B, 1) or (B, K) with B = {batch}, got {shape}; pass output=, a "
+            "function of the model's output and the labels that gives one number per sample"
+        )
+    if out.dim() == 1 or out.shape[1] == 1:
+        return out.sum()
+    if y is None or y.is_floating_point() or y.shape != (batch,):
+        got = "none" if y is None else f"{y.dtype} {tuple(y.shape)}"
+        raise ValueError(
+            f"y must be the labels of the {shape[1]} classes, integers ({batch},), got {got}; or pass output="
+        )
+    # on other devices this would wait for them, and gather itself stops there
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]:
+        raise ValueError(
+            f"y must lie in 0..{out.shape[1] - 1}, the model's outputs, got {int(y.min())}..{int(y.max())}"
+        )
+    return out.gather(1, y.long().unsqueeze(1)).sum()
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point images (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether calls go through torch.compile: wrapped, compiled in place, or unpacked by Lightning."""
+    names = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
+    return any(getattr(module, name, None) is not None for name in names)
+
+
+def _check_differentiable_twice(model: Model, x: Tensor) -> None:
+    _check_images(x)
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradients are switched off here, so there is nothing to train; use measure(model, x, y)")
+    device = x.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
+        if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
+            raise ValueError("FSDP cannot be differentiated twice: use DDP")
+        if _is_compiled(module):
+            raise ValueError(
+                f"{type(module).__name__} is compiled and cannot be differentiated twice: give the penalty the module "
+                "as it was before torch.compile, with the same weights, and the compiled one to the loss alone"
+            )
+        half = half or any(parameter.dtype is torch.float16 for parameter in module.parameters(recurse=False))
+    if half or x.dtype is torch.float16:
+        raise ValueError("float16 overflows in the second derivatives: use bf16 (precision='bf16-mixed') or float32")
+
+
+def _input_gradient(
+    model: Model, x: Tensor, y: Tensor | None, output: Output | None, *, fast: bool, create_graph: bool, ours: bool
+) -> tuple[Any, Tensor]:
+    """Output, and gradient of its summed score by ``x``: a leaf that nobody else reads (ours), or the caller's."""
+    mode = FastDoubleBackward(x if ours else None)
+    # of torch's attentions only the plain one can be differentiated twice
+    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+    with attention, mode if fast and create_graph else nullcontext():
+        out = model(x)
+    with mode.inputs_only():
+        (gradient,) = torch.autograd.grad(_score(out, y, output, len(x)), x, create_graph=create_graph)
+    return out, gradient
+
+
+def _with_output(
+    model: Model,
+    x: Tensor,
+    y: Tensor | None,
+    pair: PatchPair,
+    donated: Tensor,
+    output: Output | None,
+    *,
+    fast: bool,
+    update_statistics: tuple[bool, bool],
+    create_graph: bool = True,
+) -> tuple[Any, Tensor]:
+    """The model's output on ``x`` and the mean absolute cosine, with the statistics updated by each pass or not."""
+    # a view keeps the way back to what made x
+    ours = not (create_graph and x.requires_grad)
+    first = x.detach().requires_grad_() if ours else x.view_as(x)
+    with torch.no_grad():
+        # out=: in the memory format of x
+        second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
+    with nullcontext() if update_statistics[0] else frozen_statistics(model):
+        out, u = _input_gradient(model, first, y, output, fast=fast, create_graph=create_graph, ours=ours)
+    with nullcontext() if update_statistics[1] else frozen_statistics(model):
+        _, v = _input_gradient(model, second, y, output, fast=fast, create_graph=create_graph, ours=True)
+    return out, AbsoluteCosine.apply(u, v, pair.i).mean()
+
+
+def _as_mask(box: Box | Tensor, name: str, x: Tensor) -> Tensor:
+    batch, height, width = len(x), *x.shape[-2:]
+    if not isinstance(box, Tensor):
+        if len(box) != 4:
+            raise ValueError(f"{name} must be (top, left, height, width) in pixels or a boolean mask, got {box}")
+        check_boxes([box], height, width, name)
+        return box_mask(box, height, width, x.device)
+    mask = box.reshape(1, 1, *box.shape) if box.dim() == 2 else box
+    if mask.dtype is not torch.bool or mask.shape not in ((1, 1, height, width), (batch, 1, height, width)):
+        raise ValueError(
+            f"{name} must be a boolean mask ({height}, {width}), (1, 1, {height}, {width}) or ({batch}, 1, {height}, "
+            f"{width}), got {box.dtype} {tuple(box.shape)}"
+        )
+    if not bool(mask.flatten(1).any(1).all()):
+        raise ValueError(f"{name} is empty for a sample: mark at least one pixel")
+    return mask.to(x.device)
+
+
+def input_gradient_change(
+    model: Model,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    box_i: Box | Tensor,
+    box_j: Box | Tensor,
+    donor: Tensor,
+    output: Output | None = None,
+    update_statistics: bool = True,
+    fast: bool = True,
+) -> Tensor:
+    r"""How little the input gradient at one patch depends on another patch: 1 not at all, lower is more.
+
+    ``R = mean_b |cos(grad_{x_I} f(x_b), grad_{x_I} f(x'_b))|``, with ``x'_b`` the sample ``x_b`` whose patch J is
+    taken from its donor, and f the logit of ``(B,)`` or ``(B, 1)`` outputs, the logit of the true class of
+    ``(B, K)`` outputs, or ``output``. R is 1 if f is a sum or a product of a function of I and one of J. It is
+    differentiable by the parameters (reverse over reverse), 0 with zero gradient where a gradient vanishes, and not
+    finite where one is not finite. Source: "Implicit Regularization in Hierarchical Tensor Factorization and Deep
+    Convolutional Neural Networks" (Razin, Maman, Cohen, 2022).
+
+    Args:
+        model: Network or function of ``x``. Its forward on ``x`` repeats the caller's: it never updates the running
+            statistics of batch normalisation.
+        x: Images ``(B, C, H, W)``; neither it nor its ``grad`` is changed.
+        y: Labels ``(B,)``, needed for multi-class outputs.
+        box_i: Where gradients are compared: ``(top, left, height, width)`` in pixels, or a boolean mask ``(H, W)``,
+            ``(1, 1, H, W)`` or ``(B, 1, H, W)``.
+        box_j: What is replaced, likewise; disjoint from ``box_i``.
+        donor: For every sample the index of the one whose patch J it takes, int64 ``(B,)``.
+        output: f as a function of the model's output and y, one number per sample.
+        update_statistics: The forward on x' updates the running statistics of batch normalisation (as published).
+        fast: Faster second derivatives of convolutions and batch normalisations, equal up to rounding; see
+            :class:`~lightning_locality.regularizer.double_backward.FastDoubleBackward`. Without: torch's own.
+
+    Raises:
+        ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
+            SyncBatchNorm or FSDP, which cannot be differentiated twice.
+
+    >>> model = lambda x: (x[..., :2] * x[..., 2:]).sum((1, 2, 3))
+    >>> x = torch.tensor([[1.0, 1.0, 3.0, 4.0], [1.0, 1.0, 4.0, 3.0]]).reshape(2, 1, 1, 4)
+    >>> donor = torch.tensor([1, 0])
+    >>> round(input_gradient_change(model, x, box_i=(0, 0, 1, 2), box_j=(0, 2, 1, 2), donor=donor).item(), 6)
+    0.96
+    """
+    _check_differentiable_twice(model, x)
+    if donor.shape != (len(x),) or donor.dtype is not torch.int64:
+        raise ValueError(f"donor must be int64 ({len(x)},), got {donor.dtype} {tuple(donor.shape)}")
+    if not bool(((donor >= 0) & (donor < len(x))).all()):
+        raise ValueError(f"donor must lie in 0..{len(x) - 1}, the batch's samples, got {donor.tolist()}")
+    pair = PatchPair(_as_mask(box_i, "box_i", x), _as_mask(box_j, "box_j", x))
+    if bool((pair.i & pair.j).any()):
+        raise ValueError("box_i and box_j overlap; move one so that they share no pixel")
+    x, passes = x.detach(), (False, update_statistics)
+    return _with_output(model, x, y, pair, x[donor.to(x.device)], output, fast=fast, update_statistics=passes)[1]
+
+
+class AntiLocality(nn.Module):
+    r"""The anti-locality term of a loss: input-gradient change with patches and donors drawn at every call.
+
+    ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, with one forward less,
+    ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits and source are those of
+    :func:`input_gradient_change`. What is drawn depends on ``seed`` and the number of draws so far alone, is the
+    same on every device and rank, and goes on where it was when the state dict is loaded.
+
+    Args:
+        patches: Rule by which I and J are drawn.
+        donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": the samples
+            are arranged in a circle at random and each takes that of the next, so nobody is its own donor.
+        output: f as a function of the model's output and y, one number per sample; None: the logit.
+        update_statistics: The forward on x' updates the running statistics of batch normalisation (published). The
+            repeated forward on x in ``forward`` never does, the one in ``with_output`` always.
+        seed: Seed of all draws.
+        fast: Faster second derivatives of convolutions and batch normalisations, equal up to rounding.
+
+    Raises:
+        ValueError: A batch of one sample; see also :func:`input_gradient_change`.
+    """
+
+    def __init__(
+        self,
+        patches: AbstractPatches,
+        donor: Literal["shift", "permutation"] = "shift",
+        output: Output | None = None,
+        update_statistics: bool = True,
+        seed: int = 0,
+        fast: bool = True,
+    ) -> None:
+        super().__init__()
+        if donor not in ("shift", "permutation"):
+            raise ValueError(f"donor must be 'shift' or 'permutation', got {donor!r}")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}")
+        self.patches, self.donor, self.output = patches, donor, output
+        self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
+        self._draws = {"training": 0, "measurement": 0}
+
+    def get_extra_state(self) -> Tensor:
+        """Numbers of draws so far, in training and in measurements."""
+        return torch.tensor(list(self._draws.values()), dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on after these numbers of draws."""
+        self._draws = dict(zip(self._draws, state.tolist(), strict=True))
+
+    def forward(self, model: Model, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The term, a scalar, of images ``(B, C, H, W)`` and labels ``(B,)``; two forwards of the model."""
+        return self._training(model, x.detach(), y, None, update_first=False)[1]
+
+    def with_output(
+        self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Any, Tensor]:
+        """``model(x)`` and the term, from two forwards; a CPU generator given draws instead of the module's own."""
+        return self._training(model, x, y, generator, update_first=True)
+
+    def measure(
+        self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The value alone, also in inference mode; the model, its mode, statistics and gradients stay as they are.
+
+        Without a generator its draws are counted apart, so that training goes the same way with and without it.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            # clones: tensors made in inference mode cannot be differentiated
+            x, y = x.detach().clone(), None if y is None else y.detach().clone()
+            pair, donated = self._draw(x, generator, "measurement")
+            options: dict[str, Any] = {"fast": False, "update_statistics": (False, False), "create_graph": False}
+            _, value = _with_output(model, x, y, pair, donated, self.output, **options)
+        return value.detach()
+
+    def _training(
+        self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, update_first: bool
+    ) -> tuple[Any, Tensor]:
+        _check_differentiable_twice(model, x)
+        pair, donated = self._draw(x.detach(), generator, "training")
+        passes = (update_first, self.update_statistics)
+        return _with_output(model, x, y, pair, donated, self.output, fast=self.fast, update_statistics=passes)
+
+    def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:
+        _check_images(x)
+        if len(x) < 2:
+            raise ValueError(f"x has {len(x)} sample, none to take a patch from: use larger batches or drop_last=True")
+        if generator is None:
+            stream = list(self._draws).index(use)
+            word = np.random.SeedSequence((self.seed, stream, self._draws[use])).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(word))
+            self._draws[use] += 1
+        if self.donor == "shift":
+            donor = torch.arange(len(x)).roll(-1)
+        else:
+            circle = torch.randperm(len(x), generator=generator)
+            donor = torch.empty_like(circle).scatter_(0, circle, circle.roll(-1))
+        with torch.no_grad():
+            donated = x[donor.to(x.device, non_blocking=True)]
+            return self.patches.draw(x, donated, generator), donated

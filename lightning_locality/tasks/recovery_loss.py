@@ -1,0 +1,318 @@
+"""Many small iterations of an optimiser at the least cost."""
+
+from __future__ import annotations
+
+__all__ = ["LARGEST_DENSE", "Graph", "Iterations", "Loss", "LossName", "Objective", "Observed", "Route"]
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_locality.optim import GradientFlow
+from lightning_locality.tensors.factorization import Entries, Factorization, Observations
+
+LossName = Literal["mse", "half_sse", "l1", "huber"]
+Route = Literal["auto", "tensor", "entries"]
+# entries of the largest tensor that is written out
+LARGEST_DENSE = 2**22
+# a matrix product makes an entry of the whole tensor far more cheaply than a gather makes a single one
+_DENSE_PER_OBSERVATION = 100
+# elementwise passes over all entries against a scatter of the observed ones
+_MASKED_PER_OBSERVATION = 32
+
+
+@final
+@dataclass(frozen=True)
+class Loss:
+    """A sum or mean over observations of a function of the residual r.
+
+    Args:
+        name: ``"mse"`` mean of r^2, ``"half_sse"`` half of the sum of r^2, ``"l1"`` mean of abs(r), ``"huber"`` mean
+            of r^2 / 2 where abs(r) is below ``delta`` and delta (abs(r) - delta / 2) above.
+        delta: Of the Huber loss.
+    """
+
+    name: LossName = "mse"
+    delta: float = 1.0
+
+    def factor(self, samples: int) -> float:
+        """Constant in front of :meth:`slope`."""
+        return {"mse": 2.0 / samples, "half_sse": 1.0}.get(self.name, 1.0 / samples)
+
+    def slope(self, residual: Tensor) -> Tensor:
+        """Derivative of a term by its prediction, but for the factor."""
+        match self.name:
+            case "l1":
+                return residual.sign()
+            case "huber":
+                return residual.clamp(-self.delta, self.delta)
+            case _:
+                return residual
+
+    def terms(self, residual: Tensor) -> Tensor:
+        """Terms whose sum (half_sse) or mean is the loss."""
+        match self.name:
+            case "l1":
+                return residual.abs()
+            case "huber":
+                size = residual.abs()
+                return torch.where(size < self.delta, 0.5 * size * size, self.delta * (size - 0.5 * self.delta))
+            case "half_sse":
+                return 0.5 * residual * residual
+            case _:
+                return residual * residual
+
+    def total(self, residual: Tensor, clamp: float | None = None) -> Tensor:
+        """The loss in float64, its terms cut off at ``clamp``."""
+        terms = self.terms(residual.double())
+        if clamp is not None:
+            terms = terms.clamp(max=clamp)
+        return terms.sum() if self.name == "half_sse" else terms.mean()
+
+
+@final
+class Observed:
+    """Observations made ready for a factorisation: checked, of its type, with positions in the flattened tensor.
+
+    Args:
+        model: The factorisation.
+        observations: Entries or inner products.
+
+    Raises:
+        ValueError: Observations that do not fit the shape.
+    """
+
+    def __init__(self, model: Factorization, observations: Observations) -> None:
+        weight = next(model.parameters())
+        self.model = model
+        self.values = observations.values.to(weight)
+        self.flat: Tensor | None = None
+        if len(self.values) == 0:
+            raise ValueError("there are no observations: a batch needs at least 1")
+        if isinstance(observations, Entries):
+            indices = observations.indices.to(weight.device)
+            self.indices: Tensor | None = indices
+            _check_indices(indices, self.values, model.shape)
+            if math.prod(model.shape) <= LARGEST_DENSE:
+                self.flat = torch.zeros(len(self.values), dtype=torch.int64, device=weight.device)
+                for size, index in zip(model.shape, indices.unbind(1), strict=True):
+                    self.flat = self.flat * size + index.long()
+        else:
+            self.indices = None
+            self.vectors = [vector.to(weight) for vector in observations.vectors]
+            sizes = tuple(vector.shape[-1] for vector in self.vectors)
+            if sizes != model.shape:
+                raise ValueError(f"the sensing vectors have lengths {sizes}, but the model has shape {model.shape}")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def predict(self, rows: Tensor | slice | None = None) -> Tensor:
+        """What the factorisation says of some observations, or of all, without the whole tensor."""
+        if rows is None:
+            rows = slice(None)
+        if self.indices is not None:
+            chosen = self.indices[rows] if isinstance(rows, slice) else self.indices.index_select(0, rows)
+            return self.model.entries(chosen)
+        return self.model.inner([vector[rows] for vector in self.vectors])
+
+    @torch.no_grad()
+    def residual(self, tensor: Tensor | None, chunk: int | None) -> Tensor:
+        """Prediction minus value of all observations, from the whole tensor where it is at hand."""
+        if tensor is not None and self.flat is not None:
+            return tensor.reshape(-1)[self.flat] - self.values
+        size = chunk or len(self)
+        parts = [self.predict(slice(start, start + size)) for start in range(0, len(self), size)]
+        return torch.cat(parts) - self.values
+
+
+def _check_indices(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> None:
+    if indices.shape != (len(values), len(shape)):
+        raise ValueError(
+            f"the observed indices have shape {tuple(indices.shape)}, but {len(values)} values of a tensor of shape "
+            f"{shape} need ({len(values)}, {len(shape)}): does the model have the shape of the data?"
+        )
+    low, high = indices.amin(0).tolist(), indices.amax(0).tolist()
+    if min(low) < 0 or any(top >= size for top, size in zip(high, shape, strict=True)):
+        raise ValueError(f"observed indices reach from {low} to {high}, outside of a tensor of shape {shape}")
+
+
+@final
+class Objective:
+    r"""The training loss and its gradient by the weights.
+
+    The derivative by the predictions is written down, so that automatic differentiation begins at the tensor. Of
+    three ways the cheapest is taken: all entries with a mask, the whole tensor with a scatter of the observed
+    entries, or the observations alone.
+
+    Args:
+        observed: What the model is fitted to.
+        loss: The loss.
+        route: ``"tensor"`` through the whole tensor, ``"entries"`` through the observations alone.
+        batch_size: Observations per iteration, in a new random order in every pass; None for all of them.
+        seed: Of the orders.
+
+    Raises:
+        ValueError: ``route="tensor"`` where the tensor is too large or the observations are no entries.
+    """
+
+    def __init__(self, observed: Observed, loss: Loss, route: Route, batch_size: int | None, seed: int) -> None:
+        model = observed.model
+        self.observed, self.loss, self.model = observed, loss, model
+        self.batch_size, self.seed = batch_size, seed
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        entries = math.prod(model.shape)
+        if route == "tensor" and (observed.flat is None or batch_size is not None):
+            raise ValueError(
+                f"route='tensor' takes observed entries of at most {LARGEST_DENSE} in all and no batch_size: use "
+                "route='entries' or 'auto'"
+            )
+        cheap = batch_size is None and entries <= _DENSE_PER_OBSERVATION * len(observed)
+        self._mask: Tensor | None = None
+        self._slope: Tensor | None = None
+        if observed.flat is not None and route != "entries" and (route == "tensor" or cheap):
+            factor = loss.factor(len(observed))
+            zeros = torch.zeros(entries, dtype=observed.values.dtype, device=observed.values.device)
+            self._repeated = len(torch.unique(observed.flat)) < len(observed)
+            if not self._repeated and entries <= _MASKED_PER_OBSERVATION * len(observed):
+                self._mask = zeros.clone().index_fill_(0, observed.flat, factor).view(model.shape)
+                self._target = zeros.clone().index_copy_(0, observed.flat, observed.values).view(model.shape)
+            else:
+                self._slope = zeros
+        self._order: tuple[int, Tensor] = (-1, torch.zeros(0))
+
+    def gradients(self, iteration: int) -> Sequence[Tensor]:
+        """Gradient of the loss by the weights, on the observations that are the turn of an iteration."""
+        return self._evaluate(iteration, False)[0]
+
+    def gradients_and_value(self, iteration: int) -> tuple[Sequence[Tensor], Tensor]:
+        """Gradient and loss."""
+        gradients, value = self._evaluate(iteration, True)
+        assert value is not None
+        return gradients, value
+
+    def _evaluate(self, iteration: int, with_value: bool) -> tuple[Sequence[Tensor], Tensor | None]:
+        value = None
+        if self._mask is not None:
+            tensor, pullback = self.model.with_pullback()
+            residual = tensor - self._target
+            slope = self.loss.slope(residual) * self._mask
+            if with_value:
+                scale = 1.0 if self.loss.name == "half_sse" else 1.0 / len(self.observed)
+                value = self.loss.terms(residual).mul_(self._mask != 0).sum() * scale
+            return pullback(slope), value
+        if self._slope is not None:
+            flat = self.observed.flat
+            assert flat is not None
+            tensor, pullback = self.model.with_pullback()
+            residual = tensor.reshape(-1)[flat] - self.observed.values
+            part = self.loss.slope(residual) * self.loss.factor(len(residual))
+            if self._repeated:
+                self._slope.zero_().index_add_(0, flat, part)
+            else:
+                self._slope.index_copy_(0, flat, part)
+            return pullback(self._slope.view(tensor.shape)), self.loss.total(residual) if with_value else None
+        rows = self._rows(iteration)
+        prediction = self.observed.predict(rows)
+        residual = prediction.detach() - (self.observed.values if rows is None else self.observed.values[rows])
+        slope = self.loss.slope(residual) * self.loss.factor(len(residual))
+        if with_value:
+            value = self.loss.total(residual)
+        return torch.autograd.grad(prediction, self.weights, slope), value
+
+    def _rows(self, iteration: int) -> Tensor | None:
+        """Observations of an iteration, the same whatever has been run before it."""
+        if self.batch_size is None or self.batch_size >= len(self.observed):
+            return None
+        batches = -(-len(self.observed) // self.batch_size)
+        number, place = divmod(iteration, batches)
+        if self._order[0] != number:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            order = torch.randperm(len(self.observed), generator=generator)
+            self._order = (number, order.to(self.observed.values.device))
+        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+
+
+Graph = Literal["auto", "never"]
+_WITH_CLOSURE = (GradientFlow, LBFGS)
+
+
+@final
+class Iterations:
+    """Runs iterations: gradient, step, and nothing else.
+
+    On CUDA, ``unroll`` iterations are recorded as a CUDA graph once, and replayed: a launch for all of them instead
+    of some hundred for each. Where that cannot be done, it is said and the iterations run one by one.
+
+    Args:
+        objective: The loss.
+        optimizer: Any optimiser of torch.
+        graph: ``"never"`` to do without CUDA graphs.
+        unroll: Iterations of a graph.
+    """
+
+    def __init__(self, objective: Objective, optimizer: Optimizer, graph: Graph, unroll: int) -> None:
+        self.objective, self.optimizer, self.unroll = objective, optimizer, unroll
+        self.graphed = graph == "auto" and self._can_be_recorded()
+        self._graph: Any = None
+
+    def _can_be_recorded(self) -> bool:
+        cuda = all(weight.device.type == "cuda" for weight in self.objective.weights)
+        return cuda and self.objective.batch_size is None and not isinstance(self.optimizer, _WITH_CLOSURE)
+
+    def run(self, iteration: int, count: int) -> None:
+        """Run ``count`` iterations from the given one."""
+        end = iteration + count
+        if self.graphed and count >= self.unroll:
+            if self._graph is None:
+                # what the first iterations set up (state of the optimiser, cuBLAS) must be there before
+                self._warm_up(iteration)
+                iteration += 1
+                self._record(iteration)
+            while self._graph is not None and iteration + self.unroll <= end:
+                self._graph.replay()
+                iteration += self.unroll
+        self._one_by_one(iteration, end)
+
+    def _one_by_one(self, start: int, end: int) -> None:
+        optimizer, gradients, weights = self.optimizer, self.objective.gradients, self.objective.weights
+        if isinstance(optimizer, _WITH_CLOSURE):
+            for iteration in range(start, end):
+                optimizer.step(lambda iteration=iteration: self._closure(iteration))  # type: ignore[misc]
+            return
+        for iteration in range(start, end):
+            for weight, gradient in zip(weights, gradients(iteration), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+
+    def _closure(self, iteration: int) -> Tensor:
+        gradients, value = self.objective.gradients_and_value(iteration)
+        for weight, gradient in zip(self.objective.weights, gradients, strict=True):
+            weight.grad = gradient
+        return value
+
+    def _warm_up(self, iteration: int) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._one_by_one(iteration, iteration + 1)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _record(self, iteration: int) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._one_by_one(iteration, iteration + self.unroll)
+            self._graph = graph
+        except RuntimeError as error:
+            self.graphed = False
+            rank_zero_info(
+                f"iterations run one by one: {type(self.optimizer).__name__} cannot be recorded as a CUDA graph "
+                f"({str(error).splitlines()[0]}); torch's own optimisers can be with capturable=True"
+            )

@@ -1,0 +1,129 @@
+"""What is measured of a factorisation while it is trained: one row of numbers."""
+
+from __future__ import annotations
+
+__all__ = ["Measurements"]
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_locality.ranks import dense_spectra, effective_rank
+from lightning_locality.tasks.recovery_loss import LARGEST_DENSE, Loss, Observed
+from lightning_locality.tensors.factorization import Factorization, RecoveryBatch
+
+
+@final
+class Measurements:
+    r"""Rows of numbers about a factorisation and its problem, always of the same names.
+
+    ``train/loss``, ``test/loss``, ``reconstruction_error`` :math:`\lVert W - W^* \rVert_F / \lVert W^* \rVert_F`,
+    ``norm``, the scalars of the factorisation, its largest magnitudes as ``component/1``, ``component/2``, ...,
+    the effective rank of its matricisations as ``effective rank/0-1`` and single entries as ``entry/0-0``. Of what
+    needs the whole tensor, nothing where that has more than four million entries.
+
+    Args:
+        model: The factorisation.
+        batch: The problem.
+        train: Its training observations.
+        loss: The loss.
+        test_clamp: Largest error that a single test observation counts for; None for no limit.
+        chunk: Observations predicted at once where the tensor is not written out; None for all.
+        top: Largest values of every group of magnitudes.
+        groups: Groups of magnitudes, the last ones where there are more.
+        effective_ranks: Whether effective ranks are measured.
+        cuts: Matricisations beside those of the factorisation: modes of the rows.
+        watch: Entries.
+
+    Raises:
+        ValueError: A target of another shape, cuts or entries that the tensor does not have.
+    """
+
+    def __init__(
+        self,
+        model: Factorization,
+        batch: RecoveryBatch,
+        train: Observed,
+        loss: Loss,
+        test_clamp: float | None,
+        chunk: int | None,
+        top: int,
+        groups: int,
+        effective_ranks: bool,
+        cuts: Sequence[Sequence[int]],
+        watch: Sequence[Sequence[int]],
+    ) -> None:
+        self.model, self.train, self.loss = model, train, loss
+        self.test = None if batch.test is None else Observed(model, batch.test)
+        self.test_clamp, self.chunk, self.top, self.groups = test_clamp, chunk, top, groups
+        self.dense = math.prod(model.shape) <= LARGEST_DENSE
+        self.target: Tensor | None = None
+        if batch.target is not None:
+            if batch.target.shape != model.shape:
+                raise ValueError(
+                    f"the target has shape {tuple(batch.target.shape)}, but the model has shape {model.shape}: give "
+                    "both the same"
+                )
+            if self.dense:
+                self.target = batch.target.to(next(model.parameters()).device, torch.float64)
+                self.target_norm = float(self.target.norm())
+        self.cuts = self._all_cuts(effective_ranks, cuts) if self.dense else []
+        for entry in watch:
+            if len(entry) != model.order or any(not 0 <= i < n for i, n in zip(entry, model.shape, strict=True)):
+                raise ValueError(f"watch asks for the entry {list(entry)}, which a tensor of {model.shape} has not")
+        self.watch = [tuple(entry) for entry in watch]
+        self._watched = torch.tensor(self.watch, dtype=torch.int64).to(train.values.device) if watch else None
+
+    def _all_cuts(self, own: bool, more: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        order = self.model.order
+        cuts = list(self.model.cuts()) if own else []
+        for cut in more:
+            modes = tuple(sorted(set(cut)))
+            if not modes or len(modes) == order or len(modes) < len(cut) or not 0 <= modes[0] <= modes[-1] < order:
+                raise ValueError(f"cuts asks for the modes {list(cut)}: name some, not all, of 0 to {order - 1} once")
+            if modes not in cuts:
+                cuts.append(modes)
+        return cuts
+
+    @torch.no_grad()
+    def row(self) -> dict[str, float]:
+        """Measure."""
+        tensor = self.model.to_tensor() if self.dense and (self.train.flat is not None or self._dense_wanted) else None
+        row = {"train/loss": float(self.loss.total(self.train.residual(tensor, self.chunk)))}
+        if self.test is not None:
+            row["test/loss"] = float(self.loss.total(self.test.residual(tensor, self.chunk), self.test_clamp))
+        if tensor is not None and self.target is not None:
+            row["reconstruction_error"] = self._error(tensor)
+        row["norm"] = float(self.model.norm())
+        row |= {name: float(value) for name, value in self.model.scalars().items()}
+        magnitudes = dict(list(self.model.magnitudes().items())[-self.groups :])
+        for name, values in magnitudes.items():
+            row |= {f"{name}/{k}": value for k, value in enumerate(values[: self.top].tolist(), start=1)}
+        if tensor is not None and self.cuts:
+            for cut, spectrum in self._spectra(tensor, magnitudes).items():
+                row[f"effective rank/{'-'.join(map(str, cut))}"] = float(effective_rank(spectrum))
+        if self._watched is not None:
+            watched = zip(self.watch, self.model.entries(self._watched).tolist(), strict=True)
+            row |= {f"entry/{'-'.join(map(str, entry))}": value for entry, value in watched}
+        return row
+
+    @property
+    def _dense_wanted(self) -> bool:
+        return self.target is not None or bool(self.cuts)
+
+    def _error(self, tensor: Tensor) -> float:
+        assert self.target is not None
+        distance = float((tensor.double() - self.target).norm())
+        if self.target_norm == 0:
+            return 0.0 if distance == 0 else math.inf
+        return distance / self.target_norm
+
+    def _spectra(self, tensor: Tensor, magnitudes: dict[str, Tensor]) -> Mapping[tuple[int, ...], Tensor]:
+        if not bool(torch.isfinite(tensor).all()):
+            return dict.fromkeys(self.cuts, torch.full((1,), math.nan))
+        # the singular values of a matrix are among what it grows
+        values = magnitudes.get("singular value")
+        return dense_spectra(tensor, self.cuts) if values is None else dict.fromkeys(self.cuts, values)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from pathfinder_twin import SlowPicture
 
-from lightning_locality.datamodules.pathfinder.dashes import Strokes
+from lightning_locality.datamodules.pathfinder.rendering import Strokes
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import Placement, place
-from lightning_locality.datamodules.pathfinder.rendering import STREAMS, pictures
-from lightning_locality.datamodules.pathfinder.store import draw_in_order
+from lightning_locality.datamodules.pathfinder.placement import STREAMS, Placement, pictures, place
+
 
 LENGTHS = (3, 5, 7, 9)
 # Mean distance of the discs in pixels for labels 0 and 1. No number is published: these are of 800 pictures per
@@ -107,7 +106,7 @@ def test_workers_end_with_their_consumer(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def polylines(curves: PathfinderCurves, placement: Placement, row: int) -> list[np.ndarray]:
     """Corner points of every curve of a picture: both ends of each dash, gaps closed."""
-    angle = Strokes.of(curves).directions
+    angle = Strokes(curves).directions
     lengths = [curves.path_length] * 2 + [curves.paddles_per_distractor] * curves.distractor_count
     lines, first = [], 0
     for length in lengths:

@@ -123,13 +123,16 @@ class SlowPicture:
             )
             for a in arc.tolist()
         }
-        wide = round_dilation(np.pad(mask, 40, constant_values=255), curves.margin)
+        reach = radius + curves.margin
+        top, left = joint[0] + 40 - reach, joint[1] + 40 - reach
+        around = np.pad(mask, 40, constant_values=255)[top : top + 2 * reach + 1, left : left + 2 * reach + 1]
+        wide = round_dilation(around, curves.margin)
         choices, weights = [], []
         for down, right in sorted(steps):
             angle = math.atan2(down, right)
             turn = min(abs(angle - heading), 2 * math.pi - abs(angle - heading))
             straight = math.cos(min(turn * curves.continuity, math.pi / 2)) ** 2
-            free = 255 - int(wide[joint[0] + down + 40, joint[1] + right + 40])
+            free = 255 - int(wide[reach + down, reach + right])
             choices.append(((joint[0] + down, joint[1] + right), angle))
             weights.append(free * round(straight * 65536))
         total = sum(weights)

@@ -80,7 +80,7 @@ class AntiLocalityCallback(Callback):
             )
         if str(trainer.precision).startswith("16"):
             raise MisconfigurationException(
-                f"precision={trainer.precision!r} overflows in the second derivatives; use 'bf16-mixed' or '32-true'"
+                f"precision={trainer.precision!r}: float16 overflows in double backward; use 'bf16-mixed' or '32-true'"
             )
         _reject_sync_batch_norm(pl_module)
 

@@ -40,7 +40,9 @@ class StopOnceFitted(Callback):
         """Count, and stop once the count is reached."""
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
-            raise ValueError(f"monitor={self.monitor!r} is not logged; logged are {sorted(trainer.callback_metrics)}")
+            raise ValueError(
+                f"monitor={self.monitor!r}, which is not logged; logged are {sorted(trainer.callback_metrics)}"
+            )
         self.count = self.count + 1 if float(value) >= self.threshold else 0
         if self.count >= self.checks:
             trainer.should_stop = True

@@ -27,20 +27,12 @@ MAX_FAILURES = 20_000  # attempts at target curves in a row without one that suc
 
 
 class Placement(NamedTuple):
-    """Dashes and discs of ``B`` pictures.
+    """Dashes and discs of ``B`` pictures; the first two times ``path_length`` dashes are those of the target curves."""
 
-    Args:
-        label: 1 if both discs lie on one curve ``(B,)``.
-        at: Pixel ``(B, P, 2)``, (down, right), by which a dash is placed: the start of the first dash of a curve, the
-            end of all others. The first two times ``path_length`` dashes are those of the two target curves.
-        stroke: Number ``(B, P)`` of its direction in ``Strokes``, -1 if there is no dash.
-        discs: Centres ``(B, 2, 2)`` of the two discs.
-    """
-
-    label: Integers
-    at: Integers
-    stroke: Integers
-    discs: Integers
+    label: Integers  # (B,), 1 if both discs lie on one curve
+    at: Integers  # pixel (B, P, 2), (down, right): the start of the first dash of a curve, the end of all others
+    stroke: Integers  # number (B, P) of the direction in Strokes, -1 if there is no dash
+    discs: Integers  # centres (B, 2, 2)
 
 
 def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]) -> Placement:
@@ -51,11 +43,7 @@ def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]
 def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]) -> tuple[Bytes, Bytes]:
     """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone.
 
-    Args:
-        curves: Parameters of the pictures.
-        seed: 0 to 2^64 - 1.
-        split: ``train``, ``validation`` or ``test``: disjoint streams of pictures.
-        index: Picture numbers ``(B,)``. They are placed in lock step; 64 to 256 at once are fastest.
+    They are placed in lock step; 64 to 256 at once are fastest.
 
     >>> images, labels = pictures(PathfinderCurves(), seed=0, split="test", index=range(4))
     >>> images.shape, labels.shape, int(images.max())
@@ -68,9 +56,8 @@ def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[in
 class RandomStreams:
     """A stream of random numbers for each of ``B`` pictures, from the counter-based generator Philox 4x64.
 
-    "Parallel random numbers: as easy as 1, 2, 3" (Salmon, Moraes, Dror, Shaw, 2011). The key of a stream is
-    (``seed``, ``stream`` 2^56 + picture number), so streams of different splits are disjoint; the upper half of each
-    64-bit word is used.
+    Its key is (``seed``, ``stream`` 2^56 + picture number), so streams of different splits are disjoint; the upper half
+    of each 64-bit word is used. Source: "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., 2011).
 
     >>> one, both = RandomStreams(3, 0, [7]), RandomStreams(3, 0, [5, 7])
     >>> one.below(np.array([0]), 10**6) == both.below(np.array([1]), 10**6)

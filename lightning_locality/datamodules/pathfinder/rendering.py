@@ -21,25 +21,14 @@ DEGREES = 360
 
 
 class Strokes:
-    """Stamps of a dash in each of the possible directions, and of a disc.
+    """Stamps of a dash in each of about 410 directions, and of a disc.
 
     A dash points along one of 360 whole degrees (the first of a curve) or along one of the whole-pixel steps of the
-    circle of radius ``paddle_length + margin`` (all others): about 410 directions. Each has a stamp of ink (a line
-    drawn ``antialias`` times larger, reduced with a Lanczos filter) and one of the area that it keeps free (the line
-    dilated by ``margin``, reduced likewise). A dash along a degree is placed by its start, one along a step by its
-    end; offsets are (down, right) from that pixel. A stamp lists its pixels by decreasing value and is padded with
-    value 0 at a pixel outside the stamp.
-
-    Attributes:
-        steps: Pixels ``(N, 2)`` of the circle, as offsets from its centre.
-        directions: Direction ``(D,)`` of growth in radians, clockwise from the right.
-        unit: The same as vectors ``(D, 2)``.
-        ink_offsets: Pixels ``(D, P, 2)`` of a dash.
-        ink: Their brightness ``(D, P)`` in units of 1/4096; filtering makes it exceed 1 in places.
-        area_offsets: Pixels ``(D, Q, 2)`` of the area that a dash keeps free.
-        area: Their coverage ``(D, Q)``, 0 to 255.
-        disc_offsets: Pixels ``(R, 2)`` of a disc.
-        disc: Their brightness ``(R,)`` in units of 1/4096.
+    circle of radius ``paddle_length + margin`` (all others). Each has a stamp of ink (a line drawn ``antialias`` times
+    larger, reduced with a Lanczos filter) and one of the area that it keeps free (the line dilated by ``margin``,
+    reduced likewise). A dash along a degree is placed by its start, one along a step by its end; offsets ``(D, P, 2)``
+    are (down, right) from that pixel. The values ``(D, P)`` of a stamp, in units of 1/4096 (ink; filtering makes it
+    exceed 1 in places) or 1/255 (area), decrease and are padded with 0 at a pixel outside the stamp.
     """
 
     def __init__(self, curves: PathfinderCurves) -> None:
@@ -50,6 +39,7 @@ class Strokes:
         # 9 decimals: what is a whole number in exact arithmetic stays one on every machine
         self.steps: Integers = np.unique(np.floor(np.round(circle, 9)).astype(np.int64), axis=0)
         whole = np.deg2rad(np.arange(-180, 180))
+        # radians, clockwise from the right
         self.directions: Floats = np.concatenate([whole, np.arctan2(self.steps[:, 0], self.steps[:, 1])])
         self.unit: Floats = np.stack([np.sin(self.directions), np.cos(self.directions)], axis=1)
         lines, areas = _lines(curves, np.where(np.arange(len(self.unit))[:, None] < DEGREES, self.unit, -self.unit))
@@ -117,14 +107,7 @@ def _sparse(stamps: Integers) -> tuple[Integers, Integers]:
 
 
 def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
-    """Render pictures ``(B, size, size)``, each divided by its maximum before it is reduced.
-
-    Args:
-        curves: Parameters of the pictures.
-        at: Pixels ``(B, P, 2)`` by which the dashes are placed.
-        stroke: Their numbers of directions ``(B, P)``, -1 for none.
-        discs: Centres ``(B, 2, 2)`` of the two discs.
-    """
+    """Render pictures ``(B, size, size)`` of a placement, each divided by its maximum before it is reduced."""
     sheet = _cached_sheet(curves)
     images = np.empty((len(at), curves.size, curves.size), dtype=np.uint8)
     # few at a time, so that a sheet is still in the cache when it is reduced
@@ -138,8 +121,7 @@ def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Inte
 class _Sheet:
     """A canvas whose pixels are sorted by their phase within the squares that are averaged to one pixel.
 
-    The filter of the reduction is separable; on pixels sorted in this way both of its passes are sums of whole
-    contiguous planes.
+    On pixels sorted in this way both passes of the separable filter are sums of whole contiguous planes.
     """
 
     def __init__(self, curves: PathfinderCurves) -> None:

@@ -48,18 +48,11 @@ class StoredPictures(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureStore:
-    """A folder with ``images.npy``, ``labels.npy`` and ``pathfinder.json``, complete or absent.
+    """A folder in ``root`` with ``images.npy``, ``labels.npy`` and ``pathfinder.json``, complete or absent.
 
-    The JSON file holds everything that the pictures depend on, their mean and standard deviation and the SHA-256 of
+    The JSON file holds everything that the pictures depend on, their mean and standard deviation, and the SHA-256 of
     the other files. All are written into a temporary folder, which is then renamed: if several processes generate the
     same pictures at once, those of the first remain. No lock is needed, which some network file systems lack.
-
-    Args:
-        root: Folder that contains the store.
-        curves: Parameters of the pictures.
-        seed: Seed of the pictures.
-        split: Split of the pictures.
-        count: Number of pictures.
     """
 
     root: Path
@@ -81,12 +74,7 @@ class PictureStore:
         return {"format": FORMAT, "shape": shape, "seed": self.seed, "split": self.split, "parameters": parameters}
 
     def load(self) -> StoredPictures:
-        """Map the pictures; checksums are compared once per process.
-
-        Raises:
-            FileNotFoundError: There are none.
-            CorruptStoreError: A file is not as it was written, or was made with other parameters.
-        """
+        """Map the pictures, or raise FileNotFoundError or CorruptStoreError; files are checked once per process."""
         try:
             contents = json.loads((self.folder / "pathfinder.json").read_bytes())
             wrong = [key for key, value in self._contents().items() if contents[key] != value]
@@ -99,12 +87,12 @@ class PictureStore:
             raise self._corrupt(f"was made with other parameters ({', '.join(wrong)})")
         arrays: dict[str, Bytes] = {}
         for name in ("images.npy", "labels.npy"):
-            file = self.folder / name
+            file, expected = self.folder / name, str(checksums.get(name))
             try:
                 status = file.stat()
-                seen = (str(file.resolve()), status.st_size, status.st_mtime_ns, checksums.get(name, ""))
-                if seen not in _verified and _sha256(file) != checksums.get(name):
-                    raise self._corrupt(f"holds an {name} that was altered or truncated")
+                seen = (str(file.resolve()), status.st_size, status.st_mtime_ns, expected)
+                if seen not in _verified and _sha256(file) != expected:
+                    raise self._corrupt(f"holds a file {name} that was altered or truncated")
                 _verified.add(seen)
                 # copy on write: torch warns about tensors that share read-only memory
                 arrays[name] = np.load(file, mmap_mode="c")
@@ -113,13 +101,9 @@ class PictureStore:
         return StoredPictures(arrays["images.npy"], arrays["labels.npy"], mean, std)
 
     def generate(self, workers: int | None = None) -> None:
-        """Generate all pictures, the same whatever the number of workers; after an error nothing is left behind.
+        """Generate all pictures, the same for any number of processes; after an error nothing is left behind.
 
-        Args:
-            workers: Number of processes; None: one per usable core, fewer for few pictures.
-
-        Raises:
-            OSError: The disk is full or cannot be written.
+        By default there is one process per usable core, fewer for few pictures.
         """
         part = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.part")
         try:
@@ -146,7 +130,7 @@ class PictureStore:
 
         contents, pixels = self._contents(), self.curves.size**2
         # workers write to the file and not to its map, where a full disk would kill them
-        path, dtype = part / "images.npy", np.dtype(np.uint8)
+        path, dtype = (part / "images.npy").absolute(), np.dtype(np.uint8)
         offset = np.lib.format.open_memmap(path, "w+", dtype, tuple(contents["shape"])).offset
         chunks = [range(start, min(start + AT_ONCE, self.count)) for start in range(0, self.count, AT_ONCE)]
         write = delayed(_write_pictures)

@@ -204,12 +204,12 @@ class SlowPicture:
         for _ in range(16):
             down, right = divmod(self.below(side * side), side)
             start = (curves.padding + down, curves.padding + right)
-            if self.has_room(mask, start, heading):
+            if self.has_room(mask, [start], heading):
                 break
             start = None
         if start is None:
             inner = range(curves.padding, curves.window - curves.padding)
-            free = [(y, x) for y in inner for x in inner if self.has_room(mask, (y, x), heading)]
+            free = self.has_room(mask, [(y, x) for y in inner for x in inner], heading)
             if not free:
                 return None
             start = free[self.below(len(free))]
@@ -225,14 +225,13 @@ class SlowPicture:
             dashes.append((end, back(heading)))
         return dashes
 
-    def has_room(self, mask: Array, spot: Spot, angle: float) -> bool:
-        if mask[spot] > 0.3 * 255:
-            return False
+    def has_room(self, mask: Array, spots: list[Spot], angle: float) -> list[Spot]:
+        """Those of the places where a curve has room to start."""
         small = stamp(self.curves, angle)[1]
-        half = small.shape[0] // 2
+        half, whole = small.shape[0] // 2, small == 255
         padded = np.pad(mask, half, constant_values=255)
-        window = padded[spot[0] : spot[0] + 2 * half + 1, spot[1] : spot[1] + 2 * half + 1]
-        return bool((window[small == 255] <= 0.3 * 255).all())
+        cut = lambda spot: padded[spot[0] : spot[0] + 2 * half + 1, spot[1] : spot[1] + 2 * half + 1]
+        return [s for s in spots if mask[s] <= 0.3 * 255 and (cut(s)[whole] <= 0.3 * 255).all()]
 
 
 def back(angle: float) -> float:

@@ -178,8 +178,13 @@ def test_published_statistics(length: int, dashes: int, ink: float, mean: float,
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_curves_and_discs(length: int) -> None:
-    curves = PathfinderCurves(path_length=length)
-    placement = place(curves, 3, 0, range(2000))
+    # distractors are placed last and move nothing
+    curves = PathfinderCurves(path_length=length, distractors=0)
+    parts = [place(curves, 3, 0, range(start, start + 200)) for start in range(0, 2000, 200)]
+    placement = Placement(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    whole = place(PathfinderCurves(path_length=length), 3, 0, range(10))
+    assert np.array_equal(placement.at[:10], whole.at[:, : 2 * length])
+    assert np.array_equal(placement.discs[:10], whole.discs)
     starts, ends = placement.at[:, [0, length]], placement.at[:, [length - 1, 2 * length - 1]]
     apart = np.hypot(*(starts[:, 0] - starts[:, 1]).T.astype(float))
     assert np.abs(apart - 27).max() < 1  # rounded to pixels in each direction
@@ -197,7 +202,7 @@ def test_curves_and_discs(length: int) -> None:
 
 
 def test_start_directions_are_uniform() -> None:
-    first = place(SMALL, 0, 0, range(4000)).stroke[:, 0]
+    first = place(dataclasses.replace(SMALL, distractors=0), 0, 0, range(4000)).stroke[:, 0]
     counts = np.histogram(first, bins=12, range=(0, 360))[0]
     # accepted starts favour no direction: the window is the same in all four; chi-square, 11 degrees, p > 1e-5
     assert ((counts - 4000 / 12) ** 2 / (4000 / 12)).sum() < 43
@@ -229,7 +234,8 @@ def test_wrong_curves() -> None:
             PathfinderCurves(**wrong)
 
 
-def test_curves_that_never_fit() -> None:
+def test_curves_that_never_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_locality.datamodules.pathfinder.placement.MAX_FAILURES", 1000)
     curves = PathfinderCurves(path_length=200, window=150, size=75, padding=10)
     with pytest.raises(ValueError, match="path_length=200 do not fit in window=150"):
         pictures(curves, 0, "train", range(64))

@@ -89,7 +89,7 @@ def test_gramians_of_a_tree_are_products_of_cosines(device: torch.device) -> Non
 def test_many_modes_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, labels = torch.rand(9, 30), signs(9)
     whole = data_entanglement(samples, labels)
-    monkeypatch.setattr("lightning_locality.ranks.data._MOST_ENTRIES", 7 * 81)
+    monkeypatch.setattr("lightning_locality.ranks.data._MAX_ENTRIES", 7 * 81)
     assert data_entanglement(samples, labels) == pytest.approx(whole, rel=1e-12)
 
 
@@ -262,11 +262,11 @@ SAMPLES, LABELS = torch.rand(6, 4), torch.tensor([0, 1, 1, 0, 0, 1])
     ("changes", "message"),
     [
         ({"samples": torch.rand(6, 4, 4)}, r"samples must be features .*\(6, 4, 4\)"),
-        ({"samples": torch.rand(1, 4), "labels": LABELS[:1]}, "two samples at least"),
+        ({"samples": torch.rand(1, 4), "labels": LABELS[:1]}, "at least two samples"),
         ({"samples": torch.zeros(6, 1, 4, 4, dtype=torch.uint8)}, "samples must be floating.*images / 255"),
         ({"samples": torch.full((6, 4), math.nan)}, "24 of 24 values are not"),
         ({"labels": LABELS[:5]}, r"labels must be \(6,\), one for every sample, got \(5,\)"),
-        ({"labels": torch.arange(6)}, "name the class to tell from the rest by positive="),
+        ({"labels": torch.arange(6)}, "name the class to tell from the rest with positive="),
         ({"labels": torch.tensor([0, 1, -1, 0, 0, 1])}, "labels must be 0 and 1, or -1 and 1"),
         ({"positive": 4}, r"positive must be one of the labels, got 4: they are \[0, 1\]"),
         ({"tree": ModeTree.perfect(8)}, "tree has order 8 and samples .* have 4 modes"),

@@ -123,7 +123,7 @@ def test_cuts_that_make_no_sense(cut: tuple[int, ...]) -> None:
 
 
 def test_tree_of_another_order() -> None:
-    with pytest.raises(ValueError, match="cuts is a tree of order 4 and the tensor has order 3"):
+    with pytest.raises(ValueError, match="cuts has order 4 and the tensor order 3"):
         dense_spectra(torch.zeros(2, 2, 2), ModeTree.perfect(4))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks import triangles
+from lightning_locality.ranks import qr
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
 from lightning_locality.ranks.spectra import (
@@ -128,7 +128,7 @@ def test_the_condition_is_the_sum_of_the_terms_over_the_largest_value() -> None:
 def test_little_memory_gives_the_same(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = EXACT[name]()
     before = node_spectra(model)
-    monkeypatch.setattr(triangles, "MOST_NUMBERS", most)
+    monkeypatch.setattr(qr, "MOST_NUMBERS", most)
     for node, values in node_spectra(model).items():
         torch.testing.assert_close(values, before[node], rtol=0, atol=1e-13 * float(before[node][0]))
 
@@ -136,7 +136,7 @@ def test_little_memory_gives_the_same(name: str, most: int, monkeypatch: pytest.
 @pytest.mark.parametrize("build", EXACT.values(), ids=EXACT)
 def test_split_triangles_give_the_same(build: Callable[[], HTF], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    monkeypatch.setattr(triangles, "SPLIT_FROM", 2)
+    monkeypatch.setattr(qr, "SPLIT_FROM", 2)
     assert worst(model, node_spectra(model)) <= 1e-13
 
 

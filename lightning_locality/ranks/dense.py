@@ -45,17 +45,10 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
 
 
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
-    """Spectra of several tensors of one shape, as :func:`dense_spectra`, by one batched decomposition per cut.
+    """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, one batched decomposition per cut.
 
-    Args:
-        tensors: ``(B, D_1, ..., D_N)``: for example the checkpoints of a run, or the outputs of a network.
-        cuts: As for :func:`dense_spectra`; modes are counted from 0 after the first dimension.
-
-    Returns:
-        One per tensor.
-
-    Raises:
-        ValueError: As :func:`dense_spectra`.
+    The tensors are for example the checkpoints of a run or the outputs of a network; ``cuts`` counts the modes from 0
+    after the first dimension.
 
     Example:
         >>> stack = torch.stack([torch.eye(3), torch.ones(3, 3)])

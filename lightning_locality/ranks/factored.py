@@ -5,17 +5,17 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra, singular_values
-from lightning_locality.tensors import CP, Chain, Factorization, HierarchicalTensorFactorization, ModeTree, Node
+from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node
 from lightning_locality.tensors.contraction import NodeGroup, node_groups
 
 # binary logarithm of a norm up to which even small singular values are float64 numbers
@@ -32,15 +32,12 @@ class FactoredTree:
 
     .. math:: U_\nu = \left( \bigodot_{c \in C(\nu)} U_c \right) W_\nu, \qquad U_{\{n\}} = W_{\{n\}},
         \qquad \mathcal{W} = U_{[N]}
-
-    Args:
-        tree: The tree.
-        groups: Children before parents, the root alone in the last one.
-        weights: For every group ``(n, R_node or D, R_parent)``, for the root ``(1, R, 1)``.
     """
 
     tree: ModeTree
+    # children before parents, the root alone in the last one
     groups: tuple[NodeGroup, ...]
+    # of every group (n, R_node or D, R_parent), of the root (1, R, 1)
     weights: tuple[Tensor, ...]
 
     def gather(self, group: NodeGroup, outputs: Sequence[Scaled]) -> list[Scaled]:
@@ -90,21 +87,20 @@ def check_finite(model: Factorization) -> None:
         raise ValueError(f"weights must be finite to be measured, and {wrong} are not: has the training diverged?")
 
 
-def float64_weight(chain: Chain) -> Tensor:
-    """The columns of a chain, cast to float64 before its factors are multiplied."""
-    if chain.vectors.dtype == torch.float64:
+def float64_weight(chain: nn.Module) -> Tensor:
+    """The columns of a :class:`Chain`, cast to float64 before its factors are multiplied."""
+    if next(chain.parameters()).dtype == torch.float64:
         return cast(Tensor, chain())
     return cast(Tensor, functional_call(chain, {name: w.double() for name, w in chain.named_parameters()}, ()))
 
 
 def float64_factors(model: CP) -> list[Tensor]:
     """Matrices ``(D_n, R)`` of a sum of rank-one tensors, in float64."""
-    found: dict[int, Tensor] = {}
     kinds = list(zip(model.shape, model.depth, strict=True))
-    for kind, group in zip(dict.fromkeys(kinds), model.groups, strict=True):
-        modes: Iterable[int] = (mode for mode, other in enumerate(kinds) if other == kind)
-        found |= dict(zip(modes, float64_weight(cast(Chain, group)).unbind(), strict=True))
-    return [found[mode] for mode in range(model.order)]
+    by_kind = {
+        kind: iter(float64_weight(g).unbind()) for kind, g in zip(dict.fromkeys(kinds), model.groups, strict=True)
+    }
+    return [next(by_kind[kind]) for kind in kinds]
 
 
 def scaled(values: Tensor) -> Scaled:

@@ -1,4 +1,4 @@
-"""Gramians of a factored tensor, carried up and down its tree: matrix products only."""
+"""Gramians of a factored tensor, carried up and down its tree: matrix products only, with the graph of the weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class GramSweep:
 
 
 def gram_sweep(form: FactoredTree) -> GramSweep:
-    """All Gramians, leaves to root and back; keeps the graph of the weights."""
+    """All Gramians, leaves to root and back."""
     groups, last = form.groups, len(form.groups) - 1
     # before they are squared
     weights, sizes = zip(*map(scaled, form.weights), strict=True)
@@ -128,10 +128,7 @@ def gram_spectra(form: FactoredTree) -> NodeSpectra:
 
 
 def gram_ratios(form: FactoredTree) -> dict[Node, Tensor]:
-    r"""Participation ratios :math:`\operatorname{tr}(G_\nu B_\nu)^2 / \operatorname{tr}((G_\nu B_\nu)^2)` at all nodes.
-
-    Keeps the graph of the weights.
-    """
+    r"""Participation ratios :math:`\operatorname{tr}(G_\nu B_\nu)^2 / \operatorname{tr}((G_\nu B_\nu)^2)`."""
     sweep, found = gram_sweep(form), dict[Node, Tensor]()
     for group, (gram, _), (back, _) in zip(form.groups[:-1], sweep.inside, sweep.outside, strict=True):
         found |= dict(zip(group.nodes, trace_ratio(gram @ back).unbind(), strict=True))

@@ -39,26 +39,8 @@ def fit_cp(
     :math:`J^\top J` is assembled from the Gram matrices of the factors; the Jacobian is never formed. The damping
     follows the ratio of gain and prediction: "Methods for non-linear least squares problems" (Madsen, Nielsen,
     Tingleff, 2004). With :math:`P = R \sum_n D_n`, a step takes :math:`P^3 / 3` operations and :math:`16 P^2` bytes
-    per start.
-
-    Args:
-        tensor: Of order 2 or more, any floating type, not zero; the fit is in float64 on its device.
-        rank: R.
-        rtol: Relative distance that is close enough.
-        starts: Number of fits in parallel, from normal factors.
-        max_steps: Maximum steps; fewer are taken once no start improves.
-        generator: On the CPU; None for seed 0.
-
-    Returns:
-        The closest fit, whether close enough or not.
-
-    Raises:
-        ValueError: If the tensor is of order 1, or ``starts`` or ``max_steps`` is below 1.
-
-    Example:
-        >>> a, b, c = torch.eye(3)[:, :2], torch.ones(4, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> fit_cp(torch.einsum("ir,jr,kr->ijk", a, b, c), rank=2).error < 1e-6
-        True
+    per start. Everything is in float64 on the tensor's device, but the starts are sampled by a generator on the CPU
+    (None: seed 0). Steps end early once no start improves; the closest fit is returned, close enough or not.
     """
     if tensor.ndim < 2:
         raise ValueError(f"tensor must be of order 2 or more, got shape {tuple(tensor.shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["node_spectra", "participation_ratios"]
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Literal, TypeVar
 
 import torch
@@ -206,17 +207,16 @@ def _cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
 
 
 def _cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """At any groups of modes: from the products of the factors' Gramians on the two sides."""
     factors = [scaled(factor[None])[0] for factor in float64_factors(model)]
-    grams = [factor.mT @ factor for factor in factors]
+    grams = [scaled(factor.mT @ factor)[0] for factor in factors]
     found = {}
     for node in nodes:
-        sides = []
-        for modes in _sides(node, model.order):
-            gram = scaled(grams[modes[0]])[0]
-            for mode in modes[1:]:
-                gram = scaled(gram * grams[mode])[0]
-            sides.append(gram)
-        found[node] = trace_ratio(sides[0] @ sides[1])[0]
+        inside, outside = (
+            reduce(lambda product, gram: scaled(product * gram)[0], [grams[mode] for mode in modes])
+            for modes in _sides(node, model.order)
+        )
+        found[node] = trace_ratio(inside @ outside)[0]
     return found
 
 

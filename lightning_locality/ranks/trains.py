@@ -1,4 +1,7 @@
-"""Spectra of tensor trains, Tucker factorisations and deep matrices at groups of modes."""
+"""Spectra and participation ratios of tensor trains, Tucker factorisations and deep matrices at groups of modes.
+
+Participation ratios keep the graph of the weights.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ __all__: list[str] = []
 
 import math
 from collections.abc import Sequence
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from lightning_locality.ranks.factored import Scaled, ScaledSpectra, assemble, f
 from lightning_locality.ranks.gram import trace_ratio
 from lightning_locality.ranks.qr import triangular
 from lightning_locality.ranks.spectra import NodeSpectra, singular_values
-from lightning_locality.tensors import Chain, DeepMatrix, Node, TensorTrain, Tucker
+from lightning_locality.tensors import DeepMatrix, Node, TensorTrain, Tucker
 from lightning_locality.tensors.mode_tree import node_name
 
 
@@ -28,9 +31,6 @@ def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
     with the triangular factors of the cores before a, :math:`L_a` with a column for each width of the bond, of those
     from b on, :math:`R_b`, and of those between, :math:`M_{ab}` with :math:`r_a r_b` columns; carried from core to
     core (ours). The condition is :math:`\sum_{ij} \|m_{ij}\| \|l_i\| \|r_j\| / \sigma_1` with their columns.
-
-    Raises:
-        ValueError: If the modes of a group are not neighbours.
     """
     sides = _Sides(_cores(model))
     found: list[ScaledSpectra] = []
@@ -45,7 +45,7 @@ def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
 
 
 def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    """Participation ratios at the same groups, from Gramians of the cores; keeps the graph of the weights."""
+    """Participation ratios at the same groups, from Gramians of the cores."""
     cores = [core for core, _ in _cores(model)]
     left, right = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
     for core in cores:
@@ -56,10 +56,9 @@ def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor
     found = {}
     for node in nodes:
         start, stop = _interval(node, model.order)
-        if start == 0:
-            products = left[stop] @ right[stop]
-        elif stop == model.order:
-            products = left[start] @ right[start]
+        if start == 0 or stop == model.order:
+            bond = start or stop
+            products = left[bond] @ right[bond]
         else:
             products = _between(cores[start:stop], left[start], right[stop])
         found[node] = trace_ratio(products[None])[0]
@@ -75,7 +74,7 @@ def tucker_spectra(model: Tucker, nodes: Sequence[Node]) -> NodeSpectra:
     core, log = _scaled(model.core.double())
     triangles: list[Tensor] = []
     for chain in model.chains:
-        triangle, log = _triangular(float64_weight(cast(Chain, chain)), log)
+        triangle, log = _triangular(float64_weight(chain), log)
         triangles.append(triangle)
     tensor, bound = _multiply(core, triangles), _multiply(core.abs(), [triangle.abs() for triangle in triangles])
     spread = bound.norm().reshape(1)
@@ -84,12 +83,9 @@ def tucker_spectra(model: Tucker, nodes: Sequence[Node]) -> NodeSpectra:
 
 
 def tucker_ratios(model: Tucker, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    r"""Participation ratios from :math:`P = [\![ \mathcal G \times_n V_n^\top V_n ]\!] [\![ \mathcal G ]\!]^\top`.
-
-    Keeps the graph of the weights.
-    """
+    r"""Participation ratios from :math:`P = [\![ \mathcal G \times_n V_n^\top V_n ]\!] [\![ \mathcal G ]\!]^\top`."""
     core, _ = _scaled(model.core.double())
-    factors = [scaled(float64_weight(cast(Chain, chain))[None])[0][0] for chain in model.chains]
+    factors = [scaled(float64_weight(chain)[None])[0][0] for chain in model.chains]
     moved = _multiply(core, [factor.T @ factor for factor in factors])
     found = {}
     for node in nodes:
@@ -111,7 +107,7 @@ def matrix_spectra(model: DeepMatrix, nodes: Sequence[Node]) -> NodeSpectra:
 
 
 def matrix_ratio(model: DeepMatrix) -> Tensor:
-    """Participation ratio of the product; keeps the graph of the layers."""
+    """Participation ratio of the product."""
     product = _product(model)[0]
     gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
     return trace_ratio(gram[None])[0]
@@ -193,7 +189,7 @@ def _multiply(core: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _cores(model: TensorTrain) -> list[Scaled]:
-    return [_scaled(float64_weight(cast(Chain, chain))) for chain in model.chains]
+    return [_scaled(float64_weight(chain)) for chain in model.chains]
 
 
 def _scaled(values: Tensor) -> Scaled:

@@ -44,10 +44,7 @@ class CPRank(NamedTuple):
 class CPRankNotFoundError(ValueError):
     """No fit with the allowed number of components came close enough.
 
-    Args:
-        message: What was tried.
-        lower_bound: The rank is not smaller.
-        error: Smallest relative distance reached; 1 if the bound excludes a fit.
+    ``lower_bound`` bounds the rank; ``error`` is the smallest relative distance reached, 1 if the bound excludes a fit.
     """
 
     def __init__(self, message: str, lower_bound: int, error: float) -> None:

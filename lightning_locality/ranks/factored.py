@@ -114,6 +114,11 @@ def scaled(values: Tensor) -> Scaled:
     return values * torch.exp2(-exponents).reshape(-1, *(1 for _ in rest)), exponents
 
 
+def child_sources(group: NodeGroup) -> list[tuple[int, ...]]:
+    """For every child of a group's nodes, the groups that these children belong to."""
+    return [group.sources] * len(group.sizes) if group.aligned else group.sources_of_child
+
+
 def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
     """Join batches of matrices ``(n, rows, ...)``, padding them with rows of zeros to equal numbers of rows."""
     if len(outputs) == 1:
@@ -133,12 +138,11 @@ class Inheritance:
 
     def give(self, group: NodeGroup, child: int, values: Tensor) -> None:
         """Give ``(n, rows, ...)`` to one child, counted from 0, of every node of a group."""
+        sources, start = child_sources(group)[child], 0
         if group.aligned:
-            (k,) = group.sources
-            places = torch.arange(child, self._lengths[k], len(group.sizes), device=values.device)
-            self._pieces.setdefault(k, []).append((places, values))
-            return
-        places, sources, start = group.get_buffer(f"places_{child}"), group.sources_of_child[child], 0
+            places = torch.arange(child, self._lengths[sources[0]], len(group.sizes), device=values.device)
+        else:
+            places = group.get_buffer(f"places_{child}")
         for k in sources:
             piece = (places, values)
             if len(sources) > 1:
@@ -177,9 +181,8 @@ class GroupSpectra:
         # logarithms of the numbers of rows, which a float may not hold
         self._sizes: list[float] = []
         for group in form.groups:
-            sources = [group.sources] * len(group.sizes) if group.aligned else group.sources_of_child
-            below_sizes = [self._sizes[first] for first, *_ in sources]
-            self._sizes.append(math.log(group.size) if group.leaf else sum(below_sizes))
+            children = [self._sizes[first] for first, *_ in child_sources(group)]
+            self._sizes.append(math.log(group.size) if group.leaf else sum(children))
 
     def add(self, k: int, matrices: Tensor, logs: Tensor, spread: Tensor) -> None:
         """Add the nodes of group k: matrices ``(n, rows, columns)`` with their singular values, logs and spread."""

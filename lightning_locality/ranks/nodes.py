@@ -157,7 +157,7 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
 def _nodes(model: Factorization, tree: Tree | None) -> tuple[Node, ...]:
     """The groups of modes to measure, checked."""
     nodes = mode_groups(_default_tree(model) if tree is None else tree, model.order, "tree", "factorisation")
-    if isinstance(model, HierarchicalTensorFactorization):
+    if isinstance(model, HierarchicalTensorFactorization) and tree is not None and tree != model.tree:
         for node in nodes:
             if tuple(sorted(node)) not in model.tree:
                 raise ValueError(

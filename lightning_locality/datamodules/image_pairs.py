@@ -38,8 +38,9 @@ class AbstractImagePairs(AbstractSourceImages):
     independent of the pair, of its label and of the other distractors (ours).
 
     Args:
-        source: Image source, as for :class:`AbstractSourceImages`.
-        root: Folder of the image set, likewise.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
+            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
+        root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         distance: Pixels between the inner edges of the two images.
         train: Number of training pairs.
         validation: Number of validation pairs.

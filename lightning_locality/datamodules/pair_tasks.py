@@ -255,7 +255,7 @@ class IsGreater(AbstractLabelConditionalPairs):
     between the two distributions.
 
     Args:
-        source: As for :class:`SameClass`.
+        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractImagePairs`.
         order: ``circle``: ahead by less than half of the circle of classes; ``line``: the greater of two neighbours.
         options: Further arguments of :class:`AbstractImagePairs`; ``distinct`` has no effect, as the classes always
             differ.
@@ -318,7 +318,7 @@ class DistantHalves(AbstractLabelConditionalPairs):
     halves touch, and a positive pair is the image itself.
 
     Args:
-        source: As for :class:`SameClass`.
+        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractImagePairs`.
         negatives: Class of the other image of a negative pair: ``any`` or ``same_class``.
         options: Further arguments of :class:`AbstractImagePairs`. ``image_size`` is that of the whole image and must be
             even; distractors are alternately left and right halves; ``distinct=False`` allows a negative pair to come

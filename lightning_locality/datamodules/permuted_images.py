@@ -64,8 +64,9 @@ class PermutedImages(AbstractSourceImages):
     The permutation depends on ``seed``, s and w only and is the same for all splits and channels.
 
     Args:
-        source: Image source, as for :class:`AbstractSourceImages`.
-        root: Folder of the image set, likewise.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
+            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
+        root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         scramble: 0 (unchanged images) to 1 (no locality left).
         train: Number of training images, a random choice; all by default.
         validation: Number of validation images, likewise.

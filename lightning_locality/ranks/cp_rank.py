@@ -107,7 +107,8 @@ def cp_rank(
         >>> cp_rank(diagonal, rtol=0.3).rank  # the distance is 1 / sqrt(14) = 0.27 without the smallest
         2
     """
-    return _Search(tensor, max_rank, starts, max_steps, seed).rank(_checked_rtol(rtol))
+    _check_rtol(rtol)
+    return _Search(tensor, max_rank, starts, max_steps, seed).rank(rtol)
 
 
 def cp_epsilon_ranks(
@@ -135,7 +136,9 @@ def cp_epsilon_ranks(
         >>> {rtol: found.rank for rtol, found in cp_epsilon_ranks(matrix).items()}
         {0.1: 1, 0.01: 2, 0.001: 3, 1e-06: 3}
     """
-    descending = sorted(set(map(_checked_rtol, tolerances)), reverse=True)
+    descending = sorted(set(tolerances), reverse=True)
+    for rtol in descending:
+        _check_rtol(rtol)
     search = _Search(tensor, max_rank, starts, max_steps, seed)
     found: dict[float, CPRank | None] = {}
     least = 1
@@ -148,10 +151,9 @@ def cp_epsilon_ranks(
     return found
 
 
-def _checked_rtol(rtol: float) -> float:
+def _check_rtol(rtol: float) -> None:
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must be between 0 and 1, relative to the tensor's norm, got {rtol}")
-    return rtol
 
 
 @final

@@ -219,9 +219,12 @@ def assemble(found: Sequence[ScaledSpectra], order: Sequence[Node], rounding: fl
     by_node: dict[Node, Tensor] = {}
     condition: dict[Node, float] = {}
     for nodes, values, logs, spread in found:
-        condition |= dict(zip(nodes, _conditions(spread, values[:, 0]), strict=True))
+        largest, alive = values[:, 0], values[:, 0] > 0
+        # 1 if both are zero
+        ratio = torch.where(spread > 0, torch.inf, 1.0).where(~alive, spread / largest.where(alive, 1.0))
+        condition |= dict(zip(nodes, ratio.clamp_min(1.0).tolist(), strict=True))
         # zeros have no scale, though a float64 may not hold that of their factors
-        powers = torch.where(values[:, 0] > 0, logs - shift if far else logs, 0.0)[:, None]
+        powers = torch.where(alive, logs - shift if far else logs, 0.0)[:, None]
         # in two steps: a float64 may hold the product but not the power of two alone
         half = (powers / 2).floor()
         values = (values / norm if far else values) * half.exp2() * (powers - half).exp2()
@@ -232,11 +235,3 @@ def assemble(found: Sequence[ScaledSpectra], order: Sequence[Node], rounding: fl
         bits * math.log(2) if far else 0.0,
         {node: condition[node] for node in order},
     )
-
-
-def _conditions(spread: Tensor, largest: Tensor) -> list[float]:
-    """Sums of absolute values over largest singular values ``(n,)``; 1 where both are zero."""
-    ratio = spread / torch.where(largest > 0, largest, 1.0)
-    ratio = torch.where(largest > 0, ratio, torch.where(spread > 0, torch.inf, 1.0))
-    found: list[float] = ratio.clamp_min(1.0).tolist()
-    return found

@@ -5,33 +5,17 @@ from __future__ import annotations
 __all__ = ["node_spectra", "participation_ratios"]
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks import trains
 from lightning_locality.ranks.dense import dense_spectra, mode_groups
-from lightning_locality.ranks.factored import (
-    FactoredTree,
-    ScaledSpectra,
-    assemble,
-    check_finite,
-    factored,
-    float64_factors,
-    scaled,
-)
-from lightning_locality.ranks.gram import gram_ratios, gram_spectra, trace_ratio
-from lightning_locality.ranks.qr import fold, qr_spectra, triangular
-from lightning_locality.ranks.spectra import NodeSpectra, singular_values
-from lightning_locality.ranks.trains import (
-    matrix_ratio,
-    matrix_spectra,
-    train_ratios,
-    train_spectra,
-    tucker_ratios,
-    tucker_spectra,
-)
+from lightning_locality.ranks.factored import FactoredTree, check_finite, factored
+from lightning_locality.ranks.gram import gram_ratios, gram_spectra
+from lightning_locality.ranks.qr import qr_spectra
+from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors import (
     CP,
     DeepMatrix,
@@ -98,13 +82,13 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
         raise _no_gramians("groups of modes without a tree" if isinstance(subject, CP) else type(subject).__name__)
     match subject:
         case CP():
-            return _cp_spectra(subject, nodes)
+            return trains.cp_spectra(subject, nodes)
         case TensorTrain():
-            return train_spectra(subject, nodes)
+            return trains.train_spectra(subject, nodes)
         case Tucker():
-            return tucker_spectra(subject, nodes)
+            return trains.tucker_spectra(subject, nodes)
         case DeepMatrix():
-            return matrix_spectra(subject, nodes)
+            return trains.matrix_spectra(subject, nodes)
     raise _unknown(subject)
 
 
@@ -144,13 +128,13 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
         return {node: ratios[tuple(sorted(node))] for node in nodes}
     match model:
         case CP():
-            return _cp_ratios(model, nodes)
+            return trains.cp_ratios(model, nodes)
         case TensorTrain():
-            return train_ratios(model, nodes)
+            return trains.train_ratios(model, nodes)
         case Tucker():
-            return tucker_ratios(model, nodes)
+            return trains.tucker_ratios(model, nodes)
         case DeepMatrix():
-            return dict.fromkeys(nodes, matrix_ratio(model))
+            return dict.fromkeys(nodes, trains.matrix_ratio(model))
     raise _unknown(model)
 
 
@@ -193,35 +177,6 @@ def _select(spectra: NodeSpectra, nodes: Sequence[Node]) -> NodeSpectra:
         return {node: values[tuple(sorted(node))] for node in nodes}
 
     return NodeSpectra(of(spectra), of(spectra.tolerance), spectra.log_scale, of(spectra.condition or {}))
-
-
-def _cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
-    """At any groups of modes: from triangular factors of the two Khatri-Rao products."""
-    parts = [scaled(triangular(factor[None])) for factor in float64_factors(model)]
-    found: list[ScaledSpectra] = []
-    for node in nodes:
-        (left, log), (right, more) = (fold([parts[mode] for mode in modes]) for modes in _sides(node, model.order))
-        spread = (left.norm(dim=1) * right.norm(dim=1)).sum(1)
-        found.append(ScaledSpectra((node,), singular_values(left @ right.mT), log + more, spread))
-    return assemble(found, nodes)
-
-
-def _cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    """At any groups of modes: from the products of the factors' Gramians on the two sides."""
-    factors = [scaled(factor[None])[0] for factor in float64_factors(model)]
-    grams = [scaled(factor.mT @ factor)[0] for factor in factors]
-    found = {}
-    for node in nodes:
-        inside, outside = (
-            reduce(lambda product, gram: scaled(product * gram)[0], [grams[mode] for mode in modes])
-            for modes in _sides(node, model.order)
-        )
-        found[node] = trace_ratio(inside @ outside)[0]
-    return found
-
-
-def _sides(node: Node, order: int) -> tuple[Sequence[int], Sequence[int]]:
-    return node, [mode for mode in range(order) if mode not in node]
 
 
 def _no_gramians(subject: str) -> ValueError:

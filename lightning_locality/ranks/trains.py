@@ -1,4 +1,4 @@
-"""Spectra and participation ratios of tensor trains, Tucker factorisations and deep matrices at groups of modes.
+"""Spectra and participation ratios of CP, tensor trains, Tucker and deep matrices at groups of modes.
 
 Participation ratios keep the graph of the weights.
 """
@@ -9,18 +9,44 @@ __all__: list[str] = []
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import final
 
 import torch
 from torch import Tensor
 
 from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.factored import Scaled, ScaledSpectra, assemble, float64_weight, scaled
+from lightning_locality.ranks.factored import Scaled, ScaledSpectra, assemble, float64_factors, float64_weight, scaled
 from lightning_locality.ranks.gram import trace_ratio
-from lightning_locality.ranks.qr import triangular
+from lightning_locality.ranks.qr import fold, triangular
 from lightning_locality.ranks.spectra import NodeSpectra, singular_values
-from lightning_locality.tensors import DeepMatrix, Node, TensorTrain, Tucker
+from lightning_locality.tensors import CP, DeepMatrix, Node, TensorTrain, Tucker
 from lightning_locality.tensors.mode_tree import node_name
+
+
+def cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
+    """At any groups of modes: from triangular factors of the two Khatri-Rao products."""
+    parts = [scaled(triangular(factor[None])) for factor in float64_factors(model)]
+    found: list[ScaledSpectra] = []
+    for node in nodes:
+        (left, log), (right, more) = (fold([parts[mode] for mode in modes]) for modes in _two_sides(node, model.order))
+        spread = (left.norm(dim=1) * right.norm(dim=1)).sum(1)
+        found.append(ScaledSpectra((node,), singular_values(left @ right.mT), log + more, spread))
+    return assemble(found, nodes)
+
+
+def cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """At any groups of modes: from the products of the factors' Gramians on the two sides."""
+    factors = [scaled(factor[None])[0] for factor in float64_factors(model)]
+    grams = [scaled(factor.mT @ factor)[0] for factor in factors]
+    found = {}
+    for node in nodes:
+        inside, outside = (
+            reduce(lambda product, gram: scaled(product * gram)[0], [grams[mode] for mode in modes])
+            for modes in _two_sides(node, model.order)
+        )
+        found[node] = trace_ratio(inside @ outside)[0]
+    return found
 
 
 def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
@@ -111,6 +137,10 @@ def matrix_ratio(model: DeepMatrix) -> Tensor:
     product = _product(model)[0]
     gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
     return trace_ratio(gram[None])[0]
+
+
+def _two_sides(node: Node, order: int) -> tuple[Sequence[int], Sequence[int]]:
+    return node, [mode for mode in range(order) if mode not in node]
 
 
 @final

@@ -16,7 +16,7 @@ from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
-_CORNER = 16  # rows and columns of the table on which rounding is estimated: a sixteenth of the work at the default size
+_CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of the work at the default size
 
 
 class VarianceComponents(NamedTuple):

@@ -161,7 +161,7 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
 def test_what_the_set_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match=r"positive=10 is no label of digits, which has \[0, 1,"):
         digits(positive=10).setup("fit")
-    with pytest.raises(ValueError, match="train=1439 images asked for, but digits has 1438"):
+    with pytest.raises(ValueError, match="train=1439 is more than the 1438 images of digits"):
         digits(train=1439).setup("fit")
     assert issubclass(UnknownSourceError, ValueError)
 

@@ -58,7 +58,7 @@ def test_outputs_are_factorisations(tree: ModeTree, shape: Any, widths: Any, sha
 
 def slow_forward(network: Circuit, x: Tensor) -> Tensor:
     """Layer by layer, position by position."""
-    weights = {node: w for group in network._each_group() for node, w in zip(group.nodes, group.weight(), strict=True)}
+    weights = {node: w for group in network.groups for node, w in zip(group.nodes, group.weight(), strict=True)}
     hidden = {}
     for node in network.tree:
         if len(node) == 1:

@@ -243,7 +243,7 @@ def test_high_order_against_a_walk_node_by_node(order: int) -> None:
     with torch.no_grad():
         found, contracted, log_norm = model.entries(indices), model.inner(x), number(model.log_norm())
         norms = model.local_component_norms()
-        weights = {node: weight for g in model._each_group() for node, weight in zip(g.nodes, g.weight(), strict=True)}
+        weights = {node: weight for g in model.groups for node, weight in zip(g.nodes, g.weight(), strict=True)}
         at: dict[Node, tuple[Tensor, Tensor, Tensor, float]] = {}
         for node in model.tree:
             weight, below = weights[node], [at[child] for child in model.tree.children(node)]
@@ -269,7 +269,7 @@ def test_log_norm_at_order_4096_does_not_underflow() -> None:
     assert -math.inf < log_norm < -10_000
     model.rescale_(3.0)
     assert number(model.log_norm()) - log_norm == pytest.approx(math.log(3), abs=1e-8)
-    with pytest.raises(ValueError, match=r"shape has 10\^1233 entries, too many to be written out"):
+    with pytest.raises(ValueError, match=r"shape has 10\^1233 entries, too many to store"):
         model.to_tensor()
     product = HTF(ModeTree.perfect(4096), 2, 16, init_scale=1e-2, init_of="product")
     assert number(product.log_norm()) == pytest.approx(2048 * math.log(2) + math.log(1e-2), rel=1e-11)

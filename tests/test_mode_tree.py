@@ -120,7 +120,7 @@ def test_names() -> None:
         (lambda: ModeTree.nested([[0, 1], [1, 2]]), "mode 1 occurs twice"),
         (lambda: ModeTree.nested([[0, 1], []]), r"at least two children, got \[\]"),
         (lambda: ModeTree.nested([[0, 1], [2]]), r"at least two children, got \[2\]"),
-        (lambda: ModeTree.nested([[0, 1], 3]), r"from 0 to 3 once, and have \(0, 1, 3\)"),
+        (lambda: ModeTree.nested([[0, 1], 3]), r"from 0 to 3 once, got \(0, 1, 3\)"),
         (lambda: ModeTree.perfect(4).children((0, 2)), r"\(0, 2\) is not in the tree"),
         (lambda: ModeTree.perfect(2).parent((0, 1)), "is the root and has no parent"),
     ],

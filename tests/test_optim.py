@@ -90,7 +90,7 @@ def test_closure_and_zero_gradient() -> None:
 
 def test_device_route_equals_host_route() -> None:
     """The route of tensors, which CUDA takes, run on the CPU."""
-    from lightning_locality.optim import group_rmsprop
+    from lightning_locality import optim
 
     host, device = weights(), weights()
     state_host: dict[str, object] = {}
@@ -98,8 +98,8 @@ def test_device_route_equals_host_route() -> None:
     group = {"lr": 1e-2, "alpha": 0.9, "eps": 1e-6}
     for _ in range(50):
         for parameters, route, state in (
-            (host, group_rmsprop._step_on_cpu, state_host),
-            (device, group_rmsprop._step_on_device, state_device),
+            (host, optim._step_on_cpu, state_host),
+            (device, optim._step_on_device, state_device),
         ):
             set_gradients(parameters)
             with torch.no_grad():

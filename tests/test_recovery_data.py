@@ -20,7 +20,7 @@ from lightning_locality.datamodules.tensor_recovery import (
     planted_tensor,
 )
 from lightning_locality.tensors.cp import CP
-from lightning_locality.tensors.factorization import Entries, RankOne, RecoveryBatch
+from lightning_locality.tensors.factorization import Entries, RankOneMeasurements, RecoveryBatch
 from lightning_locality.tensors.mode_tree import ModeTree
 
 FORMATS: tuple[TargetFormat, ...] = ("matrix", "cp", "tucker", "tt", "ht")
@@ -148,8 +148,8 @@ def test_sensing_measures_with_rank_one_tensors(target: TargetFormat) -> None:
     shape = (30, 40) if target == "matrix" else (5, 6, 8, 5)
     data = TensorRecovery(target, shape, rank=2, task="sensing", observations=700)
     train, test, tensor = data.problem
-    assert isinstance(train, RankOne)
-    assert isinstance(test, RankOne)
+    assert isinstance(train, RankOneMeasurements)
+    assert isinstance(test, RankOneMeasurements)
     assert tensor is not None
     for k in range(5):
         outer = torch.ones(())
@@ -224,7 +224,7 @@ def test_a_tensor_too_large_to_be_written_out() -> None:
 
 
 def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_locality.datamodules.tensor_recovery._WRITTEN_OUT", 10)
+    monkeypatch.setattr("lightning_locality.datamodules.tensor_recovery._MAX_DENSE", 10)
     data = TensorRecovery("cp", (6, 8), rank=1, observations=6)
     train, test = entries(data.problem)
     rows = torch.cat([train.indices, test.indices]).long()
@@ -365,7 +365,7 @@ def test_the_problem_is_drawn_when_it_is_needed() -> None:
     class Counting(AbstractRecoveryDataModule):
         drawn = 0
 
-        def draw(self) -> RecoveryBatch:
+        def build(self) -> RecoveryBatch:
             self.drawn += 1
             return RecoveryBatch(Entries(torch.zeros(1, 1), torch.zeros(1)), None, None)
 

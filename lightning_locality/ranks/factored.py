@@ -63,7 +63,7 @@ class FactoredTree:
         Args:
             model: The factorisation.
         """
-        groups = tuple(cast(NodeGroup, group) for group in model.groups)
+        groups = tuple(model.groups)
         weights = tuple(doubled(group.chain).expand(len(group.nodes), -1, -1) for group in groups)
         return cls(model.tree, model.shape, groups, weights)
 
@@ -79,7 +79,7 @@ class FactoredTree:
         widths, depths = dict.fromkeys(tree.interior, model.rank), dict.fromkeys(tree.nodes, 1)
         # one matrix per group: the chains of these groups are not used
         made = node_groups(tree, model.shape, widths, depths, shared=True).to(factors[0].device)
-        groups = tuple(cast(NodeGroup, group) for group in made)
+        groups = tuple(made)
         identity = torch.eye(model.rank, dtype=torch.float64, device=factors[0].device)
         weights = [
             torch.stack([factors[node[0]] for node in group.nodes])

@@ -1,4 +1,4 @@
-"""Tensors given by factorisations, and what is observed of them."""
+"""Tensor factorisations, mode trees, and observations of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = [
     "ModeTree",
     "Node",
     "Observations",
-    "RankOne",
+    "RankOneMeasurements",
     "RecoveryBatch",
     "TensorTrain",
     "Tucker",
@@ -29,7 +29,7 @@ from lightning_locality.tensors.factorization import (
     InitLaw,
     InitOf,
     Observations,
-    RankOne,
+    RankOneMeasurements,
     RecoveryBatch,
 )
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization

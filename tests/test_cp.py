@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -364,9 +365,8 @@ def test_binary_entries_equal_those_by_gathering() -> None:
 # bad input
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_arguments() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"shape": ()}, "shape"),
         ({"shape": (3, 0)}, "shape"),
         ({"shape": (3, 2.5)}, "shape"),
@@ -377,11 +377,10 @@ def test_binary_entries_equal_those_by_gathering() -> None:
         ({"shape": 2}, "how many"),
         ({"shape": 2, "order": 0}, "how many"),
         ({"shape": (2, 2), "order": 3}, "differ"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CP(**arguments)  # type: ignore[arg-type]
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            CP(**arguments)
 
 
 def test_chain_depth_below_one() -> None:

@@ -455,7 +455,11 @@ def test_bad_settings(setting: dict[str, Any], word: str) -> None:
         (planted((6, 6), 1, 10), {"optimizer": lambda p: GradientFlow(p), "batch_size": 3}, "gradient flow"),
         (RecoveryBatch(Entries(torch.tensor([[0, 6]]), torch.ones(1)), None, None), {}, "outside of a tensor"),
         (RecoveryBatch(Entries(torch.zeros(0, 2).long(), torch.ones(0)), None, None), {}, "no observations"),
-        (RecoveryBatch(RankOneMeasurements((torch.ones(2, 6), torch.ones(2, 5)), torch.ones(2)), None, None), {}, r"\(6, 5\)"),
+        (
+            RecoveryBatch(RankOneMeasurements((torch.ones(2, 6), torch.ones(2, 5)), torch.ones(2)), None, None),
+            {},
+            r"\(6, 5\)",
+        ),
     ],
 )
 def test_problem_that_does_not_fit(batch: RecoveryBatch, settings: dict[str, Any], words: str) -> None:

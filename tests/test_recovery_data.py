@@ -236,9 +236,8 @@ def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: py
     assert len(test.values) == 8
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_makes_no_sense_is_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"observations": 5000}, "observations=5000 are more than the 4096 entries"),
         ({"target": "cp", "shape": (2,) * 60}, "observations must be given: half of the 1.15e.18 entries"),
         ({"observations": 0}, "observations must be at least 1, got 0"),
@@ -267,11 +266,10 @@ def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: py
         ({"target": "ht", "rank": (5, 5, 5)}, "or 2 of them"),
         ({"target": "ht", "tree": ModeTree.perfect(8)}, "tree has 8 modes, shape has 4 sizes"),
         ({"target": "cp", "tree": ModeTree.perfect(3)}, "tree belongs to target 'ht'"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TensorRecovery(**options)
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            TensorRecovery(**options)
 
 
 class Recorder(LightningModule):

@@ -13,13 +13,9 @@ from lightning_locality.tensors.contraction import NodeGroup
 
 
 def balanced_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Factor a product into L, R of least norm, which have :math:`L^\top L = R R^\top`.
+    r"""Factor a product ``(M, K) (K, N)`` into L, R of least norm, which have :math:`L^\top L = R R^\top`.
 
     From the singular value decomposition of the product, padded with zeros.
-
-    Args:
-        left: ``(M, K)``.
-        right: ``(K, N)``.
 
     Example:
         >>> left, right = balanced_pair(torch.tensor([[8.0]]), torch.tensor([[2.0]]))
@@ -52,7 +48,7 @@ def balance_neighbours(
         right: ``(K, N)``.
         norms: l ``(I, K)`` and r ``(J, K)``.
         degrees: p and q.
-        squares: The two sums at c = 1, ``(K,)``, by which imbalance is measured.
+        squares: The two sums at c = 1, ``(K,)``, to measure imbalance.
     """
     if degrees == (1, 1):
         gap = left.T @ left - right @ right.T
@@ -69,12 +65,9 @@ def balance_neighbours(
 
 
 def balance_cyclically(sweep: Callable[[], float], tolerance: float = 1e-15, max_sweeps: int = 2000) -> None:
-    """Repeat a sweep over all bonds until it changes nothing, or no less than the one before.
+    """Repeat a sweep, which returns the largest relative imbalance it met, until that is zero or stops falling.
 
-    Args:
-        sweep: Balances one bond after the other and returns the largest relative imbalance it met.
-        tolerance: Imbalance to stop at.
-        max_sweeps: Every sweep keeps the tensor, so stopping early costs only precision.
+    Every sweep keeps the tensor, so stopping early costs only precision.
     """
     before = float("inf")
     for _ in range(max_sweeps):
@@ -103,9 +96,6 @@ def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
 
     Returns:
         Weights of every group ``(n, R_node or D, R_parent)`` in float64.
-
-    Raises:
-        ValueError: No convergence.
     """
     groups = list(groups)
     weights = [group.weight().detach().double().clone() for group in groups]

@@ -63,13 +63,10 @@ class Chain(nn.Module):
 
     @torch.no_grad()
     def balance_(self, log_norms: Tensor) -> None:
-        r"""Balance the chains, keeping the directions of the columns and setting the logarithms of their norms.
+        r"""Balance the chains: keep the directions of the columns, and set logarithms of their norms ``(..., R)``.
 
         :math:`A_j \leftarrow s\, a_{j-1} a_j^\top`, :math:`u \leftarrow s\, a_k` with :math:`a_j` the directions of
         :math:`A_{j+1} \cdots A_k u` and s the depth-th root of the norm. Columns that are zero become zero chains.
-
-        Args:
-            log_norms: ``(..., R)``.
         """
         scale = (log_norms.double() / self.depth).exp().unsqueeze(-2)
         partial = [self.vectors.double()]

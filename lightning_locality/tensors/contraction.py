@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, cast, final
@@ -23,10 +22,10 @@ MAX_ENTRIES = 2**32
 
 @final
 class NodeGroup(nn.Module):
-    """Nodes of the same height whose weights, and whose children's sizes, agree.
+    """Nodes of the same height, in depth-first order, whose weights and whose children's sizes agree.
 
     Args:
-        nodes: The nodes, in depth-first order.
+        nodes: The nodes.
         sizes: Number of entries under each child; for a leaf, its own.
         sources: Group and position therein of every child, node by node; empty for leaves.
         lengths: Number of nodes of every earlier group.
@@ -111,16 +110,7 @@ def node_groups(
     outputs: int = 1,
     shared: bool = False,
 ) -> NodeGroups:
-    """Group the nodes of a tree.
-
-    Args:
-        tree: The tree.
-        shape: Sizes of the modes.
-        widths: Number of local components R of every interior node.
-        depths: Factors of every column of every node.
-        outputs: Columns of the root's weights.
-        shared: Whether all nodes of a group share one matrix of weights.
-    """
+    """Group the nodes of a tree, with ``outputs`` columns at the root; ``shared``: one matrix of weights per group."""
     place = {mode: k for k, mode in enumerate(tree.traversal)}
     size: dict[Node, int] = {}
     members: dict[tuple[Any, ...], list[Node]] = {}
@@ -147,14 +137,8 @@ def per_node(
 ) -> dict[Node, int]:
     """Expand one number, numbers by level from the bottom up, or numbers by node to a number for every node.
 
-    Args:
-        value: The numbers; nodes may be written as tuples or, as in YAML, as ``"0-1"``.
-        levels: The nodes by level.
-        name: Name of the argument, for the error.
-        first: Description of the first level, for the error.
-
-    Raises:
-        ValueError: Not one number per level, nodes without a value, values without a node, or values below 1.
+    Nodes may be written as tuples or, as in YAML, as ``"0-1"``. ``name`` is that of the argument and ``first``
+    describes the lowest level, for errors.
     """
     nodes = [node for level in levels for node in level]
     if isinstance(value, Mapping):
@@ -194,12 +178,8 @@ def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
 
     .. math:: U_\nu = \left( \bigodot_{c \in C(\nu)} U_c \right) W_\nu
 
-    Args:
-        children: The children's, each ``(n, D_c, R)``, rows in depth-first order of their modes.
-        weight: ``(n, R, R_parent)``.
-
-    Returns:
-        ``(n, prod D_c, R_parent)``.
+    The children's are ``(n, D_c, R)``, rows in depth-first order of their modes, the weights ``(n, R, R_parent)`` and
+    the result ``(n, prod D_c, R_parent)``.
     """
     if weight.shape[2] > 1:
         return _khatri_rao(children) @ weight
@@ -211,32 +191,8 @@ def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
     return ((left * weight.mT) @ right.mT).flatten(1).unsqueeze(2)
 
 
-class Query(ABC):
-    """What to contract a tensor with; node by node, these are the operands of a batch of B contractions.
-
-    A node is contracted through its intermediate tensors ("table") if these are small, and otherwise by the product
-    of its children's contractions.
-    """
-
-    @abstractmethod
-    def operands(self, group: NodeGroup) -> Tensor:
-        """Operands ``(n, B, ...)`` of a group of leaves."""
-
-    @abstractmethod
-    def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """Operands of the parents, from those of their children."""
-
-    @abstractmethod
-    def gather(self, table: Tensor, operands: Tensor) -> Tensor:
-        """Contract tables ``(n, D, R)`` with their operands: ``(n, B, R)``."""
-
-    @abstractmethod
-    def should_materialize(self, group: NodeGroup, weight: Tensor) -> bool:
-        """Whether forming the intermediate tensors of a group costs less than it saves."""
-
-
 @final
-class EntryQuery(Query):
+class EntryQuery:
     """Entries at indices ``(B, N)``; operands are rows ``(n, B)`` of the tables."""
 
     # forming an entry of a table with one column is a step of a matrix product: this many take the time of gathering,
@@ -247,18 +203,18 @@ class EntryQuery(Query):
         self.by_mode = indices.long().T
 
     def operands(self, group: NodeGroup) -> Tensor:
-        """Indices of the modes."""
+        """Indices of the modes of a group of leaves."""
         return self.by_mode[group.modes]
 
     def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """Row-major indices."""
+        """Row-major indices of the parents, whose children have these sizes."""
         rows = operands[0]
         for part, size in zip(operands[1:], sizes[1:], strict=True):
             rows = rows * size + part
         return rows
 
     def gather(self, table: Tensor, operands: Tensor) -> Tensor:
-        """Rows of the tables."""
+        """Rows ``(n, B, R)`` of tables ``(n, D, R)``."""
         n, size, width = table.shape
         if n > 1:
             operands = operands + size * torch.arange(n, device=operands.device).unsqueeze(1)
@@ -266,36 +222,40 @@ class EntryQuery(Query):
         return F.embedding(operands, table.reshape(n * size, width))
 
     def should_materialize(self, group: NodeGroup, weight: Tensor) -> bool:
-        """If the table has fewer rows than there are queries."""
+        """Whether the table has fewer rows than there are queries."""
         return group.size <= self.by_mode.shape[1] * (self.ENTRIES_PER_ROW if weight.shape[2] == 1 else 1)
 
 
 @final
-class RankOneQuery(Query):
+class RankOneQuery:
     """Inner products with rank-one tensors, one ``(B, D_n)`` per mode; operands are vectors ``(n, B, D)``."""
 
     def __init__(self, vectors: Sequence[Tensor]) -> None:
         self.vectors = vectors
 
     def operands(self, group: NodeGroup) -> Tensor:
-        """Vectors of the modes."""
+        """Vectors of the modes of a group of leaves."""
         return torch.stack([self.vectors[node[0]] for node in group.nodes])
 
     def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """Kronecker products."""
+        """Kronecker products for the parents."""
         return reduce(lambda a, b: (a.unsqueeze(3) * b.unsqueeze(2)).flatten(2), operands)
 
     def gather(self, table: Tensor, operands: Tensor) -> Tensor:
-        """Matrix products with the tables."""
+        """Matrix products ``(n, B, R)`` with tables ``(n, D, R)``."""
         return operands @ table
 
     def should_materialize(self, group: NodeGroup, weight: Tensor) -> bool:
-        """If a joined vector is shorter than the number of components."""
+        """Whether a joined vector is shorter than the number of components."""
         return 2 * group.size <= weight.shape[1] and group.size <= self.vectors[0].shape[0]
 
 
-def contract(groups: Iterable[NodeGroup], query: Query) -> Tensor:
-    """Contract the tensor of every output with a query, from the leaves to the root: ``(B, outputs)``."""
+def contract(groups: Iterable[NodeGroup], query: EntryQuery | RankOneQuery) -> Tensor:
+    """Contract the tensor of every output with a batch of B operands, from the leaves to the root: ``(B, outputs)``.
+
+    A node is contracted by its intermediate tensors ("table") if forming these costs less than it saves, and otherwise
+    by the product of its children's results.
+    """
     operands: list[Tensor | None] = []
     tables: list[Tensor | None] = []
     values: list[Tensor | None] = []

@@ -16,24 +16,14 @@ from lightning_locality.tensors.chain import Chain
 
 
 class Entries(NamedTuple):
-    """Entries of a tensor of order N (completion).
-
-    Args:
-        indices: ``(M, N)``, any integer type.
-        values: ``(M,)``.
-    """
+    """Entries of a tensor (completion): ``values`` ``(M,)`` at ``indices`` ``(M, N)`` of any integer type."""
 
     indices: Tensor
     values: Tensor
 
 
 class RankOneMeasurements(NamedTuple):
-    r"""Inner products with rank-one tensors :math:`\bigotimes_n x^n` (sensing).
-
-    Args:
-        vectors: One ``(M, D_n)`` per mode.
-        values: ``(M,)``.
-    """
+    r"""Inner products ``(M,)`` with :math:`\bigotimes_n x^n` (sensing), of ``vectors`` ``(M, D_n)``, one per mode."""
 
     vectors: tuple[Tensor, ...]
     values: Tensor
@@ -152,14 +142,7 @@ class Factorization(nn.Module, ABC):
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
-        """Multiply the tensor by a factor, spread evenly over all weights.
-
-        Args:
-            factor: Any finite number but zero.
-
-        Raises:
-            ValueError: Zero or not finite.
-        """
+        """Multiply the tensor by a finite factor other than zero, spread evenly over all weights."""
         if factor == 0 or not math.isfinite(factor):
             raise ValueError(f"factor must be finite and not zero, got {factor}")
         self._scale_weights(math.log(abs(factor)))
@@ -168,14 +151,7 @@ class Factorization(nn.Module, ABC):
 
     @torch.no_grad()
     def normalize_(self, norm: float = 1.0) -> None:
-        """Multiply all weights by one number so that the tensor has the given Frobenius norm.
-
-        Args:
-            norm: Positive.
-
-        Raises:
-            ValueError: Norm not positive, or a tensor that is zero.
-        """
+        """Multiply all weights by one number so that the tensor, which must not be zero, has this Frobenius norm."""
         if not 0 < norm < math.inf:
             raise ValueError(f"norm must be positive and finite, got {norm}")
         now = float(self.log_norm())
@@ -214,8 +190,8 @@ class Factorization(nn.Module, ABC):
             self.balance_()
         if init_of == "product":
             # log of the root mean square of the entries, whose number may exceed the range of a float
-            rms = float(self.log_norm()) - 0.5 * sum(math.log(size) for size in self.shape)
-            self._scale_weights(math.log(init_scale) - rms)
+            log_rms = float(self.log_norm()) - 0.5 * sum(map(math.log, self.shape))
+            self._scale_weights(math.log(init_scale) - log_rms)
         self._convert(dtype, device)
 
     def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
@@ -268,11 +244,8 @@ def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ..
 def divided(values: Tensor, axes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """Divide values by their largest absolute value along the axes; return it too, 1 where all are zero.
 
-    The divisor is a constant to autograd, so multiplying by it again gives the derivatives of the values.
-
-    Args:
-        values: Any shape.
-        axes: Axes of the maximum; empty to divide every value by itself, None for all axes.
+    No axes at all divide every value by itself, None stands for all. The divisor is a constant to autograd, so
+    multiplying by it again gives the derivatives of the values.
     """
     largest = values.detach().abs()
     if axes is None:

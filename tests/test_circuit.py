@@ -15,7 +15,7 @@ CASES: dict[str, tuple[ModeTree, Any, Any]] = {
     "binary": (ModeTree.perfect(4), 3, [4, 2]),
     "interleaved": (ModeTree.perfect(8, pattern="interleaved"), 2, [2, 3, 4]),
     "ternary": (ModeTree.perfect(9, 3), 2, [3, 2]),
-    "quadrant": (ModeTree.perfect(16, pattern="quadrant"), 2, [3, 4]),
+    "quadrant": (ModeTree.perfect(16, pattern="quadrant"), [2, 2, 1, 2] * 4, [3, 4]),
     "uneven": (ModeTree.nested([[0, 6], [5, [3, 4, 2]], 1]), [2, 3, 2, 1, 3, 2, 2], 4),
     "one layer": (ModeTree.perfect(3, 3), [2, 3, 4], 5),
 }

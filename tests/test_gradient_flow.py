@@ -88,8 +88,7 @@ def test_crosses_a_plateau_in_few_evaluations() -> None:
 
 
 @pytest.mark.parametrize("method", ["RK45", "DOP853", "Radau"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("end", [math.inf, 4.0])
+@pytest.mark.parametrize(("dtype", "end"), [(torch.float32, math.inf), (torch.float64, 4.0)])
 def test_continues_exactly_from_a_checkpoint(method: str, dtype: torch.dtype, end: float) -> None:
     def fresh() -> tuple[list[torch.nn.Parameter], GradientFlow]:
         weights = [torch.nn.Parameter(torch.tensor([[0.1, 0.3], [0.2, 0.1]], dtype=dtype)) for _ in range(3)]

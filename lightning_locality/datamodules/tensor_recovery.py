@@ -222,14 +222,9 @@ def _widths(tree: ModeTree, shape: Sequence[int], rank: int | Sequence[int]) -> 
     return widths
 
 
-# 4096 entries each; the first, second and last are the published ones
-_SHAPES: dict[TargetFormat, tuple[int, ...]] = {
-    "matrix": (64, 64),
-    "cp": (16, 16, 16),
-    "tucker": (16, 16, 16),
-    "tt": (16, 16, 16),
-    "ht": (8, 8, 8, 8),
-}
+# 4096 entries each; those of matrices, cp and ht are the published ones
+_SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
+_SHAPE_OF_ORDER_3 = (16, 16, 16)
 # entries of the largest tensor that is formed: 128 MiB in float64
 _MAX_DENSE = 2**24
 
@@ -301,7 +296,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
             raise ValueError(f"task must be 'completion' or 'sensing', got {task!r}")
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a standard deviation of at least 0, got {noise}")
-        self.shape = _SHAPES.get(target, ()) if shape is None else tuple(shape)
+        self.shape = _SHAPES.get(target, _SHAPE_OF_ORDER_3) if shape is None else tuple(shape)
         self.entries = math.prod(self.shape)
         self.task, self.noise, self.seed = task, noise, seed
         if self.entries > 1e300:
@@ -350,15 +345,15 @@ class TensorRecovery(AbstractRecoveryDataModule):
         generator = seeded_generator(self.seed, "entries")
         left = self.entries - self.observations
         held = left if self.entries <= _MAX_DENSE else min(left, self.observations)
-        if self.entries <= max(_MAX_DENSE, 4 * (self.observations + held)):
-            flat = torch.randperm(self.entries, generator=generator)[: self.observations + held]
-            # in memory order, since a full batch has no order of its own
-            parts = [part.sort().values for part in (flat[: self.observations], flat[self.observations :])]
+        count, distinct = self.observations + held, None
+        if self.entries > max(_MAX_DENSE, 4 * count):
+            distinct = _distinct_indices(self.shape, count, generator)
+        order = torch.randperm(self.entries if distinct is None else count, generator=generator)[:count]
+        # in memory order, since a full batch has no order of its own
+        parts = [part.sort().values for part in (order[: self.observations], order[self.observations :])]
+        if distinct is None:
             indices = [torch.stack(torch.unravel_index(part, self.shape), dim=1) for part in parts]
         else:
-            distinct = _distinct_indices(self.shape, self.observations + held, generator)
-            order = torch.randperm(len(distinct), generator=generator)
-            parts = [part.sort().values for part in (order[: self.observations], order[self.observations :])]
             indices = [distinct[part] for part in parts]
         train, test = (Entries(part, self.planted.entries(part)) for part in indices)
         return train, test if held else None

@@ -224,9 +224,10 @@ class Factorization(nn.Module, ABC):
         """Multiply one term per mode; from :data:`LARGE_ORDER` on, rescale along the axes after every mode."""
         product: Tensor | None = None
         log_scale: Tensor | None = None
+        large = self.order >= LARGE_ORDER
         for term in terms:
             product = term if product is None else multiply(product, term)
-            if self.order >= LARGE_ORDER:
+            if large:
                 product, more = divided(product, axes)
                 log_scale = more.log() if log_scale is None else log_scale + more.log()
         assert product is not None

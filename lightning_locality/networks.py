@@ -176,8 +176,8 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
 def _convolution_like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
     names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     settings: dict[str, Any] = {name: getattr(conv, name) for name in names}
-    factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    return nn.Conv2d(in_channels, out_channels, bias=conv.bias is not None, **settings, **factory)
+    settings |= {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    return nn.Conv2d(in_channels, out_channels, **settings)
 
 
 @final

@@ -101,9 +101,7 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
         """The problem, once."""
         return RepeatedBatch(self.problem, 1)
 
-    def test_dataloader(self) -> RepeatedBatch:
-        """The problem, once."""
-        return RepeatedBatch(self.problem, 1)
+    test_dataloader = val_dataloader
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The problem on the device, moved there by the first call."""

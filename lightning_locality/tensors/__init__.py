@@ -9,8 +9,6 @@ __all__ = [
     "Entries",
     "Factorization",
     "HierarchicalTensorFactorization",
-    "InitLaw",
-    "InitOf",
     "ModeTree",
     "Node",
     "Observations",
@@ -26,8 +24,6 @@ from lightning_locality.tensors.deep_matrix import DeepMatrix
 from lightning_locality.tensors.factorization import (
     Entries,
     Factorization,
-    InitLaw,
-    InitOf,
     Observations,
     RankOneMeasurements,
     RecoveryBatch,

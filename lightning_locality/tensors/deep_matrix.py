@@ -26,7 +26,7 @@ class DeepMatrix(Factorization):
     Singular values that start near zero grow one after the other, at a balanced point by
     :math:`\dot\sigma_r = L\, \sigma_r^{2 - 2/L} \langle -\nabla \ell(W), u_r v_r^\top \rangle` (*Implicit
     Regularization in Deep Matrix Factorization*, Arora, Cohen, Hu, Luo, 2019). Gradient flow conserves
-    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced where these are zero.
+    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced if these are zero.
 
     Args:
         shape: Rows and columns of W.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Entries", "Factorization", "InitLaw", "InitOf", "Observations", "RankOneMeasurements", "RecoveryBatch"]
+__all__ = ["Entries", "Factorization", "Observations", "RankOneMeasurements", "RecoveryBatch"]
 
 import math
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ class RecoveryBatch(NamedTuple):
     target: Tensor | None
 
 
-# from this order on, products over the modes are rescaled on the way
+# from this order on, products over the modes are rescaled after every mode
 LARGE_ORDER = 16
 
 InitLaw = Literal["normal", "balanced"]

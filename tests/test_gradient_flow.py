@@ -129,14 +129,14 @@ def test_weights_changed_from_outside() -> None:
 def test_blow_up_is_an_error_that_names_the_time() -> None:
     """d w/dt = w^2 has no solution from t = 1 on."""
     weight = torch.nn.Parameter(torch.tensor([1.0]))
-    flow = GradientFlow([weight])
+    flow = GradientFlow([weight], rtol=1e-6)
     closure = closure_of(flow, lambda: -(weight**3).sum() / 3)
 
     def go_on() -> None:
         for _ in range(10_000):
             flow.step(closure)
 
-    with pytest.raises(IntegrationError, match=r"time 1\b.*rtol=1e-08.*Radau") as error:
+    with pytest.raises(IntegrationError, match=r"time 1\b.*rtol=1e-06.*Radau") as error:
         go_on()
     assert isinstance(error.value, ValueError)
     assert flow.time == pytest.approx(1.0, abs=1e-6)

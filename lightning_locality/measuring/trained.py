@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_locality.datamodules.base import AbstractImageDataModule, seeded_generator
 from lightning_locality.networks import ConvolutionalArithmeticCircuit
-from lightning_locality.tasks.classification import Classification, refuse_other_model
+from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import Factorization
 
 _REMEDY = (
@@ -80,7 +80,7 @@ class Trained:
             _fit_to_data(self.module, self.data, stored)
         try:
             self.module.on_load_checkpoint(stored)
-            refuse_other_model(self.module, stored["state_dict"])
+            check_state_dict(self.module, stored["state_dict"])
         except ValueError as error:
             raise ValueError(f"--checkpoint {self.path}: {error}") from error
         # assigned, for the type of numbers that they were trained in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Classification", "NonFiniteLossError", "refuse_other_model"]
+__all__ = ["Classification", "NonFiniteLossError", "check_state_dict"]
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,7 @@ class NonFiniteLossError(ValueError):
     """Training has been stopped because the loss is infinite or not a number."""
 
 
-def refuse_other_model(model: nn.Module, stored: Mapping[str, Any]) -> None:
+def check_state_dict(model: nn.Module, stored: Mapping[str, Any]) -> None:
     """Refuse the weights of another model, with what differs instead of a page of keys.
 
     Args:
@@ -195,7 +195,7 @@ class Classification(LightningModule):
                 checkpoint["state_dict"].setdefault(draws, mine[draws])
             else:
                 checkpoint["state_dict"].pop(draws, None)
-        refuse_other_model(self, checkpoint["state_dict"])
+        check_state_dict(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""

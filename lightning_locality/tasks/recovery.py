@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Recovery"]
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -17,10 +16,9 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_locality.callbacks.history import MetricsFile
 from lightning_locality.optim import GradientFlow, GroupRMSprop
-from lightning_locality.tasks.classification import NonFiniteLossError, refuse_other_model
-from lightning_locality.tasks.recovery_loss import Graph, Iterations, Loss, LossName, Objective, Observed, Route
+from lightning_locality.tasks.classification import NonFiniteLossError, check_state_dict
+from lightning_locality.tasks.recovery_loss import Graph, InnerLoop, Loss, LossName, Objective, Route, TrainingSet
 from lightning_locality.tasks.recovery_metrics import Measurements
 from lightning_locality.tensors.factorization import Factorization, RecoveryBatch
 
@@ -48,9 +46,9 @@ class Recovery(LightningModule):
         loss: Mean squared error, half the sum of squares, mean absolute error, or mean Huber loss.
         huber_delta: Where the Huber loss becomes linear.
         optimizer: Called with the weights: GroupRMSprop (where None), GradientFlow or any of torch.
-        steps: Iterations per training step.
-        measure_every: Iterations between measurements.
-        max_iterations: Iterations after which the run stops in any case.
+        steps: InnerLoop per training step.
+        measure_every: InnerLoop between measurements.
+        max_iterations: InnerLoop after which the run stops in any case.
         tolerance: Training loss that counts as fitted; None to stop at ``max_iterations`` only.
         patience: Measurements below the tolerance that are not yet enough.
         batch_size: Observations per iteration, in a new random order in every pass; None for all.
@@ -152,7 +150,7 @@ class Recovery(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint was."""
-        refuse_other_model(self, checkpoint["state_dict"])
+        check_state_dict(self, checkpoint["state_dict"])
         if "recovery" not in checkpoint:
             raise ValueError(
                 "the checkpoint does not fit this model: it is not of a recovery run; load it with the config.yaml of "
@@ -162,25 +160,20 @@ class Recovery(LightningModule):
         self.iteration, self.below, self.row = progress["iteration"], progress["below"], dict(progress["row"])
 
     def on_fit_start(self) -> None:
-        """Drop rows that an interrupted part of the run has written after its checkpoint."""
+        """Forget the problem of an earlier fit, and count iterations from here."""
         self._batch, self._first_iteration = None, self.iteration
-        for logger in self.loggers:
-            if isinstance(logger, MetricsFile) and self.iteration > 0:
-                logger.keep(self._belongs)
 
-    @property
-    def iterations_done(self) -> int:
-        """Iterations of this part of the run."""
-        return self.iteration - self._first_iteration
+    def summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the last measurement, and the counts of the run, for ``summary.json``.
 
-    def _belongs(self, row: Mapping[str, str]) -> bool:
-        iteration = int(float(row.get("iteration") or -1))
-        # a last measurement may lie between the others; rows of a callback, which have no loss, may do so as well
-        regular = iteration % self.measure_every == 0 or not row.get("train/loss")
-        return 0 <= iteration <= self.iteration and regular
+        Args:
+            seconds: Duration of this fit.
+        """
+        done = self.iteration - self._first_iteration
+        return self.row, {"iterations": self.iteration, "iterations_per_second": round(done / seconds, 2)}
 
     def training_step(self, batch: RecoveryBatch, batch_idx: int) -> None:
-        """Iterations, and the measurements that fall among them."""
+        """InnerLoop, and the measurements that fall among them."""
         self._prepare(batch)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -221,10 +214,10 @@ class Recovery(LightningModule):
             raise ValueError(f"batch_size is {self.batch_size}, but gradient flow is that of one loss: leave it out")
         objective = Objective(train, self.loss, self.route, self.batch_size, self.seed)
         unroll = math.gcd(self.steps, self.measure_every)
-        self.iterations = Iterations(objective, optimizer, self.graph, unroll)
+        self.iterations = InnerLoop(objective, optimizer, self.graph, unroll)
 
-    def _problem(self, batch: RecoveryBatch) -> Observed:
-        train = Observed(self.model, batch.train)
+    def _problem(self, batch: RecoveryBatch) -> TrainingSet:
+        train = TrainingSet(self.model, batch.train)
         self.measurements = self.measurements_of(self.model, batch, train)
         self._batch = batch
         return train

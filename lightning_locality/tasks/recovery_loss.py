@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LARGEST_DENSE", "Graph", "Iterations", "Loss", "LossName", "Objective", "Observed", "Route"]
+__all__ = ["LARGEST_DENSE", "Graph", "InnerLoop", "Loss", "LossName", "Objective", "Route", "TrainingSet"]
 
 import math
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class Loss:
 
 
 @final
-class Observed:
+class TrainingSet:
     """Observations made ready for a factorisation: checked, of its type, with positions in the flattened tensor.
 
     Args:
@@ -162,7 +162,7 @@ class Objective:
         ValueError: ``route="tensor"`` where the tensor is too large or the observations are no entries.
     """
 
-    def __init__(self, observed: Observed, loss: Loss, route: Route, batch_size: int | None, seed: int) -> None:
+    def __init__(self, observed: TrainingSet, loss: Loss, route: Route, batch_size: int | None, seed: int) -> None:
         model = observed.model
         self.observed, self.loss, self.model = observed, loss, model
         self.batch_size, self.seed = batch_size, seed
@@ -244,7 +244,7 @@ _WITH_CLOSURE = (GradientFlow, LBFGS)
 
 
 @final
-class Iterations:
+class InnerLoop:
     """Runs iterations: gradient, step, and nothing else.
 
     On CUDA, ``unroll`` iterations are recorded as a CUDA graph once, and replayed: a launch for all of them instead

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.ranks import dense_spectra, effective_rank
-from lightning_locality.tasks.recovery_loss import LARGEST_DENSE, Loss, Observed
+from lightning_locality.tasks.recovery_loss import LARGEST_DENSE, Loss, TrainingSet
 from lightning_locality.tensors.factorization import Factorization, RecoveryBatch
 
 
@@ -46,7 +46,7 @@ class Measurements:
         self,
         model: Factorization,
         batch: RecoveryBatch,
-        train: Observed,
+        train: TrainingSet,
         loss: Loss,
         test_clamp: float | None,
         chunk: int | None,
@@ -57,7 +57,7 @@ class Measurements:
         watch: Sequence[Sequence[int]],
     ) -> None:
         self.model, self.train, self.loss = model, train, loss
-        self.test = None if batch.test is None else Observed(model, batch.test)
+        self.test = None if batch.test is None else TrainingSet(model, batch.test)
         self.test_clamp, self.chunk, self.top, self.groups = test_clamp, chunk, top, groups
         self.dense = math.prod(model.shape) <= LARGEST_DENSE
         self.target: Tensor | None = None

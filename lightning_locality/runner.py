@@ -165,10 +165,10 @@ class LocalityCLI(LightningCLI):
         stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
         typed = config.get("model") or {}
         typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
-        values = dict(flatten({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})}))
-        trained = dict(flatten({"class_path": stored.pop("_class_path", None), **stored}))
+        values = _comparable({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})})
+        trained = _comparable({"class_path": stored.pop("_class_path", None), **stored})
         for name in sorted(values.keys() & trained.keys()):
-            if values[name] is not None and trained[name] is not None and values[name] != trained[name]:
+            if values[name] != trained[name]:
                 rank_zero_warn(
                     f"{name}: the checkpoint {path} was trained with {trained[name]!r}, the command line says "
                     f"{values[name]!r}; the command line's value is used"
@@ -298,6 +298,12 @@ class LocalityCLI(LightningCLI):
 
     def _scores(self) -> dict[str, float]:
         return {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given, by dotted name, and classes by their name alone: modules may move."""
+    given = {name: value for name, value in flatten(settings) if value is not None}
+    return {k: v.rpartition(".")[2] if k.endswith("class_path") else v for k, v in given.items()}
 
 
 def _last_values(metrics: Path) -> dict[str, float]:

@@ -61,29 +61,25 @@ def _is_first_process() -> bool:
 class RunDirectory:
     """Directory of a run: one process trains in it, and an earlier run in it is never overwritten.
 
+    All processes of a launch choose the same one.
+
     Args:
-        path: The directory.
+        path: The directory; None for the folder of the checkpoint, else ``runs/DATE_TIME``.
+        checkpoint: Checkpoint that the run starts from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @classmethod
-    def choose(cls, path: str | None, checkpoint: str | None) -> RunDirectory:
-        """Take the given path, else the folder of the checkpoint, else ``runs/DATE_TIME``.
-
-        All processes of a launch agree on it.
-        """
+    def __init__(self, path: str | None, checkpoint: str | None) -> None:
         if path or checkpoint:
-            return cls(Path(path or Path(str(checkpoint)).parent))
-        if not _is_first_process() and _SHARED_DIR in os.environ:
-            return cls(Path(os.environ[_SHARED_DIR]))
-        launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-        if launch in (None, "none"):
-            launch = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        # processes that Lightning starts inherit it
-        os.environ[_SHARED_DIR] = str(Path("runs") / launch)
-        return cls(Path("runs") / launch)
+            self.path = Path(path or Path(str(checkpoint)).parent)
+        elif not _is_first_process() and _SHARED_DIR in os.environ:
+            self.path = Path(os.environ[_SHARED_DIR])
+        else:
+            launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+            if launch in (None, "none"):
+                launch = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            self.path = Path("runs") / launch
+            # processes that Lightning starts inherit it
+            os.environ[_SHARED_DIR] = str(self.path)
 
     def refuse_used(self) -> None:
         """Raise FileExistsError if the directory holds an earlier run."""
@@ -97,8 +93,8 @@ class RunDirectory:
     def lock(self) -> filelock.BaseFileLock:
         """Lock the directory until the lock is released; exit with status 75 if another process is training in it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
         try:
-            lock = filelock.FileLock(self.path / ".lock")
             lock.acquire(timeout=0)
         except filelock.Timeout:
             print(f"{_PROGRAM}: run_dir {self.path} is in use by another process", file=sys.stderr)
@@ -111,20 +107,17 @@ class RunDirectory:
         if config.exists():
             config.rename(self.path / f"config.{len(list(self.path.glob('config.*.yaml')))}.yaml")
 
-    @staticmethod
-    def checkpoint(name: str, run_dir: str | None) -> Path:
-        """Return the path of a checkpoint given as a path, or as ``last`` or ``best`` of a run directory."""
-        if name not in ("last", "best"):
-            path = Path(name)
-        elif run_dir is None:
-            raise FileNotFoundError(
-                f"--ckpt_path {name}: name its run with --run_dir, or give the path of the checkpoint"
-            )
-        else:
-            path = Path(run_dir) / f"{name}.ckpt"
-        if not path.is_file():
-            raise FileNotFoundError(f"--ckpt_path {name}: there is no file {path}")
-        return path
+
+def _find_checkpoint(name: str, run_dir: str | None) -> Path:
+    """Return the path of a checkpoint given as a path, or as ``last`` or ``best`` of a run directory."""
+    path = Path(name)
+    if name in ("last", "best"):
+        if run_dir is None:
+            raise FileNotFoundError(f"--ckpt_path {name}: name its run by --run_dir, or give the checkpoint's path")
+        path = Path(run_dir) / f"{name}.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path {name}: there is no file {path}")
+    return path
 
 
 class LocalityCLI(LightningCLI):
@@ -167,15 +160,15 @@ class LocalityCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if not config.get("ckpt_path"):
             return
-        path = RunDirectory.checkpoint(config.ckpt_path, config.run_dir)
+        path = _find_checkpoint(config.ckpt_path, config.run_dir)
         config.ckpt_path = str(path)
         stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
         typed = config.get("model") or {}
         typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
-        values = dict(flatten({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})}))
-        trained = dict(flatten({"class_path": stored.pop("_class_path", None), **stored}))
+        values = _comparable({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})})
+        trained = _comparable({"class_path": stored.pop("_class_path", None), **stored})
         for name in sorted(values.keys() & trained.keys()):
-            if values[name] is not None and trained[name] is not None and values[name] != trained[name]:
+            if values[name] != trained[name]:
                 rank_zero_warn(
                     f"{name}: the checkpoint {path} was trained with {trained[name]!r}, the command line says "
                     f"{values[name]!r}; the command line's value is used"
@@ -190,15 +183,15 @@ class LocalityCLI(LightningCLI):
                 f"{self.subcommand} without a checkpoint would measure a network with random weights: pass "
                 "--ckpt_path runs/NAME/best.ckpt (or last.ckpt), or --run_dir runs/NAME --ckpt_path best"
             )
-        self.directory = RunDirectory.choose(config.run_dir, checkpoint)
+        self.directory = RunDirectory(config.run_dir, checkpoint)
         self.run_dir = self.directory.path
+        self.recorded = self.subcommand == "fit" and not config.trainer.fast_dev_run
         if self.subcommand != "fit":
             self.save_config_callback = None
-        elif not config.trainer.fast_dev_run:
-            if _is_first_process():
-                self._held.enter_context(self.directory.lock())
-            if not checkpoint:
-                self.directory.refuse_used()
+        if self.recorded and _is_first_process():
+            self._held.enter_context(self.directory.lock())
+        if self.recorded and not checkpoint:
+            self.directory.refuse_used()
         config.run_dir = str(self.run_dir)
         if not sys.stdout.isatty():
             for name in ("enable_progress_bar", "enable_model_summary"):
@@ -208,21 +201,18 @@ class LocalityCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the metrics file and the best and last checkpoints to the configured loggers and callbacks."""
         config = self._get(self.config_init, "trainer", default={})
-        logger, extra = config.get("logger"), list(config.get("callbacks") or [])
-        # only a fit has a history; the other commands write their scores to files of their own
-        recorded = self.subcommand == "fit" and not config.get("fast_dev_run")
-        own = [MetricsFile(self.run_dir)] if recorded and logger is not False else []
+        logger, callbacks = config.get("logger"), list(config.get("callbacks") or [])
+        keeps = config.get("enable_checkpointing") is False or any(isinstance(c, ModelCheckpoint) for c in callbacks)
         if logger is not False:
             typed = [] if logger in (None, True) else [logger] if isinstance(logger, Logger) else list(logger)
+            # only a fit has a history; the other commands write their scores to files of their own
+            own = [MetricsFile(self.run_dir)] if self.recorded else []
             kwargs["logger"] = [*own, *typed]
-        if self.subcommand == "fit":
-            if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
-                pass
-            elif not any(isinstance(callback, ModelCheckpoint) for callback in extra):
-                extra += self._checkpoints()
-            extra += [*own, self.stopwatch]
+            callbacks += own
+        if self.recorded:
+            callbacks += [self.stopwatch] if keeps else [self.stopwatch, *self._checkpoints()]
         root = str(config.get("default_root_dir") or self.run_dir)
-        return use_atomic_checkpoints(super().instantiate_trainer(callbacks=extra, default_root_dir=root, **kwargs))
+        return use_atomic_checkpoints(super().instantiate_trainer(callbacks=callbacks, default_root_dir=root, **kwargs))
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and the best one if the model names a metric to monitor."""
@@ -236,7 +226,7 @@ class LocalityCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Keep the configuration of the part of the run that is resumed."""
-        if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
+        if self.trainer.is_global_zero and self.recorded:
             self.directory.keep_earlier_config()
         self.fit_started = time.time()
 
@@ -246,24 +236,20 @@ class LocalityCLI(LightningCLI):
         if any(isinstance(callback, StopAfter) and callback.stopped for callback in callbacks):
             rank_zero_info(f"out of time; continue with --run_dir {self.run_dir} --ckpt_path last")
             return
-        seconds = time.time() - self.fit_started
         scores = self._scores()
         counts: dict[str, float] = {"epochs": self.trainer.current_epoch}
+        own_summary = getattr(self.model, "summary", None)
+        if own_summary is not None:
+            metrics, more = own_summary(time.time() - self.fit_started)
+            scores, counts = scores | metrics, counts | more
         choice = self._get(self.config, "test_after_fit")
-        summarize = getattr(self.model, "summary", None)
-        if summarize is not None:
-            metrics, more = summarize(seconds)
-            scores |= metrics
-            counts |= more
         if choice != "no":
-            path = None
             checkpoint = self.trainer.checkpoint_callback
-            if choice == "best" and isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-                path = checkpoint.best_model_path
-            results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
+            path = getattr(checkpoint, "best_model_path", "") if choice == "best" else ""
+            results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None, verbose=False)
             scores |= {key: float(value) for key, value in results[0].items()}
-        if self.trainer.is_global_zero and not self._get(self.config, "trainer").fast_dev_run:
-            if summarize is None:  # a run killed after its last epoch measures nothing again
+        if self.trainer.is_global_zero and self.recorded:
+            if own_summary is None:  # a run killed after its last epoch measures nothing again
                 scores = _last_values(self.run_dir / "metrics.csv") | scores
             _write_figures(self.run_dir, self.model, self.datamodule)
             self._write_summary(scores, counts)  # last: a run that has one is finished
@@ -271,6 +257,7 @@ class LocalityCLI(LightningCLI):
 
     def _write_summary(self, scores: dict[str, float], counts: dict[str, float]) -> None:
         device = self.trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
         config = read_settings(self.run_dir)
         write_json(
             self.run_dir / "summary.json",
@@ -281,9 +268,7 @@ class LocalityCLI(LightningCLI):
                 "steps": self.trainer.global_step,
                 "seconds": round(self.stopwatch.seconds, 1),
                 "device": {
-                    "name": torch.cuda.get_device_name(device)
-                    if device.type == "cuda"
-                    else platform.processor() or "cpu",
+                    "name": name,
                     "processes": self.trainer.world_size,
                     "threads": torch.get_num_threads(),
                 },
@@ -313,6 +298,12 @@ class LocalityCLI(LightningCLI):
 
     def _scores(self) -> dict[str, float]:
         return {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given, by dotted name, and classes by their name alone: modules may move."""
+    given = {name: value for name, value in flatten(settings) if value is not None}
+    return {k: v.rpartition(".")[2] if k.endswith("class_path") else v for k, v in given.items()}
 
 
 def _last_values(metrics: Path) -> dict[str, float]:

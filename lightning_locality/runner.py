@@ -37,11 +37,12 @@ import lightning_locality
 from lightning_locality.callbacks.history import MetricsFile, Stopwatch, use_atomic_checkpoints
 from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.datamodules.base import AbstractImageDataModule
-from lightning_locality.plotting.style import example_inputs, read_metrics, save_figure, training_curves
+from lightning_locality.plotting.recovery import component_curves, magnitude_groups
+from lightning_locality.plotting.style import save_figure
+from lightning_locality.plotting.training import example_inputs, training_curves
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.patches import AbstractPatches
-from lightning_locality.results import atomic_write, flatten, read_settings, write_json
-from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations
+from lightning_locality.results import atomic_write, flatten, history, read_settings, write_json
 
 _PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
@@ -344,13 +345,12 @@ def _write_predictions(path: Path, batches: Sequence[Any]) -> None:
 
 def _write_figures(folder: Path, model: LightningModule, data: LightningDataModule | None) -> None:
     """Draw the curves of a run, and inputs with the patches of its penalty outlined, into ``FOLDER/figures``."""
-    metrics = folder / "metrics.csv"
-    if metrics.exists():
-        measurements = read_iterations(metrics)
-        if magnitude_groups(measurements):
+    if (folder / "metrics.csv").exists():
+        measurements = history(folder, "iteration")
+        if magnitude_groups(measurements.columns):
             save_figure(component_curves({folder.name: measurements}), folder / "figures" / "dynamics")
         else:
-            save_figure(training_curves(read_metrics(metrics)), folder / "figures" / "training")
+            save_figure(training_curves(history(folder)), folder / "figures" / "training")
     if not isinstance(data, AbstractImageDataModule):
         return
     penalty = getattr(model, "penalty", None)

@@ -101,17 +101,18 @@ def sweep(
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+    from lightning_locality.plotting.command import draw_sweep_figure  # here because matplotlib takes a second
+
     labels = {run.folder: run.labels for run in runs}
     with FileLock(plan.folder / ".lock"):  # another sweep of this folder may end at the same time
         write_results(plan.folder / "results.csv", labels)
         # without a terminal rich would wrap the table at 80 columns
         wide = Console(width=None if console.is_terminal else _TABLE_WIDTH)
-        wide.print(_result_table(read_runs(list(labels), labels)))
+        frame = read_runs(list(labels), labels)
+        wide.print(_result_table(frame))
         for folder, log in failed.items():
             console.print(f"failed: {folder.name}\n{log}")
-        from lightning_locality.sweep_figure import SweepFigure
-
-        picture = SweepFigure.read(plan.figure, str(grid)).save(runs, plan.folder)
+        picture = draw_sweep_figure(plan.figure, frame, plan.folder)
     files = ", ".join(["results.csv", *([picture.name] if picture else [])])
     console.print(f"In {plan.folder}: {files}, and a folder for every run, with its own figures (figures/*.png).")
     if failed:

@@ -39,14 +39,6 @@ class Run:
     folder: Path
 
     @property
-    def variant(self) -> str:  # interim, for SweepFigure
-        return str(self.labels["variant"])
-
-    @property
-    def point(self) -> Mapping[str, Any]:  # interim, for SweepFigure
-        return {k: v for k, v in self.labels.items() if k != "variant"}
-
-    @property
     def finished(self) -> bool:
         """Whether the run has written its summary, which it does last."""
         return (self.folder / "summary.json").exists()
@@ -97,7 +89,7 @@ class SweepFile:
     path: Path
     configs: Sequence[str] = ()
     set: Mapping[str, Any] = field(default_factory=dict)
-    variants: Mapping[str, Mapping[str, Any] | None] = field(default_factory=lambda: {"run": None})
+    variants: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     out: str | Path | None = None
     figure: Mapping[str, Any] | None = None
@@ -127,9 +119,12 @@ class SweepFile:
             if name == "gpus_per_node" and isinstance(value, int) and 0 < value < self.devices_per_run:
                 self._refuse(f"slurm: gpus_per_node is {value}, but devices_per_run {self.devices_per_run}")
         if self.figure is not None:
-            from lightning_locality.sweep_figure import SweepFigure  # here because matplotlib takes a second
+            from lightning_locality.plotting.command import check_figure  # here because matplotlib takes a second
 
-            SweepFigure.read(self.figure, str(self.path))
+            try:
+                check_figure(self.figure, ["variant", *self._axes])
+            except ValueError as error:
+                self._refuse(str(error))
 
     def _refuse(self, message: str) -> None:
         raise ValueError(f"{self.path}: {message}")
@@ -154,21 +149,27 @@ class SweepFile:
         """Folder that holds the run directories and ``results.csv``."""
         return Path(self.out or Path("runs") / self.path.stem)
 
+    @property
+    def _axes(self) -> list[str]:
+        """Short name of each grid entry: the last word of its first option, or the whole option if ambiguous."""
+        firsts = [entry.split(",")[0].strip() for entry in self.grid]
+        words = [first.split(".")[-1] for first in firsts]
+        return [word if words.count(word) == 1 else first for first, word in zip(firsts, words, strict=True)]
+
     def runs(self) -> list[Run]:
         """List every variant at every point of the grid, variants varying fastest.
 
         Raises:
             ValueError: A configuration that does not exist, or runs that would share a directory.
         """
-        firsts = [entry.split(",")[0].strip() for entry in self.grid]
-        words = [first.split(".")[-1] for first in firsts]
-        names = [word if words.count(word) == 1 else first for first, word in zip(firsts, words, strict=True)]
         runs: dict[Path, Run] = {}
         for values in itertools.product(*self.grid.values()):
             entries = zip(self.grid, values, strict=True)
             options = {option.strip(): value for entry, value in entries for option in entry.split(",")}
-            for variant, own in self.variants.items():
-                run = self._run({"variant": str(variant), **dict(zip(names, values, strict=True))}, own or {}, options)
+            for variant, own in (self.variants or {"run": None}).items():
+                run = self._run(
+                    {"variant": str(variant), **dict(zip(self._axes, values, strict=True))}, own or {}, options
+                )
                 if run.folder in runs:
                     self._refuse(
                         f"two runs would share the folder {run.folder}: give the variants names that differ in letters "

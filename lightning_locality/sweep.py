@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -32,6 +32,7 @@ Outcome = Literal["finished", "failed", "stopped", "held"]
 Submit = Callable[[Sequence[Run]], Sequence[Any]]  # returns something with done(), result() and exception() per run
 
 _POLL = {"local": 0.2, "slurm": 5.0}  # seconds between looks at the runs
+_COMMAND = (sys.executable, "-m", "lightning_locality")
 _HELD = 75  # EX_TEMPFAIL, the exit status of a fit whose directory another process writes to
 _PATIENCE = 10.0  # seconds that an interrupted run has to end by itself
 _REQUEUES = 50  # times that SLURM may requeue a job that has run out of time
@@ -260,38 +261,41 @@ def _fit(
     even if that is killed.
     """
     try:
-        with run.lock():
-            if run.finished:
-                return "finished"
-            resumed = _prepare(run)
+        # the run locks its directory itself, but only seconds after its start
+        with run.lock(".claim"):
+            with run.lock():
+                if run.finished:
+                    return "finished"
+                resumed = _prepare(run)
+            with (run.folder / "log.txt").open("ab") as log:
+                code = _call([*prefix, *_COMMAND, *run.arguments, *resumed], variables, log, stopped)
+                if code < 0:
+                    log.write(f"ended by signal {-code} ({signal.strsignal(-code)})\n".encode())
+            return "finished" if run.finished else "held" if code == _HELD else "failed" if code else "stopped"
     except Timeout:
         return "held"
+
+
+def _call(command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], stopped: Callable[[], bool]) -> int:
+    """Run a command to its end, or until it is stopped; return its exit status."""
     # inside a job a run starts its own processes; SLURM's variables would keep Lightning from it
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     ours = {"PYTHONUNBUFFERED": "1", "LIGHTNING_LOCALITY_PARENT_PIPE": "1"}
-    with (run.folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "lightning_locality", *run.arguments, *resumed],
-            env={**inherited, **ours, **variables},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    process = subprocess.Popen(
+        command, env={**inherited, **ours, **variables}, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        while process.poll() is None and not stopped():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+    finally:
+        process.terminate()
         try:
-            while process.poll() is None and not stopped():
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-        finally:
-            process.terminate()
-            try:
-                process.communicate(timeout=_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-        code = process.returncode
-        if code < 0:
-            log.write(f"ended by signal {-code} ({signal.strsignal(-code)})\n".encode())
-    return "finished" if run.finished else "held" if code == _HELD else "failed" if code else "stopped"
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()  # closes the pipe
+    return process.returncode
 
 
 def _prepare(run: Run) -> list[str]:

@@ -51,14 +51,14 @@ class Run:
     @property
     def held(self) -> bool:
         """Whether another process works on the run."""
-        with suppress(Timeout), self.lock():
+        with suppress(Timeout), self.lock(".claim"), self.lock():
             return False
         return True
 
-    def lock(self) -> FileLock:
-        """Lock the run directory, without waiting for it."""
+    def lock(self, name: str = ".lock") -> FileLock:
+        """Lock the run directory as a run does, or with ``.claim`` as a sweep, without waiting for it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".lock", timeout=0)
+        return FileLock(self.folder / name, timeout=0)
 
 
 @final

@@ -84,8 +84,7 @@ if sys.orig_argv[1:4] == ["-m", "lightning_locality", "fit"]:
     if "killed" in folder.name:
         os.kill(os.getpid(), 9)
     part = folder / "summary.json.part"
-    score = float(os.environ.get("FAKE_SCORE", "0.5"))
-    part.write_text(json.dumps({"metrics": {"test/accuracy": score}, "epochs": 1, "seconds": 1.0}))
+    part.write_text(json.dumps({"metrics": {"test/loss": 0.5}, "epochs": 1, "seconds": 1.0}))
     os.replace(part, folder / "summary.json")
     os._exit(0)
 """
@@ -289,7 +288,7 @@ def test_failed_runs_are_reported_and_tried_again(
     assert "failed: killed\nended by signal 9 (Killed)\n" in shown.out
     assert "finished: good (" in shown.out
     assert "1 done, 2 failed, 0 to go" in shown.out
-    assert rows(out) == [{"run": "good", "variant": "good", "epochs": "1", "test/accuracy": "0.5"}]
+    assert rows(out) == [{"run": "good", "variant": "good", "epochs": "1", "test/loss": "0.5"}]
     failing(str(path), f"--out={out}")
     assert Counter(note["run"] for note in read(notes)) == {"good": 1, "bad": 2, "killed": 2}
 
@@ -345,7 +344,7 @@ def test_other_settings_are_said(tmp_path: Path, notes: Path, capsys: pytest.Cap
     main(["sweep", str(path), f"--out={out}"])
     assert "other settings" not in capsys.readouterr().out
     left = {file.name for name in ("new", "cut") for file in (out / name).iterdir()}
-    assert left == {".lock", ".settings.json", "log.txt", "note.txt", "started", "summary.json"}
+    assert left == {".claim", ".lock", ".settings.json", "log.txt", "note.txt", "started", "summary.json"}
     (out / "new" / "summary.json").unlink()
     with zipfile.ZipFile(out / "new" / "last.ckpt", "w") as file:
         file.writestr("a", "b")
@@ -370,9 +369,13 @@ def test_tables_have_a_row_for_what_varied_other_than_seeds(tmp_path: Path, caps
     path = write(tmp_path / "grid.yaml", grid=grid)
     for run, accuracy in zip(SweepFile.read(path, out).runs(), (0.5, 0.75, 0.625, 1.0), strict=True):
         finished(run, {"train/accuracy": 1.0, "test/accuracy": accuracy}, epochs=3, seconds=2.0)
+        (run.folder / "metrics.csv").write_text("epoch,step,val/accuracy\n0,1,0.5\n")
     finished(SweepFile.read(write(tmp_path / "old.yaml", grid={"gone": [1]}), out).runs()[0], {})
     main(["sweep", str(path), f"--out={out}"])
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr().out
+    assert f"In {out}: results.csv, accuracy.png, and a folder for every run" in shown
+    assert (out / "accuracy.png").is_file()
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
     assert [line for line in lines if line] == [
         ["weight=0", "2 of 2", "100.0 (100.0 to 100.0)", "56.2 (50.0 to 62.5)", "-", "2"],
         ["weight=3", "2 of 2", "100.0 (100.0 to 100.0)", "87.5 (75.0 to 100.0)", "-", "2"],
@@ -472,6 +475,10 @@ def test_dry_run_prints_the_commands_and_what_has_finished(tmp_path: Path, capsy
     [
         ({"gird": {}}, "unknown key 'gird' .did you mean 'grid'"),
         ({"variants": {"a": {"sets": {}}}}, "did you mean 'set'"),
+        ({"figure": "components"}, "must be a mapping with a kind"),
+        ({"figure": {"kind": "component"}}, "did you mean 'components'"),
+        ({"figure": {"kind": "components", "group": ["a"]}}, "did you mean 'groups'"),
+        ({"figure": {"kind": "accuracy", "x": "depth"}, "grid": {"a.distance": [1]}}, "no column 'depth'"),
         ({"variants": ["a"]}, "variants must be a mapping of names to configs and set"),
         ({"configs": ["none.yaml"]}, "does not exist"),
         ({"cluster": "slrum"}, "cluster must be one of local, slurm"),

@@ -17,9 +17,11 @@ from torch import distributed
 
 from lightning_locality.callbacks.history import written_whole
 from lightning_locality.datamodules.base import AbstractImageDataModule
-from lightning_locality.plotting.style import example_inputs, read_metrics, save_figure, training_curves
+from lightning_locality.plotting.recovery import component_curves, magnitude_groups
+from lightning_locality.plotting.style import save_figure
+from lightning_locality.plotting.training import example_inputs, training_curves
 from lightning_locality.regularizer.anti_locality import AntiLocality
-from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations
+from lightning_locality.results import history
 
 _EXAMPLES = 4
 
@@ -65,11 +67,11 @@ def write_figures(folder: Path, model: LightningModule, data: LightningDataModul
     """
     metrics = folder / "metrics.csv"
     if metrics.exists():
-        measurements = read_iterations(metrics)
-        if magnitude_groups(measurements):
+        measurements = history(folder, "iteration")
+        if magnitude_groups(measurements.columns):
             save_figure(component_curves({folder.name: measurements}), folder / "figures" / "dynamics")
         else:
-            save_figure(training_curves(read_metrics(metrics)), folder / "figures" / "training")
+            save_figure(training_curves(history(folder)), folder / "figures" / "training")
     if not isinstance(data, AbstractImageDataModule):
         return
     penalty = getattr(model, "penalty", None)

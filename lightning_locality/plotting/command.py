@@ -19,7 +19,7 @@ from rich.table import Table
 from lightning_locality import plotting
 from lightning_locality.plotting.recovery import read_curves
 from lightning_locality.plotting.style import save_figure, shown
-from lightning_locality.results import atomic_write, find_column, nearest, ordered, read_runs
+from lightning_locality.results import COUNTS, atomic_write, find_column, nearest, ordered, read_runs
 
 Kind = Callable[..., tuple[Figure, pd.DataFrame]]
 
@@ -28,6 +28,8 @@ KINDS: dict[str, Kind] = {
     for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations", "growth")
 }
 _COLUMNS = ("x", "group", "panel", "over")
+# counts, and metrics without a stage in their name
+_RESULTS = (*COUNTS, "iteration", "time", "reconstruction_error", "norm", "unbalancedness", "determinant")
 _WIDTH = 130  # characters of a table if there is no terminal
 _PRINTED = 60  # rows of the printed table
 # columns that tell tables written here from others
@@ -74,12 +76,12 @@ def draw_figure(args: Sequence[str]) -> None:
     _print(numbers, [*notes, f"{stem}.pdf, {stem.name}.png; the numbers: {table.name}"])
 
 
-def check_figure(figure: Mapping[str, Any] | None, columns: Sequence[str]) -> None:
+def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
     """Check the ``figure:`` entry of a sweep before its first run.
 
     Args:
         figure: ``kind`` and the options of that kind; None for the default, accuracy.
-        columns: ``variant`` and the short names of the grid, as in results.csv.
+        columns: ``variant`` and the short names of the grid, as in results.csv; None if they are not known.
 
     Raises:
         ValueError: Unknown kind or option, wrong value, or a column that neither the grid nor the variants have.
@@ -104,13 +106,12 @@ def check_figure(figure: Mapping[str, Any] | None, columns: Sequence[str]) -> No
         parser.parse_object(options)
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"figure {kind!r} cannot be drawn with {options}: {error}") from error
-    grid = pd.DataFrame(columns=list(columns))
-    for option in _COLUMNS:
+    for option in _COLUMNS if columns is not None else ():
         names = options.get(option) or []
         for name in [names] if isinstance(names, str) else names:
             # metrics and counts are known only after the runs
-            if not (option == "x" and (kind in ("components", "xy") or name == "epoch")) or name in columns:
-                find_column(grid, name, f"figure {kind!r}: {option}")
+            if option != "x" or not (kind == "components" or name == "epoch" or "/" in name or name in _RESULTS):
+                find_column(pd.DataFrame(columns=list(columns or ())), name, f"figure {kind!r}: {option}")
 
 
 def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:
@@ -225,7 +226,7 @@ def _gather(args: Sequence[str]) -> list[str]:
 def _write(figure: Figure, numbers: pd.DataFrame, stem: Path) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(stem.with_name(f"{stem.name}.csv")) as file:
-        numbers.to_csv(file, index=False)
+        numbers.to_csv(file, index=False, lineterminator="\r\n")
     save_figure(figure, stem)
 
 
@@ -234,7 +235,7 @@ def _print(numbers: pd.DataFrame, notes: Sequence[str]) -> None:
     rows = numbers.head(_PRINTED)
     if {"n", "runs"} <= set(numbers):
         rows = rows.assign(runs=[f"{n} of {runs}" for n, runs in zip(rows["n"], rows["runs"], strict=True)])
-    rows = rows.drop(columns=["sem", "min", "max", "n"], errors="ignore")
+    rows = rows.drop(columns=["sem", "least", "greatest", "n"], errors="ignore")
     for name in rows:
         table.add_column(str(name), justify="left" if rows[name].map(lambda v: isinstance(v, str)).any() else "right")
     for row in rows.itertuples(index=False):

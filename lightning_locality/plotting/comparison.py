@@ -237,7 +237,7 @@ def _panels(number: int, width: float, names: Sequence[str]) -> tuple[Figure, An
     columns = min(number, 3 if width > 5 else 2)
     rows = -(-number // columns)
     height = float(np.clip(0.68 * width / columns, 1.5, 2.9))
-    names = [textwrap.fill(name, int(0.55 * LETTERS * width / columns)) for name in names]
+    names = [textwrap.fill(name, int(0.45 * LETTERS * width / columns)) for name in names]
     if names:
         height = 0.13 * len(names) * max(name.count("\n") + 1.4 for name in names) + 0.6
     figure = Figure(figsize=(width, rows * height), layout="constrained")

@@ -419,7 +419,7 @@ def read_curves(paths: Sequence[Path]) -> pd.DataFrame:
 def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
     """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
     groups = curves.groupby(CURVES[:4], sort=False)
-    fitted = groups[["size", "rate"]].apply(lambda own: np.polyfit(np.log(own["size"]), np.log(own["rate"]), 1)[0])
+    fitted = groups[["size", "rate"]].apply(lambda own: np.polyfit(*np.log(own.to_numpy().T.copy()), 1)[0])
     table: pd.DataFrame = fitted.rename("fitted").reset_index()
     table.insert(4, "predicted", [predicted(*case) for case in table[CURVES[:3]].to_numpy().tolist()])
     return table

@@ -107,6 +107,7 @@ def draw_lines(
     # here: it takes most of a second to import
     import seaborn
 
+    figure: Any = axes.get_figure(root=True)
     data = data.dropna(subset=["x", "y"])
     for position, name in enumerate(lines):
         before = [*axes.lines, *axes.collections]
@@ -124,13 +125,13 @@ def draw_lines(
             ax=axes,
             **line_style(position, joined),
         )
-        if not band:
+        if (joined and not band) or orient == "y":
             # side by side; moved only now: matplotlib would take the shift for one of the data when it finds the limits
             shift = (position - (len(lines) - 1) / 2) * min(_APART, _WIDEST / max(1, len(lines) - 1)) / 72
-            scale: Any = axes.get_figure(root=True).dpi_scale_trans  # type: ignore[union-attr]
-            moved = ScaledTranslation(*((shift, 0) if orient == "x" else (0, -shift)), scale)
+            across, down = (shift, 0.0) if orient == "x" else (0.0, -shift)
+            moved = axes.transData + ScaledTranslation(across, down, figure.dpi_scale_trans)
             for artist in {*axes.lines, *axes.collections} - {*before}:
-                artist.set_transform(axes.transData + moved)
+                artist.set_transform(moved)
 
 
 def legend_below(figure: Figure, title: str | None = None) -> None:

@@ -47,7 +47,7 @@ def _make_data(args: Sequence[str]) -> None:
 def _rank(args: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
-    from lightning_locality.measuring.command import gathered, rank
+    from lightning_locality.measure import gathered, rank
 
     # jsonargparse itself shows the first line alone
     description = (rank.__doc__ or "").partition("Args:")[0]

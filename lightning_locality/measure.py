@@ -32,7 +32,7 @@ from rich.table import Table
 from lightning_locality.measurements import Measurement, Record, TrainedRun, load_run, measurements
 from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
 from lightning_locality.plotting.style import save_figure
-from lightning_locality.ranks.evaluation import Evaluation, exact_float32
+from lightning_locality.ranks.evaluation import Evaluation, measuring
 from lightning_locality.ranks.patch_pairs import InteractionProfile
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.results import atomic_write, write_json
@@ -227,8 +227,8 @@ def _run(
         line = f"{one.label}: {one.name} ({next(numbers)} of {len(missing)}): {seconds:.1f} s"
         progress.console.print(line, soft_wrap=True, markup=False)
 
-    # entered once around all threads, none of which then restores what another still needs
-    with torch.random.fork_rng(devices=[]), exact_float32(), progress:
+    # precision and random state are global: set here, they stay set until the last thread has finished
+    with measuring(torch.nn.Identity()), progress:
         if len(devices) == 1:
             work(devices[0])
             return

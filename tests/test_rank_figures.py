@@ -252,7 +252,7 @@ def test_cuts_of_several_networks_stand_beside_each_other() -> None:
     assert ratios.lines[0].get_ydata().tolist() == [3.0]
 
 
-LABELS = ("without the term", "with the term, weight 3")
+LABELS = ("without the term", "with the term, weight 3", "far__regularised__far_field_rule-seed_everything=0")
 
 
 def figures() -> dict[str, Figure]:
@@ -268,13 +268,13 @@ def figures() -> dict[str, Figure]:
     }
 
 
-@pytest.mark.parametrize("name", ["profile", "spectra", "few", "tree", "strips", "cuts"])
-def test_no_text_lies_on_another(name: str) -> None:
-    assert overlapping(figures()[name]) == []
-
-
-def test_all_can_be_saved(tmp_path: Path) -> None:
-    save_figure(figures()["few"], tmp_path / "a")
+def test_no_text_lies_on_another_nor_beyond_the_edge(tmp_path: Path) -> None:
+    for name, figure in figures().items():
+        assert overlapping(figure) == [], name
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width, name
+    save_figure(figure, tmp_path / "a")
     assert (tmp_path / "a.pdf").stat().st_size > 1000
 
 

@@ -56,7 +56,7 @@ def _figure(args: Sequence[str]) -> None:
 def _rank(args: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
-    from lightning_locality.measuring.command import gathered, rank
+    from lightning_locality.measure import gathered, rank
 
     # jsonargparse itself shows only the first line
     description = (rank.__doc__ or "").partition("Args:")[0].strip()

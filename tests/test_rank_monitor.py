@@ -136,8 +136,8 @@ def test_profile_is_that_of_the_network_on_the_first_validation_images() -> None
     module, recorder = Anybodys(), Recorder()
     monitor = RankMonitor(samples=8, patch=2, seed=3)
     fit(module, monitor, recorder)
-    assert monitor.first.images is not None
-    assert torch.equal(monitor.first.images, VALIDATION.tensors[0][:16])
+    assert monitor.buffer.images is not None
+    assert torch.equal(monitor.buffer.images, VALIDATION.tensors[0][:16])
     assert module.net.training
     expected = interaction_profile(module, VALIDATION.tensors[0][:16], patch=2, samples=8, seed=3, bootstraps=0)
     row = recorder.rows[-1]
@@ -183,26 +183,26 @@ def test_training_images_where_validation_has_too_few() -> None:
     monitor = RankMonitor(samples=14, patch=4)
     fit(Anybodys(), monitor, max_epochs=1)
     training = TRAINING.tensors[0]
-    assert monitor.first.images is not None
-    assert len(monitor.first.images.flatten(1).unique(dim=0)) == 28
-    assert all((training == image).all(dim=(1, 2, 3)).any() for image in monitor.first.images)
+    assert monitor.buffer.images is not None
+    assert len(monitor.buffer.images.flatten(1).unique(dim=0)) == 28
+    assert all((training == image).all(dim=(1, 2, 3)).any() for image in monitor.buffer.images)
     alone = RankMonitor(samples=4, patch=4)
     fit(Anybodys(), alone, max_epochs=1, validation=False)
-    assert alone.first.images is not None
-    assert len(alone.first.images) == 8
+    assert alone.buffer.images is not None
+    assert len(alone.buffer.images) == 8
 
 
 def test_no_image_is_taken_twice() -> None:
     # seen by the trial run of two batches, and again by the first whole validation
     monitor = RankMonitor(samples=12, patch=4)
     fit(Anybodys(), monitor, max_epochs=1)
-    assert monitor.first.images is not None
-    assert torch.equal(monitor.first.images, VALIDATION.tensors[0])
+    assert monitor.buffer.images is not None
+    assert torch.equal(monitor.buffer.images, VALIDATION.tensors[0])
     # fewer than wanted, in every one of two epochs
     several = RankMonitor(epochs=[1], patch=4)
     fit(Anybodys(), several, max_epochs=2, validation=False)
-    assert several.first.images is not None
-    assert len(several.first.images.flatten(1).unique(dim=0)) == len(several.first.images) == 32
+    assert several.buffer.images is not None
+    assert len(several.buffer.images.flatten(1).unique(dim=0)) == len(several.buffer.images) == 32
 
 
 def test_resumed_run_measures_on_the_same_images(tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_resumed_run_measures_on_the_same_images(tmp_path: Path) -> None:
     second = RankMonitor(samples=4, patch=4)
     torch.manual_seed(77)
     fit(Anybodys(), second, validation=False, max_epochs=2, path=str(tmp_path / "a.ckpt"))
-    assert first.first.images is not None
-    assert second.first.images is not None
-    assert torch.equal(first.first.images, second.first.images)
+    assert first.buffer.images is not None
+    assert second.buffer.images is not None
+    assert torch.equal(first.buffer.images, second.buffer.images)
 
 
 def test_given_images_are_not_kept_in_checkpoints() -> None:
@@ -225,8 +225,8 @@ def test_given_images_are_not_kept_in_checkpoints() -> None:
     assert recorder.rows[-1]["interaction/strength_d4"] == pytest.approx(float(expected.strength[0]), rel=1e-9)
     assert monitor.state_dict() == {"images": None}
     monitor.load_state_dict({"images": None})
-    assert monitor.first.images is not None
-    assert torch.equal(monitor.first.images, given)
+    assert monitor.buffer.images is not None
+    assert torch.equal(monitor.buffer.images, given)
 
 
 def test_several_monitors_keep_their_images_apart(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_several_monitors_keep_their_images_apart(tmp_path: Path) -> None:
     fit(Anybodys(), *monitors, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     again = RankMonitor("profile", samples=4, patch=4), RankMonitor("cuts", size=6)
     fit(Anybodys(), *again, max_epochs=2, path=str(tmp_path / "a.ckpt"))
-    assert [len(monitor.first.images) for monitor in again if monitor.first.images is not None] == [8, 12]
+    assert [len(monitor.buffer.images) for monitor in again if monitor.buffer.images is not None] == [8, 12]
 
 
 def test_mixed_precision_measures_in_the_type_of_the_weights() -> None:
@@ -380,7 +380,7 @@ def test_classification_by_the_command_line(tmp_path: Path) -> None:
         ({"epochs": []}, "epochs must be numbers"),
         ({"epochs": [-1]}, "epochs must be numbers"),
         ({"samples": 1}, "samples must be at least 2"),
-        ({"memory": 0.0}, "memory must be above 0 GiB"),
+        ({"chunk": 0}, "chunk must be at least one row per call, got 0"),
         ({"size": 3}, "size must be at least 4"),
         ({"images": torch.zeros(4, 8, 8)}, r"images must be floating-point images .* \(4, 8, 8\)"),
         ({"images": torch.zeros(4, 1, 8, 6), "patch": 4}, "patch must divide images of 8 x 6 .* got 4; possible: 1, 2"),
@@ -444,13 +444,13 @@ def test_batches_of_other_forms(form: Any) -> None:
     x_before = x.clone()
     x.zero_()  # a loader may use its memory again
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    assert torch.equal(monitor.first.chosen(strategy), x_before[:4])  # type: ignore[arg-type]
+    assert torch.equal(monitor.buffer.chosen(strategy), x_before[:4])  # type: ignore[arg-type]
 
 
 def test_no_images_and_too_few() -> None:
     strategy = SimpleNamespace(broadcast=lambda value: value)
     with pytest.raises(ValueError, match="fewer than 2 images"):
-        RankMonitor().first.chosen(strategy)  # type: ignore[arg-type]
+        RankMonitor().buffer.chosen(strategy)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples must be 2 to the number of images, got 33 of 32"):
         fit(Anybodys(), RankMonitor(samples=33), validation=False)
     with pytest.raises(ValueError, match=r"size=17 and 32 images"):
@@ -488,7 +488,7 @@ trainer = Trainer(
 module = Anybodys()
 trainer.fit(module, DataLoader(TRAINING, batch_size=4))
 found = {{name: float(value) for name, value in trainer.callback_metrics.items()}}
-images = [monitor.first.images for monitor in monitors]
+images = [monitor.buffer.images for monitor in monitors]
 torch.save((module.state_dict(), found, images), f"{{folder}}/{{watched}}_{{trainer.global_rank}}.pt")
 trainer.strategy.barrier()
 # else gloo's threads may end the interpreter while it shuts down

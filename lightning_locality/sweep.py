@@ -234,7 +234,8 @@ def _slurm(plan: SweepFile) -> Iterator[Submit]:
         yield submit
     except KeyboardInterrupt:
         numbers = sorted({str(job.job_id).split("_")[0] for job in jobs})
-        print(f"jobs {', '.join(numbers)} stay with SLURM: squeue shows them, scancel ends them")
+        if numbers:
+            print(f"jobs {', '.join(numbers)} stay with SLURM: squeue shows them, scancel ends them")
         raise
 
 

@@ -188,7 +188,7 @@ def components(
     x: Literal["iteration", "time"] = "iteration",
     width: Width = "text",
 ) -> Drawn:
-    """What grows and the reconstruction error: :func:`dynamics` without the loss, ``groups`` for ``magnitudes``."""
+    """What grows and the reconstruction error against the iteration: dynamics without the loss."""
     return dynamics(runs, groups, top, x, loss=False, width=width)
 
 
@@ -418,11 +418,12 @@ def read_curves(paths: Sequence[Path]) -> pd.DataFrame:
 
 def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
     """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
-    groups = curves.groupby(CURVES[:4], sort=False)
-    fitted = groups[["size", "rate"]].apply(lambda own: np.polyfit(*np.log(own.to_numpy().T.copy()), 1)[0])
-    table: pd.DataFrame = fitted.rename("fitted").reset_index()
-    table.insert(4, "predicted", [predicted(*case) for case in table[CURVES[:3]].to_numpy().tolist()])
-    return table
+    rows = []
+    case: Any
+    for case, own in curves.groupby(CURVES[:4], sort=False):
+        size, rate = (np.log(own[name].to_numpy(copy=True)) for name in ("size", "rate"))
+        rows.append([*case, predicted(*case[:3]), np.polyfit(size, rate, 1)[0]])
+    return pd.DataFrame(rows, columns=[*CURVES[:4], "predicted", "fitted"])
 
 
 def predicted(order: int, matrices: int, quantity: str) -> float:

@@ -237,7 +237,7 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
     if "finished" in frame:
         values = values.where(frame["finished"])
     groups = frame[list(keys)].assign(value=values).groupby(list(keys), sort=False, dropna=False)["value"]
-    table: Any = groups.agg(
+    table: pd.DataFrame = groups.agg(  # type: ignore[assignment]
         mean=lambda own: own.mean(),
         std=lambda own: own.std(ddof=0) if own.count() > 1 else np.nan,
         sem=lambda own: own.sem(),
@@ -248,7 +248,7 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
         runs="size",
     )
     table["runs"] = table["runs"].max()
-    table = pd.DataFrame(table.reset_index())
+    table = table.reset_index()
     for key in keys:
         # a grid of 0, 0.3 and 3 is written as such
         whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in table[key]]

@@ -12,11 +12,12 @@ import yaml
 from matplotlib.axes import Axes
 
 from lightning_locality import plotting
-from lightning_locality.datamodules.unbounded import lower_bound
+from lightning_locality.datamodules import unbounded
 from lightning_locality.plotting.recovery import (
     component_curves,
     curve_summary,
     growth_fits,
+    lower_bound,
     magnitude_groups,
     number_of_components,
     predicted,
@@ -108,15 +109,22 @@ def test_value_against_loss_decreasing_to_the_right_with_its_bound(tmp_path: Pat
     np.testing.assert_allclose(lines(axes)[:2], [[[10.0**-i, 2.0**i] for i in range(4)]] * 2)
     x, y = axes.lines[2].get_data()
     assert (x.min(), x.max()) == pytest.approx((1e-3, 1))
-    wanted = np.array([lower_bound(float(loss)) for loss in x])
-    np.testing.assert_allclose(y[wanted > 0], wanted[wanted > 0])
-    assert np.isnan(y[wanted <= 0]).all()
+    np.testing.assert_array_equal(y, lower_bound(x, 1.0, 1.0, 0.0, larger=False))
     left, right = axes.get_xlim()
     assert left > right
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "b", "lower bound"]
     assert axes.lines[2].get_color() == "black"
     found = numbers[numbers["run"] == "a"].set_index("quantity")["value"]
     assert found["|entry/0-0| at loss 0.01"] == pytest.approx(4, rel=1e-12)
+
+
+def test_the_bound_is_that_of_the_data_module() -> None:
+    losses = np.geomspace(1e-6, 20, 300)
+    for z, z_prime, eps, larger in ((1, 1, 0, False), (-2, 0.5, 0.1, False), (1, 1, 0, True), (10, -10, 0.01, True)):
+        wanted = np.array([unbounded.lower_bound(loss, z, z_prime, eps, larger=larger) for loss in losses.tolist()])
+        found = lower_bound(losses, z, z_prime, eps, larger)
+        np.testing.assert_allclose(np.nan_to_num(found), wanted, rtol=1e-12)
+        assert 0 < (wanted == 0).sum() < len(losses)
 
 
 def test_bounds_of_several_problems_have_the_colours_of_their_runs(tmp_path: Path) -> None:

@@ -136,10 +136,12 @@ def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:
     sweep, ranks = tmp_path / "sweep", tmp_path / "ranks"
     sweep.mkdir()
     ranks.mkdir()
-    (sweep / "results.csv").write_text(
-        "run,variant,seed_everything,epochs,train/accuracy,test/accuracy\n"
-        'far__plain-seed_everything=0,"far, plain",0,1,1.0,0.5\nfar__plain-seed_everything=1,"far, plain",1,1,0.9,0.625\n'
-    )
+    rows = [
+        'far__plain-seed_everything=0,"far, plain",0,1,1.0,0.5',
+        'far__plain-seed_everything=1,"far, plain",1,1,0.9,0.625',
+    ]
+    header = "run,variant,seed_everything,epochs,train/accuracy,test/accuracy"
+    (sweep / "results.csv").write_text("\n".join([header, *rows]))
     (ranks / "ranks.csv").write_text(
         "checkpoint,quantity,key,value,standard_error,low,high\n"
         "far__plain-seed_everything=1,cut_share,left,0.125,0.01,,\n"

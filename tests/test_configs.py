@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_locality.runner import run
-from lightning_locality.sweep import Sweep
+from lightning_locality.sweep_file import SweepFile
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DIGITS = ("--data.source=digits", "--data.train=8", "--data.validation=8", "--data.test=8", "--data.batch_size=2")
@@ -63,7 +63,7 @@ RECOVERY = {
     "deep_tucker": (),
     "deep_tensor_train": (),
 }
-# what the runs of a sweep need beside the sweep's own options
+# what the runs of a sweep need in addition to the sweep's own options
 SWEEP_OPTIONS = {
     "binary_images": BITS,
     "binary_images_small": BITS,
@@ -126,14 +126,14 @@ def test_gpu_overlay_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_sweep_runs_are_known_to_the_command_line(path: Path, tmp_path: Path) -> None:
-    plan = Sweep.read(path, tmp_path)
+    runs = SweepFile.read(path, tmp_path).runs()
     if "comparisons" in path.stem:
         pytest.importorskip("timm")
     seen = set()
-    for one in plan.runs:
-        if one.variant in seen:
+    for one in runs:
+        if one.labels["variant"] in seen:
             continue
-        seen.add(one.variant)
+        seen.add(one.labels["variant"])
         options = list(SWEEP_OPTIONS.get(path.stem, ()))
         if "pathfinder" in path.stem:
             options.append(f"--data.root={tmp_path}")

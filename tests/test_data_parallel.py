@@ -27,7 +27,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_locality.callbacks.history import WholeCheckpoints, with_whole_checkpoints
+from lightning_locality.callbacks.history import AtomicCheckpointIO, use_atomic_checkpoints
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import AbstractImageDataModule, IndexLoader, Split
 from lightning_locality.plotting.style import read_metrics
@@ -435,7 +435,7 @@ def test_the_command_line_goes_on_in_one_process(plain: Path, tmp_path: Path) ->
     torch.set_default_dtype(torch.float32)
     one = ("--trainer.devices=1", "--data.batch_size=32", "--trainer.max_epochs=3", f"--run_dir={tmp_path}")
     cli = run(["fit", f"--config={QUICKSTART}", *SMALL, *one, f"--ckpt_path={plain}/last.ckpt"])
-    assert isinstance(cli.trainer.strategy.checkpoint_io, WholeCheckpoints)
+    assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     rows, _ = results(tmp_path)
     assert [row["epoch"] for row in rows if "train/loss" in row] == [2]
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -550,7 +550,7 @@ def test_the_first_command_of_the_page(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_a_checkpoint_is_whole_wherever_its_writing_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, writer = tmp_path / "last.ckpt", with_whole_checkpoints(quiet(1, 1)).strategy.checkpoint_io
+    path, writer = tmp_path / "last.ckpt", use_atomic_checkpoints(quiet(1, 1)).strategy.checkpoint_io
     writer.save_checkpoint({"step": 1}, path)
     assert contents(tmp_path) == {"last.ckpt"}
 

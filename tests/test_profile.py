@@ -372,7 +372,8 @@ def test_bands_equal_resampling_by_loops() -> None:
     grid, samples, bootstraps = PatchGrid(2, 3, 1), 7, 40
     pairs = grid.pairs()
     interaction, effect = normal(samples, 15).square(), 1 + normal(samples, 6, seed=1).square()
-    found = PairwiseInteractions(grid, pairs, interaction, effect, None, torch.zeros(15), 0.0).profile("exact", bootstraps, 5)
+    measured = PairwiseInteractions(grid, pairs, interaction, effect, None, torch.zeros(15), 0.0)
+    found = measured.profile("exact", bootstraps, 5)
     drawn = torch.randint(samples, (bootstraps, samples), generator=torch.Generator().manual_seed(5))
     strengths, centres = [], []
     for rows in drawn:

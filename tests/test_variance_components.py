@@ -69,7 +69,7 @@ def test_moments_without_centring_by_the_formula_for_one_output() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (3, 2, 2), (2, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2, 2), (2, 2, 3)])
 def test_estimates_are_unbiased(shape: tuple[int, ...]) -> None:
     # all draws of four rows and four columns, each once: the mean is the expectation, exactly
     population = Population(*shape)
@@ -148,7 +148,7 @@ def cosine_kernel(rows: int, columns: int, generator: torch.Generator) -> Tensor
     return (2 * WEIGHTS * torch.cos(k * x) * torch.cos(k * y)).sum(-1)
 
 
-@pytest.mark.parametrize("size", [8, 16, 48])
+@pytest.mark.parametrize("size", [8, 32])
 @pytest.mark.parametrize("centred", [True, False])
 def test_cosine_kernel(size: int, centred: bool) -> None:
     generator = torch.Generator().manual_seed(size)

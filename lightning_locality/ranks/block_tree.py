@@ -36,8 +36,7 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
         ``(K, ..., K, outputs)`` with P modes before the outputs, in float64 on the model's device.
 
     Raises:
-        ValueError: More than 2^22 combinations, blocks that are not a partition, a model that does not take the images,
-            or outputs that are not finite.
+        ValueError: More than 2^22 combinations, blocks that are not a partition, or a model that does not fit.
 
     Example:
         >>> class Product(torch.nn.Module):
@@ -99,8 +98,7 @@ def tree_separation(
 
     Raises:
         ValueError: A tree of another order than there are blocks, blocks that are not a partition, a size below 2 or,
-            with ``joint``, above the number of images, a model that does not take the images, or outputs that are not
-            finite.
+            with ``joint``, above the number of images, or a model that does not fit.
 
     Example:
         >>> class Pairs(torch.nn.Module):

@@ -16,7 +16,7 @@ from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
-_CORNER = 16  # rows and columns of the table on which rounding is estimated: a sixteenth of the work at the default size
+_CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of the work at the default size
 
 
 class VarianceComponents(NamedTuple):
@@ -217,8 +217,7 @@ def two_way_table(
         ``(K, L, outputs)`` in float64, on the model's device. It takes K L forward passes.
 
     Raises:
-        ValueError: Images of different sizes, a mask that does not fit them or covers all or nothing, a model that
-            does not take them, or outputs that are not finite.
+        ValueError: Images, mask and model that do not fit together, or outputs that are not finite.
 
     Example:
         >>> class Product(torch.nn.Module):
@@ -335,8 +334,8 @@ def cut_share(
             passes, and the noise at most 256 more.
 
     Raises:
-        ValueError: Fewer images than ``2 * size``, a size below 4, no repetitions, a mask that does not fit or covers
-            all or nothing, a model that does not take the images, or outputs that are not finite.
+        ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
+            together, or outputs that are not finite.
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]

@@ -145,9 +145,7 @@ class Evaluation:
         half = any(t.dtype in (torch.float16, torch.bfloat16) for t in chain(model.parameters(), model.buffers()))
         return measuring(model, torch.float32 if half and self.dtype is None else self.dtype)
 
-    def map(
-        self, function: Callable[[Tensor], Tensor], count: int, device: torch.device, numbers: int = 1
-    ) -> Tensor:
+    def map(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device, numbers: int = 1) -> Tensor:
         """Evaluate a function of row numbers at 0, ..., count - 1.
 
         Args:

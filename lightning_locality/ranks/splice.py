@@ -39,9 +39,7 @@ def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
 
 
 @contextmanager
-def spliced(
-    model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None
-) -> Iterator[SplicedNetwork]:
+def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[SplicedNetwork]:
     """Prepare a network (:meth:`Evaluation.prepared`) for evaluation on spliced images.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from lightning_locality.runner import run
 from lightning_locality.sweep import Sweep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+# what other tests and other configurations measure
+LESS = ("--model.measured_batches=0", "--test_after_fit=no")
 DIGITS = ("--data.source=digits", "--data.train=8", "--data.validation=8", "--data.test=8", "--data.batch_size=2")
 CURVES = ("--data.train=4", "--data.validation=2", "--data.test=2", "--data.batch_size=2", "--data.workers=1")
 QUICK = ("--data.batch_size=4",)
@@ -63,12 +67,21 @@ RECOVERY = {
     "deep_tucker": (),
     "deep_tensor_train": (),
 }
-# what the runs of a sweep need beside the sweep's own options
+# what the runs of a sweep need in addition to the sweep's own options
 SWEEP_OPTIONS = {
     "binary_images": BITS,
     "binary_images_small": BITS,
-    **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), DIGITS),
-    **dict.fromkeys(("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"), CURVES),
+    **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), (*DIGITS, *LESS)),
+    **dict.fromkeys(
+        ("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"), (*CURVES, *LESS)
+    ),
+    **dict.fromkeys(
+        (
+            *("quickstart", "quickstart_seeds", "quickstart_slurm", "quickstart_smoke"),
+            *("same_class_small", "same_class_small_resnet34", "same_class_comparisons_small"),
+        ),
+        (*QUICK, *LESS),
+    ),
 }
 # needs a GPU: parsed here, run by the test marked gpu
 PARSED_ONLY = {"overlays/gpu.yaml"}
@@ -124,20 +137,32 @@ def test_gpu_overlay_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "precision: bf16-mixed" in capsys.readouterr().out
 
 
+def kind(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Arguments without their numbers and the run directory."""
+    return tuple(re.sub(r"=-?[\d.e+-]+$", "=", one) for one in arguments if not one.startswith("--run_dir"))
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_sweep_runs_are_known_to_the_command_line(path: Path, tmp_path: Path) -> None:
-    plan = Sweep.read(path, tmp_path)
+def test_sweep_runs_are_known_to_the_command_line(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run of every variant: a batch, or the parser alone for one that differs from another only in numbers."""
     if "comparisons" in path.stem:
         pytest.importorskip("timm")
-    seen = set()
-    for one in plan.runs:
-        if one.variant in seen:
-            continue
-        seen.add(one.variant)
-        options = list(SWEEP_OPTIONS.get(path.stem, ()))
-        if "pathfinder" in path.stem:
-            options.append(f"--data.root={tmp_path}")
-        assert run([*one.arguments, *options, "--trainer.fast_dev_run=1"]).trainer.global_step == 1
+    options = [*SWEEP_OPTIONS.get(path.stem, ()), "--trainer.fast_dev_run=1"]
+    if "pathfinder" in path.stem:
+        options.append(f"--data.root={tmp_path}")
+    variants = {one.variant: one.arguments for one in reversed(Sweep.read(path, tmp_path).runs)}
+    kinds: set[tuple[str, ...]] = set()
+    for arguments in variants.values():
+        if kind(arguments) not in kinds:
+            kinds.add(kind(arguments))
+            assert run([*arguments, *options]).trainer.global_step == 1
+        else:
+            with pytest.raises(SystemExit) as stop:
+                run([*arguments, *options, "--print_config"])
+            assert stop.value.code == 0
+            capsys.readouterr()
 
 
 def test_every_file_is_covered() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["aggregate", "flatten", "history", "read_runs"]
+__all__ = ["aggregate", "history", "read_runs"]
 
+import csv
+import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pandas as pd
 import yaml
 
-_COUNTS = ("epochs", "iterations", "seconds")
+COUNTS = ("epochs", "iterations", "seconds")
+STATISTICS = ("mean", "std", "sem", "median", "min", "max", "n", "runs")
 
 
 @contextmanager
@@ -46,48 +52,235 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
 
 
-def read_runs(paths: Sequence[Path]) -> pd.DataFrame:
+@dataclass(frozen=True)
+class _Run:
+    """One row: labels (variant and grid point), results (counts and metrics) and dotted settings by name."""
+
+    name: str
+    folder: Path | None
+    finished: bool
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | None = None) -> pd.DataFrame:
     """Read runs, one row each.
 
     Args:
         paths: Run directories, folders that contain run directories, or CSV files with one row per run.
+        labels: Run directory -> its labels, if they are already known; these directories need not exist yet.
 
     Returns:
-        Columns ``run`` (name of the folder), ``folder``, ``finished``, the labels of ``summary.json`` (``variant`` and
-        the grid point of a sweep), the dotted settings of ``config.yaml``, the counts and the metrics.
-        ``frame.attrs["varied"]`` names the labels.
+        Columns ``run`` (name of the directory), ``folder``, ``finished``, the labels (``variant`` and the grid point of
+        a sweep), the counts and metrics (of unfinished runs, as far as known), and the settings of ``config.yaml`` by
+        dotted name. ``attrs["varied"]`` names the labels (settings that differ, if no run has labels),
+        ``attrs["settings"]`` the settings. Of several paths, the label ``input`` tells which one a run is from.
 
     Raises:
-        ValueError: No run there.
+        ValueError: No runs found.
     """
-    raise NotImplementedError
+    runs: list[_Run] = []
+    sources = {(path / "results.csv" if (path / "results.csv").is_file() else path).resolve(): path for path in paths}
+    for source, path in sources.items():
+        own = [_read_run(path, labels[path])] if labels and path in labels else _read_path(path)
+        if len(sources) > 1 and labels is None:
+            name = source.parent.name if source.name == "results.csv" else source.with_suffix("").name
+            own = [replace(run, labels={"input": name, **run.labels}) for run in own]
+        runs += own
+    varied = list(dict.fromkeys(key for run in runs for key in run.labels))
+    results = dict.fromkeys(key for run in runs for key in run.results)
+    settings = list(dict.fromkeys(key for run in runs for key in run.settings))
+    columns = list(dict.fromkeys(["run", "folder", "finished", *varied, *results, *settings]))
+    rows = []
+    for run in runs:
+        known = {"run": run.name, "folder": run.folder, "finished": run.finished}
+        known = {**run.settings, **run.labels, **run.results, **known}
+        # lists cannot be grouped by
+        rows.append([str(v) if isinstance(v := known.get(key), (list, dict)) else v for key in columns])
+    frame = pd.DataFrame(rows, columns=columns)
+    if not set(varied) - {"input"}:
+        differing = (key for key in settings if frame[key].nunique() > 1 and frame[key].notna().all())
+        varied += [key for key in differing if key != "run_dir"]
+    frame.attrs = {"varied": varied, "settings": [key for key in settings if key not in {*varied, *results}]}
+    return frame
+
+
+def _read_path(path: Path) -> list[_Run]:
+    if path.is_file():
+        return _read_table(path)
+    if _is_run(path):
+        return [_read_run(path)]
+    if not path.is_dir():
+        raise ValueError(f"there is no file or folder {path}")
+    listed = _read_table(path / "results.csv") if (path / "results.csv").is_file() else []
+    folders = {child.name: child for child in sorted(path.iterdir()) if _is_run(child)}
+    if not listed and not folders:
+        raise ValueError(f"{path} has neither a results.csv nor run directories: give the folder of a sweep, or a CSV")
+    # the table has the order of the sweep, the directories the latest numbers
+    runs = [_read_run(folders.pop(run.name), run.labels) if run.name in folders else run for run in listed]
+    return runs + [_read_run(folder) for folder in folders.values()]
+
+
+def _is_run(folder: Path) -> bool:
+    # not Path.is_file, which raises in a directory that may not be read
+    return any(os.path.isfile(folder / name) for name in ("summary.json", "metrics.csv", "config.yaml"))
+
+
+def _read_table(path: Path) -> list[_Run]:
+    """Read a CSV file; the columns before the counts are the labels."""
+    # spreadsheets begin a file with a byte order mark; "None" may be the name of a variant
+    options: Any = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": ["", "nan"]}
+    table = pd.read_csv(path, **options)
+    if table.empty:
+        raise ValueError(f"{path} has no rows: no run has finished")
+    names = list(table)
+    before = names[: min((names.index(name) for name in COUNTS if name in names), default=0)]
+    runs = []
+    for row in table.to_dict("records"):
+        known = {str(key): value for key, value in row.items() if not pd.isna(value)}
+        name = Path(str(known.pop("run", ""))).name
+        folder = path.parent / name if name and _is_run(path.parent / name) else None
+        labels = {key: value for key, value in known.items() if key in before}
+        results = {key: value for key, value in known.items() if key not in before}
+        settings = _read_run(folder).settings if folder else {}
+        runs.append(_Run(name, folder, True, labels, results, settings))
+    return runs
+
+
+def _read_run(folder: Path, labels: Mapping[str, Any] | None = None) -> _Run:
+    path = folder / "summary.json"
+    finished = path.is_file()
+    summary = json.loads(path.read_text()) if finished else {"metrics": last_metrics(folder)}
+    config = dict(summary.get("config") or read_settings(folder))
+    labels = labels or summary.get("labels") or config.get("labels") or {}
+    config.pop("labels", None)
+    results = {key: summary[key] for key in COUNTS if key in summary} | summary.get("metrics", {})
+    settings = {key: value for key, value in flatten(config) if value is not None}
+    return _Run(folder.name, folder, finished, labels, results, settings)
+
+
+def write_results(path: Path, runs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Write the finished runs as a CSV file, one row each: name, labels, counts, metrics.
+
+    Args:
+        path: The file, ``results.csv`` of a sweep.
+        runs: Run directory -> its labels, in the order of the rows.
+    """
+    read = [run for run in (_read_run(folder, labels) for folder, labels in runs.items()) if run.finished]
+    rows = [{"run": run.name, **run.labels, **run.results} for run in read]
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def find_column(frame: pd.DataFrame, name: str, option: str = "column") -> str:
+    """Return the full name of a column.
+
+    Args:
+        frame: Runs.
+        name: The full name, or its last part if that is unique among labels, counts and metrics, or else among the
+            settings: ``distance`` for ``data.distance``.
+        option: Named in messages.
+
+    Raises:
+        ValueError: No such column, or several.
+
+    Example:
+        >>> find_column(pd.DataFrame({"data.distance": [80]}), "distance")
+        'data.distance'
+    """
+    if name in frame:
+        return name
+    settings: list[str] = frame.attrs.get("settings", [])
+    names = [str(key) for key in frame]
+    others = [key for key in names if key not in {*settings, "folder", "finished"}]
+    for columns in (others, settings):
+        found = [key for key in columns if key.endswith((f".{name}", f"/{name}"))]
+        if len(found) > 1:
+            raise ValueError(f"{option}: {name!r} may be {' or '.join(found)}; give the full name")
+        if found:
+            return found[0]
+    known = [*names, *(re.split(r"[./]", key)[-1] for key in names)]
+    raise ValueError(f"{option}: there is no column {name!r}{nearest(name, known)}; there are {', '.join(others)}")
+
+
+def ordered(values: Iterable[Any]) -> list[Any]:
+    """Return each value once: numbers by size, then text in order of appearance, then None for missing values.
+
+    Example:
+        >>> ordered(["b", 10, 2, "a", None, 2])
+        [2, 10, 'b', 'a', None]
+    """
+    found = dict.fromkeys(None if pd.isna(value) else value for value in values)
+    text = [value for value in found if isinstance(value, str)]
+    return [*sorted(v for v in found if v is not None and v not in text), *text, *([None] if None in found else [])]
+
+
+def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
+    """Aggregate ``y`` over the finished runs that share the keys.
+
+    Args:
+        frame: Runs; those without a value of the last key are left out.
+        keys: Columns to group by, in the order of the result.
+        y: Column of numbers; values that are not finite are left out.
+
+    Returns:
+        The keys and ``mean``, ``std`` (division by n), ``sem`` (from the unbiased variance), ``median``, ``min``,
+        ``max``, ``n`` (number of values) and ``runs`` (the largest number of runs of a group, finished or not).
+    """
+    frame = frame.dropna(subset=keys[-1]).reset_index(drop=True)
+    places = {key: {value: place for place, value in enumerate(ordered(frame[key]))} for key in keys}
+    place = {key: frame[key].map(lambda v, own=own: own[None if pd.isna(v) else v]) for key, own in places.items()}
+    frame = frame.loc[pd.DataFrame(place).sort_values(list(keys), kind="stable").index]
+    values = pd.to_numeric(frame[y]).where(lambda v: np.isfinite(v))
+    if "finished" in frame:
+        values = values.where(frame["finished"])
+    groups = frame[list(keys)].assign(value=values).groupby(list(keys), sort=False, dropna=False)["value"]
+    table = groups.agg(["mean", "sem", "median", "min", "max", "count", "size"])
+    table = table.rename(columns={"count": "n", "size": "runs"})
+    # one run has no spread
+    table.insert(1, "std", groups.std(ddof=0).where(table["n"] > 1))
+    table["runs"] = table["runs"].max()
+    return table.reset_index()
 
 
 def history(run: Path, by: str = "epoch") -> pd.DataFrame:
-    """Metrics of a run, one row per epoch (or per ``iteration``), the last value logged of each metric.
+    """Read the metrics of a run, one row per epoch (or per ``iteration``): the last value logged of each metric.
 
     Args:
         run: Run directory, with its ``metrics.csv``; the frame is empty if there is none.
         by: Column that identifies a row; it becomes the index, sorted.
     """
     path = run / "metrics.csv"
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size == 0:
         return pd.DataFrame()
     frame = pd.read_csv(path)
     if by not in frame:
         return pd.DataFrame()
-    return frame.dropna(subset=[by]).astype({by: int}).groupby(by).last()
+    # the last row of a run that is going on may be cut off
+    numbers: pd.DataFrame = frame.apply(pd.to_numeric, errors="coerce").dropna(subset=[by]).astype({by: int})
+    return numbers.groupby(by).last()
 
 
-def aggregate(
-    frame: pd.DataFrame, x: str, y: str, group: str | None = None, statistic: str = "mean", spread: str = "range"
-) -> pd.DataFrame:
-    """Center and spread of ``y`` over the runs that share ``x`` and ``group``.
+def last_metrics(run: Path) -> dict[str, float]:
+    r"""Read the last value of every metric, also of those not measured since a restart; empty without metrics.csv.
 
-    Returns:
-        Columns ``group`` (if given), ``x``, the statistic, ``low``, ``high`` and ``runs`` (their number).
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> _ = (run / "metrics.csv").write_text("epoch,step,train/loss,val/loss\n0,3,0.5,0.75\n1,7,0.25,\n")
+        >>> last_metrics(run)
+        {'train/loss': 0.25, 'val/loss': 0.75}
     """
-    raise NotImplementedError
+    values: dict[str, float] = {}
+    if (run / "metrics.csv").is_file():
+        # not pandas: a value that is not a number is the last one as well
+        with (run / "metrics.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                values |= {name: float(value) for name, value in row.items() if value and name not in ("epoch", "step")}
+    return values
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,6 +298,19 @@ def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """Configuration of a run as nested settings; empty if it has no ``config.yaml``."""
+    """Read the configuration of a run as nested settings; empty if it has no ``config.yaml``."""
     path = run / "config.yaml"
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+    # the pure Python loader takes ten times as long
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text(), loader) or {} if path.is_file() else {}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the most similar of the known names, or nothing.
+
+    Example:
+        >>> nearest("distnce", ["distance", "source"])
+        " (did you mean 'distance'?)"
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]!r}?)" if found else ""

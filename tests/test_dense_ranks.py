@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -85,11 +83,6 @@ def test_backend_of_tensorly_is_restored_also_in_other_threads() -> None:
     assert seen == ["numpy"]
 
 
-def test_import_leaves_tensorly_alone() -> None:
-    code = "import sys, lightning_locality.ranks; assert 'tensorly' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.parametrize(
     ("spectrum", "rank"),
     [
@@ -123,7 +116,7 @@ def test_cuts_that_make_no_sense(cut: tuple[int, ...]) -> None:
 
 
 def test_tree_of_another_order() -> None:
-    with pytest.raises(ValueError, match="cuts is a tree of order 4 and the tensor has order 3"):
+    with pytest.raises(ValueError, match="cuts has order 4 and the tensor order 3"):
         dense_spectra(torch.zeros(2, 2, 2), ModeTree.perfect(4))
 
 

@@ -1,63 +1,35 @@
-"""Imports run one way: what each module of the package may import of the package."""
+"""Shape of the package: imports run one way, files stay few and small."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parent.parent / "lightning_locality"
-BOTTOM = {"boxes", "double_backward", "figures", "patches", "suggest"}
-ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
-    "figures": set(),
-    "folder": set(),
-    "suggest": set(),
-    "whole": set(),
-    "batch_statistics": set(),
-    "boxes": set(),
-    "cosine": set(),
-    "double_backward": set(),
-    "patches": {"boxes"},
-    "regularizer": {"batch_statistics", "boxes", "cosine", "double_backward", "patches"},
-    "networks": set(),
-    "tensors": set(),
-    "optim": set(),
-    "circuit": {"tensors"},
-    "tree_figures": {"figures", "tensors"},
-    "rank_figures": {"figures", "tensors", "tree_figures"},
-    "ranks": {"tensors", "rank_figures"},
-    "datamodules": {"suggest", "tensors"},
-    "tasks": {"networks", *BOTTOM, "regularizer", "tensors", "optim", "ranks", "whole"},
-    "parser": {"patches", "suggest"},
-    "trajectories": {"figures"},
-    "augmentation": set(),
-    "claim": set(),
-    "devices": set(),
-    "interrupts": set(),
-    "record": set(),
-    "lines": {"figures"},
-    "bounds": {"trajectories", "datamodules"},
-    "readings": {"trajectories"},
-    "plotting": {"bounds", "figures", "lines", "outcomes", "readings", "suggest", "trajectories", "whole"},
-    "report": {"datamodules", "regularizer", "trajectories", "whole", *BOTTOM},
-    "outcomes": {"figures", "lines", "trajectories"},
-    "results": {"figures", "whole"},
-    "sweep_figure": {"bounds", "figures", "outcomes", "plotting", "results", "suggest", "trajectories"},
-    "named": {"augmentation", "datamodules", "networks", "optim", "patches", "regularizer", "tasks", "tensors"},
-    "runner": {"circuit", "datamodules", "folder", "named", "parser", "record", "report", "tasks", *BOTTOM},
-    "sweep_plan": {"suggest", "sweep_figure"},
-    "run_job": {"claim", "interrupts", "sweep_plan"},
-    "jobs": {"claim", "devices", "run_job", "sweep_plan", "whole"},
-    "sweep": {"claim", "interrupts", "jobs", "results", "sweep_plan", "whole"},
-    "measuring": {"circuit", "datamodules", "figures", "rank_figures", "ranks", "tasks", "tensors", "whole"},
-    "cli": {"__init__", "runner", "sweep", "suggest", "datamodules", "measuring", "plotting"},
-    "__main__": {"cli"},
+FILES = sorted(PACKAGE.rglob("*.py"))
+# units (modules of the root, sub-packages) and the units that they may import
+MAY_IMPORT = {
+    "__init__": "",
+    "tensors regularizer optim transforms results": "",
+    "networks ranks": "tensors",
+    "plotting": "tensors results",
+    "datamodules": "tensors",
+    "callbacks": "regularizer ranks tensors results",
+    "tasks": "regularizer networks ranks tensors optim",
+    "runner": "__init__ tasks callbacks datamodules plotting regularizer results",
+    "sweep": "results plotting",
+    "measure": "tasks datamodules networks ranks plotting tensors results",
+    "cli": "__init__ runner sweep measure plotting datamodules results",
+    "__main__": "cli",
 }
-LIGHTNING_ONLY_IN = {"datamodules", "tasks", "parser", "report", "runner", "measuring"}
+LIGHTNING_IN = {"datamodules", "tasks", "callbacks", "runner", "measure"}
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+UNITS = {unit(path) for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
@@ -68,47 +40,31 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def unit(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_imports_run_one_way() -> None:
+    assert len(MAY_IMPORT) <= 15
+    rows = {one: set(allowed.split()) for units, allowed in MAY_IMPORT.items() for one in units.split()}
+    assert rows.keys() == UNITS
+    for path in FILES:
+        own = [name.split(".") for name in imports(path) if name.split(".")[0] == "lightning_locality"]
+        used = {parts[1] if len(parts) > 1 and parts[1] in UNITS else "__init__" for parts in own}
+        assert used <= rows[unit(path)] | {unit(path)}, f"{path.relative_to(PACKAGE)} imports {sorted(used)}"
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def test_lightning_stays_above() -> None:
+    for path in FILES:
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert "lightning" not in roots, f"{path}: import pytorch_lightning, never lightning"
+        assert unit(path) in LIGHTNING_IN or not roots & {"pytorch_lightning", "lightning_fabric"}, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path) -> None:
-    own = unit(path)
-    units = {unit(p) for p in FILES}
-    used = set()
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "lightning_locality" and len(parts) > 1:
-            used |= {parts[1]} & units or {"__init__"}
-    assert used - {own} <= ALLOWED[own]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_lightning_stays_above(path: Path) -> None:
-    lightning = {n for n in imports(path) if n.split(".")[0] in ("pytorch_lightning", "lightning_fabric", "lightning")}
-    assert "lightning" not in {n.split(".")[0] for n in lightning}, "import pytorch_lightning, never lightning"
-    if unit(path) not in LIGHTNING_ONLY_IN:
-        assert not lightning
-
-
-def test_package_and_help_import_nothing_heavy() -> None:
-    code = (
-        "import sys, lightning_locality.cli as c; c.main(['--help']); "
-        "heavy = {'torch', 'pytorch_lightning', 'matplotlib', 'tensorly'} & set(sys.modules); "
-        "assert not heavy, heavy"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "lightning-locality COMMAND" in result.stdout
-
-
-def test_files_stay_small() -> None:
-    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text().splitlines())) > 300}
-    assert not long
+def test_files_stay_few_and_small() -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert len(lines) <= 80
+    assert sum(lines.values()) <= 15_000
+    assert len([path for path in FILES if path.parent == PACKAGE]) <= 12
+    faces = ("__init__.py", "__main__.py")
+    assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_locality.ranks import profile as profile_module
 from lightning_locality.ranks.evaluation import Evaluation
-from lightning_locality.ranks.patch_pairs import InteractionProfile, PairSamples, PatchGrid
+from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
 from lightning_locality.ranks.profile import interaction_profile
 
 Model = Callable[[Tensor], Tensor]
@@ -79,13 +79,13 @@ def by_distance(profile: InteractionProfile) -> dict[int, float]:
 
 def test_default_patches_are_near_a_seventh_of_the_shorter_side() -> None:
     sides = {(8, 80): 4, (224, 224): 32, (32, 224): 16, (28, 28): 4, (32, 32): 4, (12, 12): 2, (8, 8): 1, (6, 4): 1}
-    assert {shape: PatchGrid.of(*shape).patch for shape in sides} == sides
+    assert {shape: PatchGrid(*shape).patch for shape in sides} == sides
     with pytest.raises(ValueError, match=r"images of 31 x 31 pixels .* crop or"):
-        PatchGrid.of(31, 31)
+        PatchGrid(31, 31)
     with pytest.raises(ValueError, match=r"got 3; possible: 1, 2, 4, 8"):
-        PatchGrid.of(8, 80, patch=3)
+        PatchGrid(8, 80, patch=3)
     with pytest.raises(ValueError, match=r"got 4; possible: 1, 2"):
-        PatchGrid.of(4, 4, patch=4)
+        PatchGrid(4, 4, patch=4)
 
 
 def test_patches_are_cut_as_loops_cut_them() -> None:
@@ -372,7 +372,8 @@ def test_bands_equal_resampling_by_loops() -> None:
     grid, samples, bootstraps = PatchGrid(2, 3, 1), 7, 40
     pairs = grid.pairs()
     interaction, effect = normal(samples, 15).square(), 1 + normal(samples, 6, seed=1).square()
-    found = PairSamples(grid, pairs, interaction, effect, None, torch.zeros(15), 0.0).profile("exact", bootstraps, 5)
+    measured = PairwiseInteractions(grid, pairs, interaction, effect, None, torch.zeros(15), 0.0)
+    found = measured.profile("exact", bootstraps, 5)
     drawn = torch.randint(samples, (bootstraps, samples), generator=torch.Generator().manual_seed(5))
     strengths, centres = [], []
     for rows in drawn:
@@ -465,18 +466,6 @@ def test_seeds() -> None:
     assert measure(1)["matrix"] != first["matrix"]
     by_default = interaction_profile(network, normal(70, 1, 6, 6))
     assert (by_default.samples, by_default.patch, by_default.method) == (64, 1, "linear")
-
-
-def test_memory_is_given_to_what_is_kept_and_to_the_calls() -> None:
-    network, images = nonlinear(), normal(60, 1, 6, 6)
-    reference = interaction_profile(network, images, patch=1, samples=60)
-    calls: list[tuple[int, int]] = []
-    evaluation = Evaluation(memory=0.003, progress=lambda done, count: calls.append((done, count)))
-    little = interaction_profile(network, images, patch=1, samples=60, evaluation=evaluation)
-    assert torch.allclose(little.matrix, reference.matrix, rtol=1e-11, atol=1e-13)
-    assert calls[-1] == (60 * 37, 60 * 37)
-    with pytest.raises(MemoryError, match="memory"):
-        interaction_profile(network, images, evaluation=Evaluation(memory=1e-6))
 
 
 @pytest.mark.parametrize(("number", "samples"), [(20, 8), (16, 8), (12, 8), (8, 8), (2, 2)])

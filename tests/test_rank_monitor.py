@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 import socket
 import subprocess
@@ -12,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_locality.callbacks.rank_monitor import RankMonitor
 from lightning_locality.cli import main
-from lightning_locality.plotting.style import read_metrics
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import halves
@@ -27,7 +28,6 @@ from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree
-from lightning_locality.trajectories import magnitude_groups, read_iterations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -107,14 +107,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("what", ["profile", "cuts"])
 @pytest.mark.parametrize("validation", [True, False])
-def test_training_is_the_same_to_the_bit(what: Any, validation: bool) -> None:
+def test_training_is_the_same_to_the_bit(validation: bool) -> None:
     ends = []
-    for callbacks in ([], [RankMonitor(what, samples=4, size=4, patch=2)]):
+    for callbacks in ([], [RankMonitor("profile", samples=4, patch=2), RankMonitor("cuts", size=4)]):
         module = Anybodys()
         torch.manual_seed(5)
-        trainer = fit(module, *callbacks, validation=validation)
+        trainer = fit(module, *callbacks, validation=validation, max_epochs=2)
         optimizer = trainer.optimizers[0].state_dict()["state"]
         ends.append((module, optimizer, torch.get_rng_state(), {n: m.training for n, m in module.named_modules()}))
     (a, states_a, rng_a, flags_a), (b, states_b, rng_b, flags_b) = ends
@@ -129,15 +128,15 @@ def test_training_is_the_same_to_the_bit(what: Any, validation: bool) -> None:
         assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad), name  # type: ignore[arg-type]
     assert torch.equal(rng_a, rng_b)
     assert flags_a == flags_b
-    assert f"{'interaction/r50' if what == 'profile' else 'cut_share/left'}" in trainer.callback_metrics
+    assert {"interaction/r50", "cut_share/left"} <= trainer.callback_metrics.keys()
 
 
 def test_profile_is_that_of_the_network_on_the_first_validation_images() -> None:
     module, recorder = Anybodys(), Recorder()
     monitor = RankMonitor(samples=8, patch=2, seed=3)
     fit(module, monitor, recorder)
-    assert monitor.first.images is not None
-    assert torch.equal(monitor.first.images, VALIDATION.tensors[0][:16])
+    assert monitor.buffer.images is not None
+    assert torch.equal(monitor.buffer.images, VALIDATION.tensors[0][:16])
     assert module.net.training
     expected = interaction_profile(module, VALIDATION.tensors[0][:16], patch=2, samples=8, seed=3, bootstraps=0)
     row = recorder.rows[-1]
@@ -154,7 +153,7 @@ def test_profile_is_that_of_the_network_on_the_first_validation_images() -> None
 
 def test_cuts_are_those_of_the_network() -> None:
     module, recorder = Anybodys(), Recorder()
-    fit(module, RankMonitor("cuts", size=6, seed=2), recorder)
+    fit(module, RankMonitor("cuts", size=6, seed=2), recorder, max_epochs=1)
     expected = cut_share(module, VALIDATION.tensors[0][:12], halves(8, 8), size=6, seed=2)
     row = recorder.rows[-1]
     assert row["cut_share/left"] == pytest.approx(expected.share, rel=1e-9)
@@ -183,26 +182,26 @@ def test_training_images_where_validation_has_too_few() -> None:
     monitor = RankMonitor(samples=14, patch=4)
     fit(Anybodys(), monitor, max_epochs=1)
     training = TRAINING.tensors[0]
-    assert monitor.first.images is not None
-    assert len(monitor.first.images.flatten(1).unique(dim=0)) == 28
-    assert all((training == image).all(dim=(1, 2, 3)).any() for image in monitor.first.images)
+    assert monitor.buffer.images is not None
+    assert len(monitor.buffer.images.flatten(1).unique(dim=0)) == 28
+    assert all((training == image).all(dim=(1, 2, 3)).any() for image in monitor.buffer.images)
     alone = RankMonitor(samples=4, patch=4)
     fit(Anybodys(), alone, max_epochs=1, validation=False)
-    assert alone.first.images is not None
-    assert len(alone.first.images) == 8
+    assert alone.buffer.images is not None
+    assert len(alone.buffer.images) == 8
 
 
 def test_no_image_is_taken_twice() -> None:
     # seen by the trial run of two batches, and again by the first whole validation
     monitor = RankMonitor(samples=12, patch=4)
     fit(Anybodys(), monitor, max_epochs=1)
-    assert monitor.first.images is not None
-    assert torch.equal(monitor.first.images, VALIDATION.tensors[0])
+    assert monitor.buffer.images is not None
+    assert torch.equal(monitor.buffer.images, VALIDATION.tensors[0])
     # fewer than wanted, in every one of two epochs
     several = RankMonitor(epochs=[1], patch=4)
     fit(Anybodys(), several, max_epochs=2, validation=False)
-    assert several.first.images is not None
-    assert len(several.first.images.flatten(1).unique(dim=0)) == len(several.first.images) == 32
+    assert several.buffer.images is not None
+    assert len(several.buffer.images.flatten(1).unique(dim=0)) == len(several.buffer.images) == 32
 
 
 def test_resumed_run_measures_on_the_same_images(tmp_path: Path) -> None:
@@ -212,9 +211,9 @@ def test_resumed_run_measures_on_the_same_images(tmp_path: Path) -> None:
     second = RankMonitor(samples=4, patch=4)
     torch.manual_seed(77)
     fit(Anybodys(), second, validation=False, max_epochs=2, path=str(tmp_path / "a.ckpt"))
-    assert first.first.images is not None
-    assert second.first.images is not None
-    assert torch.equal(first.first.images, second.first.images)
+    assert first.buffer.images is not None
+    assert second.buffer.images is not None
+    assert torch.equal(first.buffer.images, second.buffer.images)
 
 
 def test_given_images_are_not_kept_in_checkpoints() -> None:
@@ -225,8 +224,8 @@ def test_given_images_are_not_kept_in_checkpoints() -> None:
     assert recorder.rows[-1]["interaction/strength_d4"] == pytest.approx(float(expected.strength[0]), rel=1e-9)
     assert monitor.state_dict() == {"images": None}
     monitor.load_state_dict({"images": None})
-    assert monitor.first.images is not None
-    assert torch.equal(monitor.first.images, given)
+    assert monitor.buffer.images is not None
+    assert torch.equal(monitor.buffer.images, given)
 
 
 def test_several_monitors_keep_their_images_apart(tmp_path: Path) -> None:
@@ -234,13 +233,13 @@ def test_several_monitors_keep_their_images_apart(tmp_path: Path) -> None:
     fit(Anybodys(), *monitors, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     again = RankMonitor("profile", samples=4, patch=4), RankMonitor("cuts", size=6)
     fit(Anybodys(), *again, max_epochs=2, path=str(tmp_path / "a.ckpt"))
-    assert [len(monitor.first.images) for monitor in again if monitor.first.images is not None] == [8, 12]
+    assert [len(monitor.buffer.images) for monitor in again if monitor.buffer.images is not None] == [8, 12]
 
 
 def test_mixed_precision_measures_in_the_type_of_the_weights() -> None:
     module, recorder = Anybodys().float(), Recorder()
     given = VALIDATION.tensors[0].float()
-    fit(module, RankMonitor(samples=8, patch=4, images=given), recorder, precision="bf16-mixed")
+    fit(module, RankMonitor(samples=8, patch=4, images=given), recorder, precision="bf16-mixed", max_epochs=1)
     expected = interaction_profile(module, given, patch=4, samples=8, bootstraps=0)
     assert next(module.parameters()).dtype == torch.float32
     assert recorder.rows[-1]["interaction/strength_d4"] == pytest.approx(float(expected.strength[0]), rel=1e-5)
@@ -252,7 +251,8 @@ def test_mixed_precision_measures_in_the_type_of_the_weights() -> None:
 def test_float64_on_request() -> None:
     module, recorder = Anybodys().float(), Recorder()
     given = VALIDATION.tensors[0].float()
-    fit(module, RankMonitor(samples=8, patch=4, images=given, float64=True), recorder, precision="32-true")
+    monitor = RankMonitor(samples=8, patch=4, images=given, float64=True)
+    fit(module, monitor, recorder, precision="32-true", max_epochs=1)
     expected = interaction_profile(module.double(), given.double(), patch=4, samples=8, bootstraps=0)
     assert recorder.rows[-1]["interaction/strength_d4"] == pytest.approx(float(expected.strength[0]), rel=1e-9)
 
@@ -298,12 +298,30 @@ def test_many_nodes_are_logged_by_their_number_of_modes() -> None:
 
 
 @pytest.fixture
-def single_precision() -> None:
-    """As a user runs it."""
+def by_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single precision, as a user runs it; the figures of a run, tested elsewhere, stay empty."""
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
 
 
-@pytest.mark.usefixtures("single_precision")
+def read(path: Path, by: str) -> dict[int, dict[str, str]]:
+    """Measurements of a metrics file by epoch or iteration."""
+    rows: dict[int, dict[str, str]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault(int(float(row[by])), {}).update({name: value for name, value in row.items() if value})
+    return rows
+
+
+def assert_same_rows(plain: dict[int, dict[str, str]], rows: dict[int, dict[str, str]]) -> None:
+    """Up to the seconds and to what the monitor adds."""
+    assert list(plain) == list(rows)
+    for number, row in plain.items():
+        for name, value in row.items():
+            assert name in rows[number] if name in ("seconds", "time") else rows[number][name] == value, name
+
+
+@pytest.mark.usefixtures("by_the_command_line")
 def test_recovery_by_the_command_line(tmp_path: Path) -> None:
     tree = {"class_path": "lightning_locality.tensors.mode_tree.ModeTree.perfect", "init_args": {"order": 3}}
     model = {"tree": tree, "shape": [3, 4, 5], "widths": [3, 4], "init_scale": 0.3}
@@ -335,17 +353,13 @@ def test_recovery_by_the_command_line(tmp_path: Path) -> None:
         for name, value in state.items():
             other = files[1]["optimizer_states"][0]["state"][number][name]
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
-    plain, rows = (read_iterations(tmp_path / part / "metrics.csv") for part in ("without", "with"))
-    added = [row["iteration"] for row in rows if "rank/node 0-1" in row]
-    assert added == [20, 40]
-    for before, after in zip(plain, rows, strict=True):
-        assert {name: value for name, value in after.items() if name in before} == before
-    # a node is no number of a magnitude: the figure of the run shows the same groups
-    assert list(magnitude_groups(rows)) == list(magnitude_groups(plain))
+    plain, rows = (read(tmp_path / part / "metrics.csv", "iteration") for part in ("without", "with"))
+    assert [iteration for iteration, row in rows.items() if "rank/node 0-1" in row] == [20, 40]
+    assert_same_rows(plain, rows)
     spectra = node_spectra(_restored(model, files[1]["state_dict"]))
-    assert rows[-1]["rank/node 0-1"] == spectra.rank((0, 1))
+    assert float(rows[40]["rank/node 0-1"]) == spectra.rank((0, 1))
     expected = {row["node"]: row["participation_ratio"] for row in spectra.table()}["0-1"]
-    assert rows[-1]["participation ratio/node 0-1"] == pytest.approx(expected, rel=1e-6)
+    assert float(rows[40]["participation ratio/node 0-1"]) == pytest.approx(expected, rel=1e-6)
 
 
 def _restored(settings: dict[str, Any], state: dict[str, Tensor]) -> HierarchicalTensorFactorization:
@@ -354,19 +368,17 @@ def _restored(settings: dict[str, Any], state: dict[str, Tensor]) -> Hierarchica
     return model
 
 
-@pytest.mark.usefixtures("single_precision")
+@pytest.mark.usefixtures("by_the_command_line")
 def test_classification_by_the_command_line(tmp_path: Path) -> None:
-    small = ["--data.train=64", "--data.validation=40", "--data.test=20", "--data.batch_size=16"]
-    command = ["fit", f"--config={CONFIGS / 'quickstart.yaml'}", *small, "--trainer.max_epochs=3"]
-    monitor = {"class_path": "RankMonitor", "init_args": {"samples": 2, "patch": 8, "epochs": [0, 2]}}
+    small = ["--data.train=32", "--data.validation=16", "--data.test=8", "--data.batch_size=16"]
+    command = ["fit", f"--config={CONFIGS / 'quickstart.yaml'}", *small, "--trainer.max_epochs=2"]
+    monitor = {"class_path": "RankMonitor", "init_args": {"samples": 2, "patch": 8, "epochs": [1]}}
     (tmp_path / "monitor.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [monitor]}}))
     main([*command, f"--run_dir={tmp_path / 'without'}"])
     main([*command, f"--run_dir={tmp_path / 'with'}", f"--config={tmp_path / 'monitor.yaml'}"])
-    rows = read_metrics(tmp_path / "with" / "metrics.csv")
-    assert [row["epoch"] for row in rows if "interaction/strength_d8" in row] == [0, 2]
-    plain = read_metrics(tmp_path / "without" / "metrics.csv")
-    for before, after in zip(plain, rows, strict=True):
-        assert {name: after[name] for name in before} == before
+    plain, rows = (read(tmp_path / part / "metrics.csv", "epoch") for part in ("without", "with"))
+    assert [epoch for epoch, row in rows.items() if "interaction/strength_d8" in row] == [1]
+    assert_same_rows(plain, rows)
     weights = [torch.load(tmp_path / part / "last.ckpt", weights_only=True) for part in ("without", "with")]
     for name, weight in weights[0]["state_dict"].items():
         assert not isinstance(weight, Tensor) or torch.equal(weight, weights[1]["state_dict"][name]), name
@@ -380,7 +392,7 @@ def test_classification_by_the_command_line(tmp_path: Path) -> None:
         ({"epochs": []}, "epochs must be numbers"),
         ({"epochs": [-1]}, "epochs must be numbers"),
         ({"samples": 1}, "samples must be at least 2"),
-        ({"memory": 0.0}, "memory must be above 0 GiB"),
+        ({"chunk": 0}, "chunk must be at least one row per call, got 0"),
         ({"size": 3}, "size must be at least 4"),
         ({"images": torch.zeros(4, 8, 8)}, r"images must be floating-point images .* \(4, 8, 8\)"),
         ({"images": torch.zeros(4, 1, 8, 6), "patch": 4}, "patch must divide images of 8 x 6 .* got 4; possible: 1, 2"),
@@ -444,13 +456,13 @@ def test_batches_of_other_forms(form: Any) -> None:
     x_before = x.clone()
     x.zero_()  # a loader may use its memory again
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    assert torch.equal(monitor.first.chosen(strategy), x_before[:4])  # type: ignore[arg-type]
+    assert torch.equal(monitor.buffer.chosen(strategy), x_before[:4])  # type: ignore[arg-type]
 
 
 def test_no_images_and_too_few() -> None:
     strategy = SimpleNamespace(broadcast=lambda value: value)
     with pytest.raises(ValueError, match="fewer than 2 images"):
-        RankMonitor().first.chosen(strategy)  # type: ignore[arg-type]
+        RankMonitor().buffer.chosen(strategy)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="samples must be 2 to the number of images, got 33 of 32"):
         fit(Anybodys(), RankMonitor(samples=33), validation=False)
     with pytest.raises(ValueError, match=r"size=17 and 32 images"):
@@ -488,7 +500,7 @@ trainer = Trainer(
 module = Anybodys()
 trainer.fit(module, DataLoader(TRAINING, batch_size=4))
 found = {{name: float(value) for name, value in trainer.callback_metrics.items()}}
-images = [monitor.first.images for monitor in monitors]
+images = [monitor.buffer.images for monitor in monitors]
 torch.save((module.state_dict(), found, images), f"{{folder}}/{{watched}}_{{trainer.global_rank}}.pt")
 trainer.strategy.barrier()
 # else gloo's threads may end the interpreter while it shuts down
@@ -497,7 +509,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work_and_agree(tmp_path: Path) -> None:
+def test_two_processes_measure_the_network_of_the_first(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(_TWO_PROCESSES.format(tests=str(Path(__file__).parent)))
     for watched in ("0", "1"):

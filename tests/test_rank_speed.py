@@ -1,11 +1,15 @@
-"""benchmarks/rank_speed.py: that its methods agree, that it says so where they do not, and the whole program."""
+"""benchmarks/rank_speed.py: its methods agree, a disagreement stops it, and the whole program runs."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import rank_speed
 
-from lightning_locality.ranks.nodes import node_spectra
-from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks import NodeSpectra, node_spectra
 from lightning_locality.tensors import Factorization
 
 
@@ -53,11 +56,11 @@ def test_slopes_of_large_orders() -> None:
 
 
 def test_memory_is_that_of_the_measurement() -> None:
-    """64 MiB more than before, whatever the process has had at its peak."""
-    # in a process of its own, as the benchmark does: another one may have memory at hand that it need not ask for
+    """64 MiB more than before, whatever the peak of the process was; and importing the ranks leaves tensorly alone."""
+    # in a process of its own, as the benchmark does: another one may reuse memory that it has freed before
     code = (
-        "import json, torch, rank_speed; torch.zeros(2**26); "
-        "print(json.dumps(rank_speed.timed(lambda: torch.zeros(2**24), 2, 'cpu')))"
+        "import json, sys, torch, rank_speed, lightning_locality.ranks; assert 'tensorly' not in sys.modules; "
+        "torch.zeros(2**26); print(json.dumps(rank_speed.timed(lambda: torch.zeros(2**24), 2, 'cpu')))"
     )
     folder = Path(rank_speed.__file__).parent
     output = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -74,7 +77,16 @@ def test_every_method_is_timed(method: str, device: torch.device) -> None:
     assert (row["method"], row["order"], row["width"], row["nodes"]) == (method, 4, 3, 6)
 
 
-def test_the_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def case_in_this_process(command: list[str], **_: Any) -> SimpleNamespace:
+    """The process of one case without the start of an interpreter."""
+    assert command[:3] == [sys.executable, rank_speed.__file__, "--case"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        rank_speed.main(command[2:])
+    return SimpleNamespace(stdout=printed.getvalue())
+
+
+def test_the_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_speed.subprocess, "run", case_in_this_process)
     out = tmp_path / "speed.json"
     rank_speed.main(["--toy", "--methods", "qr", "dense", "--out", str(out)])
     result = json.loads(out.read_text())

@@ -10,9 +10,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_locality.datamodules.base import Split, seeded_generator
-from lightning_locality.datamodules.image_pairs import Pairs, draw_pairs
+from lightning_locality.datamodules.image_pairs import Pairs
 from lightning_locality.datamodules.image_sets import ImagesNotFoundError, UnknownSourceError
-from lightning_locality.datamodules.pair_tasks import SameClass
+from lightning_locality.datamodules.pair_tasks import SameClass, sample_same_class
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -145,7 +145,7 @@ def test_every_placement_that_fits_is_inside() -> None:
 
 
 def check_pairs(labels: Tensor, pairs: Pairs) -> None:
-    assert torch.equal((labels[pairs.left] == labels[pairs.right]).long(), pairs.same)
+    assert torch.equal((labels[pairs.left] == labels[pairs.right]).long(), pairs.label)
 
 
 def test_labels_are_right_and_balanced_like_a_fair_coin(pictures: Path) -> None:
@@ -154,7 +154,7 @@ def test_labels_are_right_and_balanced_like_a_fair_coin(pictures: Path) -> None:
         pairs = data.pairs(split)
         check_pairs(data.images(data.part(split)).labels, pairs)
         # standard error 71
-        assert abs(int(pairs.same.sum()) - 10_000) < 4.5 * 71
+        assert abs(int(pairs.label.sum()) - 10_000) < 4.5 * 71
 
 
 @pytest.mark.parametrize("size", [1, 2, 199, 200])
@@ -162,9 +162,9 @@ def test_balanced_halves_are_exact(pictures: Path, size: int) -> None:
     data = small(pictures, train=size, balanced=True)
     pairs = data.pairs("train")
     check_pairs(data.images("train").labels, pairs)
-    assert abs(2 * int(pairs.same.sum()) - size) == size % 2
+    assert abs(2 * int(pairs.label.sum()) - size) == size % 2
     # which one of the two is positive is a coin as well
-    assert size < 100 or 20 < int(pairs.same[::2].sum()) < 80
+    assert size < 100 or 20 < int(pairs.label[::2].sum()) < 80
 
 
 def test_pairs_have_the_documented_distribution() -> None:
@@ -172,7 +172,7 @@ def test_pairs_have_the_documented_distribution() -> None:
     labels = torch.tensor([0] * 2 + [1] * 3 + [2] * 5)[torch.randperm(10, generator=seeded_generator(0))]
     size, counts = 400_000, labels.bincount().tolist()
     for distinct in (True, False):
-        pairs = draw_pairs(labels, torch.arange(10), size, seeded_generator(0, distinct), distinct=distinct)
+        pairs = sample_same_class(labels, torch.arange(10), size, seeded_generator(0, distinct), distinct=distinct)
         seen = (10 * pairs.left + pairs.right).bincount(minlength=100).double() / size
         for i in range(10):
             for j in range(10):
@@ -190,7 +190,7 @@ def test_pairs_have_the_documented_distribution() -> None:
 def test_only_the_candidates_are_drawn() -> None:
     labels = torch.arange(100) % 5
     candidates = torch.arange(7, 60, 2)
-    pairs = draw_pairs(labels, candidates, 5000, seeded_generator(0))
+    pairs = sample_same_class(labels, candidates, 5000, seeded_generator(0))
     assert torch.equal(torch.cat(pairs[:2]).unique(), candidates)
 
 
@@ -200,7 +200,7 @@ def test_distinct_is_the_fix_and_its_absence_the_published_rule(pictures: Path) 
     assert int((fixed.pairs("train").left == fixed.pairs("train").right).sum()) == 0
     repeated = published.pairs("train").left == published.pairs("train").right
     assert abs(int(repeated.sum()) - 2_500 / 36) < 4.5 * (2_500 / 36) ** 0.5
-    assert published.pairs("train").same[repeated].all()
+    assert published.pairs("train").label[repeated].all()
 
 
 def test_the_splits_share_no_image(pictures: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_pair_depends_on_seed_split_and_number_alone(pictures: Path) -> None:
     shorter = small(pictures, train=10)
     assert torch.equal(torch.stack(shorter.pairs("test")), torch.stack(data.pairs("test")))
     # the streams of the splits are unrelated: labels agree as often as coins do
-    agree = int((data.pairs("train").same[:200] == data.pairs("validation").same).sum())
+    agree = int((data.pairs("train").label[:200] == data.pairs("validation").label).sum())
     assert abs(agree - 100) < 4.5 * 50**0.5
 
 
@@ -263,7 +263,7 @@ def test_a_subset_of_the_classes(pictures: Path) -> None:
 def test_only_what_the_stage_needs_is_set_up(pictures: Path) -> None:
     data = SameClass(f"folder:{pictures}", image_size=6, mean=[0.5] * 3, std=[0.2] * 3)
     data.setup("test")
-    with pytest.raises(RuntimeError, match="train pairs are not drawn yet: call setup"):
+    with pytest.raises(RuntimeError, match="train pairs have not been sampled yet: call setup"):
         data.compose("train", torch.arange(2))
     assert set(data._parts) == {"test"}
     before = data.pairs("test").left
@@ -315,7 +315,7 @@ def test_digits_need_nothing() -> None:
         ({"holdout": 1.0}, "holdout must be a share between 0 and 1, got 1.0"),
         ({"background": "grey"}, "background must be 'mean', 'black' or a number, got 'grey'"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"mean": [0.5] * 3}, "give both of mean and std or neither"),
+        ({"mean": [0.5] * 3}, "give both mean and std or neither"),
         ({"mean": [0.5], "std": [0.5]}, "mean must have 3 values"),
         ({"mean": [0.5] * 3, "std": [0.5, 0.0, 1.0]}, "std must be positive"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -339,17 +339,17 @@ def test_an_unknown_source_is_refused_at_once() -> None:
 def test_a_root_without_the_set(tmp_path: Path) -> None:
     data = SameClass("cifar10", root=tmp_path, download=False)
     data.prepare_data()
-    with pytest.raises(ImagesNotFoundError, match="pass download=True or point root at"):
+    with pytest.raises(ImagesNotFoundError, match="Pass download=True or point root at"):
         data.setup("fit")
 
 
 def test_classes_too_small_for_pairs_are_refused() -> None:
     labels = torch.tensor([0, 0, 1, 2])
     with pytest.raises(ValueError, match=r"classes \[1, 2\] have a single image.*distinct=False"):
-        draw_pairs(labels, torch.arange(4), 5, seeded_generator(0))
-    check_pairs(labels, draw_pairs(labels, torch.arange(4), 50, seeded_generator(0), distinct=False))
+        sample_same_class(labels, torch.arange(4), 5, seeded_generator(0))
+    check_pairs(labels, sample_same_class(labels, torch.arange(4), 50, seeded_generator(0), distinct=False))
     with pytest.raises(ValueError, match=r"at least 2 classes, got \[0\]"):
-        draw_pairs(labels, torch.arange(2), 5, seeded_generator(0))
+        sample_same_class(labels, torch.arange(2), 5, seeded_generator(0))
 
 
 class Net(LightningModule):
@@ -380,15 +380,15 @@ class Net(LightningModule):
 
 def test_a_trainer_and_its_checkpoint(pictures: Path, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
-    data, model = SameClass(f"folder:{pictures}", Path("data"), 9, 300, 200, 250, (11, 30), 6), Net()
+    data, model = SameClass(f"folder:{pictures}", Path("data"), 9, 300, 200, 250, (11, 30), image_size=6), Net()
     options: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=2, default_root_dir=tmp_path, logger=False, enable_checkpointing=False, **options)
     trainer.fit(model, data)
     trainer.test(model, data, verbose=False)
-    assert model.labels["test"] == data.pairs("test").same.tolist()
-    assert model.labels["validation 1"] == data.pairs("validation").same.tolist()
+    assert model.labels["test"] == data.pairs("test").label.tolist()
+    assert model.labels["validation 1"] == data.pairs("validation").label.tolist()
     first, second = model.labels["train 0"], model.labels["train 1"]
-    assert sum(first) == sum(second) == int(data.pairs("train").same.sum())
+    assert sum(first) == sum(second) == int(data.pairs("train").label.sum())
     assert first != second
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = SameClass.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
@@ -412,7 +412,7 @@ def test_cifar10_as_published(image_root: Path) -> None:
         expected[:, 96:128, 192:] = (official.images[right] / 255 - mean) / std
         assert (image[k] - expected).abs().max() < 2e-6
         assert int(label[k]) == same == int(official.labels[left] == official.labels[right])
-    assert abs(int(data.pairs("train").same.sum()) - 2_500) < 4.5 * 35.4
+    assert abs(int(data.pairs("train").label.sum()) - 2_500) < 4.5 * 35.4
     assert data.size("validation") == 10_000
 
 

@@ -1,8 +1,8 @@
-"""Ranks and interaction distances in the course of training."""
+"""Ranks and interaction distances during training."""
 
 from __future__ import annotations
 
-__all__ = ["FirstImages", "RankMonitor", "checked_images"]
+__all__ = ["RankMonitor"]
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,111 +21,11 @@ from lightning_locality.ranks.masks import standard_cuts
 from lightning_locality.ranks.nodes import node_spectra
 from lightning_locality.ranks.patch_pairs import PatchGrid
 from lightning_locality.ranks.profile import interaction_profile
-from lightning_locality.tasks.recovery import Recovery
 from lightning_locality.tensors.factorization import Factorization
-
-_KEYS = ("image", "x")
-
-
-@final
-class FirstImages:
-    """Copies images as batches pass, and stays with them: those of validation, or of training where it has too few.
-
-    Args:
-        wanted: How many images.
-        check: Takes their height and width, and raises a ValueError where they cannot be measured.
-    """
-
-    def __init__(self, wanted: int, check: Callable[[int, int], object]) -> None:
-        self.wanted, self.check = wanted, check
-        # fixed from the first measurement on
-        self.images: Tensor | None = None
-        self._seen: dict[str, list[Tensor]] = {"validation": [], "training": []}
-
-    def keep(self, source: Literal["validation", "training"], batch: Any, number: int) -> None:
-        """Copy the images of a batch that are still wanted.
-
-        Args:
-            source: Where the batch is from.
-            batch: Images, a tuple or list that begins with them, or a mapping with "image" or "x".
-            number: Of the batch in its epoch, from 0.
-
-        Raises:
-            ValueError: A batch without images ``(B, C, H, W)``, or images of a size that cannot be measured.
-        """
-        if self.images is not None:
-            return
-        seen = self._seen[source]
-        missing = self.wanted - sum(map(len, seen))
-        if missing > 0 and number == 0:
-            # a new pass has the images of the one before again
-            seen.clear()
-            missing = self.wanted
-        if missing > 0:
-            images = checked_images(_images(batch), self.check, f"the {source} batch")
-            seen.append(images.detach()[:missing].clone().cpu())
-
-    def chosen(self, strategy: Strategy) -> Tensor:
-        """The images, on the CPU: the same at every call and on every process.
-
-        Args:
-            strategy: By which the first process tells the others.
-
-        Raises:
-            ValueError: Fewer than two images have passed.
-        """
-        if self.images is None:
-            validation, training = (sum(map(len, self._seen[source])) for source in ("validation", "training"))
-            chosen = self._seen["validation" if validation >= min(self.wanted, training) else "training"]
-            images = strategy.broadcast(torch.cat(chosen) if chosen else None)
-            if images is None or len(images) < 2:
-                raise ValueError(
-                    "RankMonitor has seen fewer than 2 images in the batches of this run: pass images=, a tensor "
-                    "(N, C, H, W)"
-                )
-            self.images = images
-            self._seen = {"validation": [], "training": []}
-        return self.images
-
-
-def checked_images(images: Tensor, check: Callable[[int, int], object], name: str) -> Tensor:
-    """The images, after a look at their type and shape.
-
-    Args:
-        images: What was given.
-        check: As in :class:`FirstImages`.
-        name: Of the images in the message.
-
-    Raises:
-        ValueError: Not floating-point ``(B, C, H, W)``, or of a size that cannot be measured.
-    """
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating-point images (B, C, H, W), got {images.dtype} {tuple(images.shape)}: pass "
-            "images= as the module takes them"
-        )
-    check(*images.shape[-2:])
-    return images
-
-
-def _images(batch: Any) -> Tensor:
-    found = batch
-    if isinstance(batch, (tuple, list)) and batch:
-        found = batch[0]
-    elif isinstance(batch, Mapping):
-        found = next((batch[key] for key in _KEYS if key in batch), None)
-    if not isinstance(found, Tensor):
-        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
-            f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping with 'image' or 'x': "
-            "pass images=, a tensor (N, C, H, W)"
-        )
-    return found
-
 
 What = Literal["nodes", "profile", "cuts"]
 _QUANTITIES = {"rank": "rank", "effective_rank": "effective rank", "participation_ratio": "participation ratio"}
-_NODES = 64  # logged one by one; more by their number of modes
+_MAX_NODES = 64  # logged one by one; more by their number of modes
 _SAMPLES = 32
 
 
@@ -133,32 +33,32 @@ _SAMPLES = 32
 class RankMonitor(Callback):
     """Logs the ranks of a factorisation, or how far a network sees, at the ends of chosen epochs.
 
-    Training goes the same way, bit for bit, as without it. Of a factorisation (``nodes``), for every node of its tree:
-    ``rank/node 0-1``, ``effective rank/node 0-1``, ``participation ratio/node 0-1``; of more than 64 nodes the median
-    and the largest for every number of modes, as ``rank/2 modes median``. Of a network on images (``profile``):
+    Training is the same, bit for bit, as without it. For every node of a factorisation's tree (``nodes``):
+    ``rank/node 0-1``, ``effective rank/node 0-1``, ``participation ratio/node 0-1``; for more than 64 nodes the median
+    and the largest for every number of modes, as ``rank/2 modes median``. For a network on images (``profile``):
     ``interaction/mean_distance``, ``interaction/r50``, ``interaction/r90`` and ``interaction/strength_d8`` for every
     distance in pixels; or (``cuts``) the share of variance that crosses each of the standard cuts,
     ``cut_share/left``, with its standard error, ``cut_share/left_se``. The module is called as ``module(x)``, in
     evaluation mode and in the type of its own weights, or float32 if they have 16 bits.
 
-    The images are always the same: the first ones of the validation set, or of the training batches where validation
+    The images are always the same: the first ones of the validation set, or of the training batches if validation
     has not given enough of them by the first measurement. They are taken as the batches pass and kept in checkpoints
-    (unless given). Under DDP they are those of the first process, and all processes share the work.
+    (unless given). Under DDP they are those of the first process, and every process takes the same measurement.
 
     Args:
         what: What is measured. None: nodes of a module that holds a factorisation, the profile of any other.
-        every_n_epochs: Measured after every so many epochs.
-        epochs: Measured after these instead, counted from 0 as in the column ``epoch``.
-        samples: Images that the profile is taken of; donors are as many others. None: 32, or as many as there are.
+        every_n_epochs: Measure after every so many epochs.
+        epochs: Measure after these instead, counted from 0 as in the column ``epoch``.
+        samples: Images for the profile; as many others are donors. None: 32, or as many as there are.
         patch: Side in pixels of the patches of the profile; None: chosen by the size of the images.
         size: Images on either side of a cut. None: 32, or half of all there are.
-        seed: Of the draws.
-        images: ``(N, C, H, W)`` to be measured on instead.
-        memory: What a call of the network may take, in GiB; None: 1 on the CPU, 80 % of what is free on CUDA.
+        seed: Of the samples.
+        images: ``(N, C, H, W)`` to measure on instead.
+        chunk: Images per call of the network, halved when memory runs out; None: a default for their size.
         float64: Evaluate networks in float64, in a copy; factorisations always are.
 
     Raises:
-        ValueError: Something unknown to be measured, epochs that never come, a module without a factorisation for
+        ValueError: An unknown kind of measurement, epochs that never come, a module without a factorisation for
             its nodes, no or too few images, patches that do not divide them, weights that are spread over devices.
     """
 
@@ -172,7 +72,7 @@ class RankMonitor(Callback):
         size: int | None = None,
         seed: int = 0,
         images: Tensor | None = None,
-        memory: float | None = None,
+        chunk: int | None = None,
         float64: bool = False,
     ) -> None:
         if what not in (None, "nodes", "profile", "cuts"):
@@ -185,24 +85,22 @@ class RankMonitor(Callback):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if memory is not None and not memory > 0:
-            raise ValueError(f"memory must be above 0 GiB, got {memory}")
         if epochs is not None and (not epochs or min(epochs) < 0):
             raise ValueError(f"epochs must be numbers of epochs, counted from 0, got {epochs}: leave it out for all")
         self.what, self.every_n_epochs, self.epochs = what, every_n_epochs, epochs
         self.samples, self.patch, self.size, self.seed = samples, patch, size, seed
-        self.memory, self.float64 = memory, float64
+        self.evaluation = Evaluation(chunk, torch.float64 if float64 else None)
         self.given = images is not None
         # two groups of the same size: samples and donors, or the two sides of a cut
         wanted = 2 * ((size if what == "cuts" else samples) or _SAMPLES)
-        check = standard_cuts if what == "cuts" else partial(PatchGrid.of, patch=patch)
-        self.first = FirstImages(wanted, check)
+        check = standard_cuts if what == "cuts" else partial(PatchGrid, patch=patch)
+        self.buffer = _ImageBuffer(wanted, check)
         if images is not None:
             least = 2 * (size or 4) if what == "cuts" else samples or 2
-            self.first.images = checked_images(images, check, "images").detach()
+            self.buffer.images = _checked_images(images, check, "images").detach()
             if len(images) < least:
                 raise ValueError(
-                    f"images must be {least} or more to be measured so, got {len(images)}: give more, or lower "
+                    f"images must be {least} or more for this measurement, got {len(images)}: give more, or lower "
                     f"{'size' if what == 'cuts' else 'samples'}"
                 )
 
@@ -213,16 +111,16 @@ class RankMonitor(Callback):
         return self._generate_state_key(**settings, seed=self.seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The images, where they were taken from the batches."""
-        return {"images": None if self.given else self.first.images}
+        """Return the images if they were taken from the batches."""
+        return {"images": None if self.given else self.buffer.images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same images."""
+        """Restore the images."""
         if not self.given and state_dict["images"] is not None:
-            self.first.images = state_dict["images"]
+            self.buffer.images = state_dict["images"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, before anything is trained."""
+        """Reject what cannot be measured before anything is trained."""
         if stage != "fit":
             return
         known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
@@ -237,7 +135,7 @@ class RankMonitor(Callback):
                 "'cuts' for a network on images"
             )
         last = trainer.max_epochs
-        # a trial run of one batch is cut short whatever was asked for
+        # a trial run of one batch ends early whatever the settings
         if last is None or last < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.epochs is not None and max(self.epochs) >= last:
@@ -249,31 +147,32 @@ class RankMonitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep images, also of the trial run of validation before training."""
+        """Keep images, including those of the sanity check."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and dataloader_idx == 0 and self._subject(pl_module) != "nodes":
-            self.first.keep("validation", batch, batch_idx)
+            self.buffer.keep("validation", batch, batch_idx)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep images, in case that validation gives none."""
+        """Keep images in case validation gives too few."""
         if self._subject(pl_module) != "nodes":
-            self.first.keep("training", batch, batch_idx)
+            self.buffer.keep("training", batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, if it is time, and log."""
+        """Measure and log if it is time."""
         epoch = trainer.current_epoch
-        wanted = (epoch + 1) % self.every_n_epochs == 0 if self.epochs is None else epoch in self.epochs
-        if not wanted:
+        due = (epoch + 1) % self.every_n_epochs == 0 if self.epochs is None else epoch in self.epochs
+        if not due:
             return
         what = self._subject(pl_module)
         values = _nodes(pl_module) if what == "nodes" else self._distances(what, trainer, pl_module)
         logged = bool(trainer.loggers)
-        if isinstance(pl_module, Recovery):
-            # its rows are those of an iteration, whatever the epoch
-            logged, row = False, {"epoch": epoch, "iteration": pl_module.iteration, **values}
+        iteration = getattr(pl_module, "iteration", None)
+        if isinstance(iteration, int):
+            # a module that counts iterations of its own, as Recovery: its rows are those of an iteration
+            logged = False
             for logger in trainer.loggers:
-                logger.log_metrics(row, step=pl_module.iteration)
-        # all processes have the same numbers; to say so keeps Lightning from warning
+                logger.log_metrics({"epoch": epoch, "iteration": iteration, **values}, step=iteration)
+        # all processes have the same numbers; saying so keeps Lightning from warning
         several = trainer.world_size > 1
         pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=several)
 
@@ -283,31 +182,28 @@ class RankMonitor(Callback):
         return "profile" if _factorization(module) is None else "nodes"
 
     def _distances(self, what: What, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        images = self.first.chosen(trainer.strategy)
-        dtype = torch.float64 if self.float64 else None
-        evaluation = Evaluation(memory=self.memory, dtype=dtype, processes=_Processes(trainer))
+        images = self.buffer.chosen(trainer.strategy)
         with measuring(module):
             if trainer.world_size > 1:
-                # DDP makes the statistics of BatchNorm equal at the next forward only
-                for buffer, first in zip(module.buffers(), _of_first(trainer.strategy, module), strict=True):
-                    buffer.copy_(first)
-            if what == "cuts":
-                return self._cuts(module, images, evaluation)
-            return self._profile(module, images, evaluation)
+                # DDP synchronises the statistics of batch normalisation only at the next forward
+                first = trainer.strategy.broadcast([buffer.cpu() for buffer in module.buffers()])
+                for buffer, value in zip(module.buffers(), first, strict=True):
+                    buffer.copy_(value)
+            return self._cuts(module, images) if what == "cuts" else self._profile(module, images)
 
-    def _cuts(self, module: LightningModule, images: Tensor, evaluation: Evaluation) -> dict[str, float]:
+    def _cuts(self, module: LightningModule, images: Tensor) -> dict[str, float]:
         size = self.size or min(_SAMPLES, len(images) // 2)
         values: dict[str, float] = {}
         for name, mask in standard_cuts(*images.shape[-2:]).items():
-            cut = cut_share(module, images, mask, size=size, seed=self.seed, evaluation=evaluation)
+            cut = cut_share(module, images, mask, size=size, seed=self.seed, evaluation=self.evaluation)
             key = f"cut_share/{name.replace(' ', '_')}"
             values |= {key: cut.share, f"{key}_se": cut.standard_error}
         return values
 
-    def _profile(self, module: LightningModule, images: Tensor, evaluation: Evaluation) -> dict[str, float]:
+    def _profile(self, module: LightningModule, images: Tensor) -> dict[str, float]:
         samples = self.samples or min(_SAMPLES, len(images))
         profile = interaction_profile(
-            module, images, patch=self.patch, samples=samples, seed=self.seed, bootstraps=0, evaluation=evaluation
+            module, images, patch=self.patch, samples=samples, seed=self.seed, bootstraps=0, evaluation=self.evaluation
         )
         values = {f"interaction/{name}": float(getattr(profile, name)) for name in ("mean_distance", "r50", "r90")}
         strengths = zip(profile.distance.tolist(), profile.strength.tolist(), strict=True)
@@ -315,28 +211,73 @@ class RankMonitor(Callback):
 
 
 @final
-class _Processes:
-    """The processes of a Trainer, as an evaluation asks for them."""
+class _ImageBuffer:
+    """Copies of the first images of validation, or of training if validation has too few, fixed once they are chosen.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    Args:
+        wanted: Number of images.
+        check: Takes their height and width, and raises a ValueError if they cannot be measured.
+    """
 
-    @property
-    def global_rank(self) -> int:
-        return self.trainer.global_rank
+    def __init__(self, wanted: int, check: Callable[[int, int], object]) -> None:
+        self.wanted, self.check = wanted, check
+        # fixed from the first measurement on
+        self.images: Tensor | None = None
+        self._seen: dict[str, list[Tensor]] = {"validation": [], "training": []}
 
-    @property
-    def world_size(self) -> int:
-        return self.trainer.world_size
+    def keep(self, source: Literal["validation", "training"], batch: Any, number: int) -> None:
+        """Copy the images that are still wanted from batch ``number`` of an epoch."""
+        if self.images is not None:
+            return
+        seen = self._seen[source]
+        missing = self.wanted - sum(map(len, seen))
+        if missing > 0 and number == 0:
+            # a new pass repeats the images of the one before
+            seen.clear()
+            missing = self.wanted
+        if missing > 0:
+            images = _checked_images(_find_images(batch), self.check, f"the {source} batch")
+            seen.append(images.detach()[:missing].clone().cpu())
 
-    def all_gather(self, data: Tensor) -> Tensor:
-        return self.trainer.strategy.all_gather(data)
+    def chosen(self, strategy: Strategy) -> Tensor:
+        """Return the images, on the CPU: the same at every call and, broadcast by the strategy, in every process."""
+        if self.images is None:
+            validation, training = (sum(map(len, self._seen[source])) for source in ("validation", "training"))
+            chosen = self._seen["validation" if validation >= min(self.wanted, training) else "training"]
+            images = strategy.broadcast(torch.cat(chosen) if chosen else None)
+            if images is None or len(images) < 2:
+                raise ValueError(
+                    "RankMonitor has seen fewer than 2 images in the batches of this run: pass images=, a tensor "
+                    "(N, C, H, W)"
+                )
+            self.images = images
+            self._seen = {"validation": [], "training": []}
+        return self.images
 
 
-def _of_first(strategy: Strategy, module: LightningModule) -> list[Tensor]:
-    """The first process's buffers, on the CPU."""
-    buffers: list[Tensor] = strategy.broadcast([buffer.cpu() for buffer in module.buffers()])
-    return buffers
+def _checked_images(images: Tensor, check: Callable[[int, int], object], name: str) -> Tensor:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating-point images (B, C, H, W), got {images.dtype} {tuple(images.shape)}: pass "
+            "images= as the module takes them"
+        )
+    check(*images.shape[-2:])
+    return images
+
+
+def _find_images(batch: Any) -> Tensor:
+    found = batch
+    if isinstance(batch, (tuple, list)) and batch:
+        found = batch[0]
+    elif isinstance(batch, Mapping):
+        found = batch.get("image", batch.get("x"))
+    if not isinstance(found, Tensor):
+        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping with 'image' or 'x': "
+            "pass images=, a tensor (N, C, H, W)"
+        )
+    return found
 
 
 def _factorization(module: LightningModule) -> Factorization | None:
@@ -349,7 +290,7 @@ def _nodes(module: LightningModule) -> dict[str, float]:
     with torch.no_grad():
         spectra = node_spectra(factorization)
     table = spectra.table()
-    if len(table) <= _NODES:
+    if len(table) <= _MAX_NODES:
         return {f"{name}/node {row['node']}": float(row[key]) for row in table for key, name in _QUANTITIES.items()}
     by_size: dict[int, list[dict[str, Any]]] = {}
     for node, row in zip(spectra, table, strict=True):

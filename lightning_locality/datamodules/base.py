@@ -1,8 +1,8 @@
-"""What every image data module shares: splits by index, gathered and composed on the device."""
+"""Image data modules whose loaders yield indices; images are gathered and composed on the device."""
 
 from __future__ import annotations
 
-__all__ = ["AbstractImageDataModule", "IndexLoader", "Split", "SplitBatch", "seeded_generator"]
+__all__ = ["AbstractImageDataModule", "IndexLoader", "Split", "SplitBatch"]
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -18,18 +18,14 @@ Split = Literal["train", "validation", "test"]
 
 
 class SplitBatch(NamedTuple):
-    """What a loader yields: sample indices of one split, before the images are gathered."""
+    """Sample indices of one split, as yielded by a loader before the images are gathered."""
 
     split: Split
     indices: Tensor
 
 
 def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and on every name, and on nothing else.
-
-    Args:
-        seed: Any integer.
-        names: What the stream is for; other names give an unrelated stream.
+    """Return a CPU generator whose stream depends only on the seed and the names of its purpose.
 
     Example:
         >>> draw = lambda *key: torch.rand((), generator=seeded_generator(*key)).item()
@@ -52,37 +48,36 @@ class _EpochOrder:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def draw(self) -> Tensor:
+    def sample(self) -> Tensor:
         return torch.randperm(self.size, generator=seeded_generator(self.seed, "order", self.epoch))
 
 
 @final
 class IndexLoader:
-    r"""Batches of sample indices: every sample once per epoch over all processes, in equally many steps.
+    r"""Batches of sample indices that visit every sample exactly once per epoch across all processes.
 
-    Process r of W takes every W-th index of the epoch's order, and that order does not depend on W; so the
-    W batches of a step are together the batch that one process with W times the batch size would see.
-    Nothing is padded or repeated. Every process makes the same number of steps, as collective operations
-    need (gradients in training; the buffers of BatchNorm are also sent in evaluation): where a process has
-    one sample fewer than the others and would lack a batch, its last full batch gives one sample to a batch
-    of its own.
+    Process r of W takes every W-th index of the epoch's order, which does not depend on W, so the W batches
+    of a step together are the batch that one process with W times the batch size would see. Nothing is padded
+    or repeated. All processes make the same number of steps, as collective operations require (gradients in
+    training, BatchNorm's buffers in evaluation too): a process that has one sample fewer and would lack a
+    batch splits one sample off its last full batch.
 
-    It is not a torch ``DataLoader``: there is nothing to load in other processes, and the Trainer must
-    replace neither the order nor the sharding. Without a Trainer call ``loader.sampler.set_epoch(epoch)``
-    before each epoch.
+    Not a torch ``DataLoader``: there is nothing to load in worker processes, and the Trainer must replace
+    neither the order nor the sharding. Without a Trainer, call ``loader.sampler.set_epoch(epoch)`` before
+    each epoch.
 
     Args:
         split: Split that the indices belong to.
-        size: Number of samples of the split.
+        size: Number of samples in the split.
         batch_size: Samples per step and process.
-        shuffle: Draw a new seeded order for every epoch.
+        shuffle: Use a new seeded order in every epoch.
         seed: Seed of the orders.
-        drop_last: Leave out the last batch where it is smaller.
-        rank: Number of this process.
+        drop_last: Drop the last batch if it is incomplete.
+        rank: Index of this process.
         world: Number of processes.
 
     Raises:
-        ValueError: If the samples do not give every process at least one sample in every step.
+        ValueError: The samples cannot give every process at least one sample in every step.
 
     Example:
         >>> loaders = [IndexLoader("test", 9, 2, rank=rank, world=2) for rank in range(2)]
@@ -109,21 +104,21 @@ class IndexLoader:
     ) -> None:
         self.split, self.size, self.batch_size = split, size, batch_size
         self.drop_last, self.rank, self.world = drop_last, rank, world
-        least, most = size // world, -(-size // world)
-        self.steps = least // batch_size if drop_last else -(-most // batch_size)
+        fewest, most = size // world, -(-size // world)
+        self.steps = fewest // batch_size if drop_last else -(-most // batch_size)
         if self.steps == 0:
             raise ValueError(
                 f"the {split} split has {size} samples, too few for a full batch of batch_size={batch_size} "
-                f"in each of {world} process(es): lower it, set drop_last=False or ask for more samples"
+                f"in each of {world} process(es): lower batch_size, set drop_last=False or add samples"
             )
-        if least < self.steps:
+        if fewest < self.steps:
             raise ValueError(
                 f"the {split} split has {size} samples, which batch_size={batch_size} does not divide over "
-                f"{world} processes in equally many steps: take a batch_size of at least 2 and at least "
+                f"{world} processes in the same number of steps: use a batch_size of at least 2 and at least "
                 f"{world} samples, or a multiple of {world} samples"
             )
         if shuffle:
-            # only then: the Trainer takes a loader with a sampler for one that it should unshuffle to overfit
+            # only if shuffled: to overfit, the Trainer would unshuffle any loader that has a sampler
             self.sampler = _EpochOrder(size, seed)
         self.shuffle = shuffle
 
@@ -131,32 +126,32 @@ class IndexLoader:
         return self.steps
 
     def __iter__(self) -> Iterator[SplitBatch]:
-        order = self.sampler.draw() if self.shuffle else torch.arange(self.size)
+        order = self.sampler.sample() if self.shuffle else torch.arange(self.size)
         mine = order[self.rank :: self.world]
         if self.drop_last:
             mine = mine[: self.steps * self.batch_size]
         bounds = [*range(0, self.steps * self.batch_size, self.batch_size), len(mine)]
-        # the last batch is never empty: the one before gives it a sample
+        # the last batch is never empty: the one before it gives up a sample
         bounds[-2] = min(bounds[-2], len(mine) - 1)
         for start, stop in pairwise(bounds):
-            # a copy, since a view would carry the whole order along wherever it is sent
+            # a copy: a view would take the whole order along wherever it is sent
             yield SplitBatch(self.split, mine[start:stop].clone())
 
 
 class AbstractImageDataModule(LightningDataModule, ABC):
-    r"""Image classification data as indices; images are gathered, scaled and composed on the device.
+    r"""Image classification data loaded as indices; images are gathered, scaled and composed on the device.
 
-    A loader yields :class:`SplitBatch`; ``on_after_batch_transfer`` turns it into ``(image, label)`` with
-    ``image`` a float tensor ``(B, C, H, W)`` and ``label`` an int64 tensor ``(B,)``, by :meth:`compose`.
-    Under DDP every sample is seen once per epoch. Without a Trainer, :meth:`batch` gives the same.
+    Loaders yield :class:`SplitBatch`; ``on_after_batch_transfer`` turns it into ``(image, label)``, a float
+    tensor ``(B, C, H, W)`` and an int64 tensor ``(B,)``, by :meth:`compose`. Under DDP every sample is seen once
+    per epoch. Without a Trainer, :meth:`batch` gives the same.
 
     Args:
         batch_size: Samples per step and process.
         seed: Seed of the data and of the order of training batches.
-        drop_last: Leave out the last, smaller training batch of an epoch.
+        drop_last: Drop the last, incomplete training batch of an epoch.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1.
+        ValueError: ``batch_size`` is below 1.
     """
 
     def __init__(self, batch_size: int = 64, seed: int = 0, drop_last: bool = False) -> None:
@@ -179,14 +174,14 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def size(self, split: Split) -> int:
-        """Number of samples of a split, known after ``setup``."""
+        """Number of samples in a split, known after ``setup``."""
 
     @abstractmethod
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images ``(B, C, H, W)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
     def on_device(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
-        """``tensor`` on ``device``, moved once and kept under ``name`` until another takes the name."""
+        """Return ``tensor`` on ``device``, moved once and cached under ``name`` until another tensor takes the name."""
         if tensor.device == device:
             return tensor
         kept = self._moved.get((name, device))
@@ -197,14 +192,14 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     def batch(
         self, split: Split, indices: Tensor | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A batch for plain PyTorch: image ``(B, C, H, W)`` and label ``(B,)``.
+        """Return a batch for plain PyTorch: images ``(B, C, H, W)`` and labels ``(B,)``.
 
-        Where no Trainer does it, the first call for a split prepares and sets up the data.
+        Without a Trainer, the first call for a split prepares and sets up the data.
 
         Args:
             split: Split of the samples.
-            indices: Sample indices ``(B,)``, int64; the first ``batch_size`` samples if not given.
-            device: Where the batch is made; that of ``indices`` if not given.
+            indices: Sample indices ``(B,)``, int64; the first ``batch_size`` samples by default.
+            device: Device to compose the batch on; that of ``indices`` by default.
         """
         if self.trainer is None and split not in self._ready:
             self.prepare_data()
@@ -215,13 +210,13 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         return self.compose(split, indices if device is None else indices.to(device))
 
     def loader(self, split: Split) -> IndexLoader:
-        """Loader of a split: shuffled for training, in order otherwise, shared out over the processes."""
+        """Loader of a split: shuffled for training, in order otherwise, sharded over the processes."""
         training, trainer = split == "train", self.trainer
         return IndexLoader(
             split,
             self.size(split),
             self.batch_size,
-            # the same batches in every epoch is what overfit_batches promises; Trainer sets it dynamically
+            # overfit_batches promises the same batches in every epoch; the Trainer sets it dynamically
             shuffle=training and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
             seed=self.seed,
             drop_last=training and self.drop_last,
@@ -246,11 +241,11 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         return self.loader("test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Compose the batch that a loader of this module has yielded."""
+        """Compose a batch yielded by a loader of this module; leave any other batch alone."""
         if not isinstance(batch, SplitBatch):
             return batch
         image, label = self.compose(batch.split, batch.indices)
         if self.trainer is not None:
-            # Lightning converts a batch before the transfer, when there are no images yet
+            # Lightning converts a batch before its transfer, when there are no images yet
             image = self.trainer.precision_plugin.convert_input(image)
         return image, label

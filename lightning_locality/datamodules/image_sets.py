@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "CorruptImagesError",
-    "ImagesNotFoundError",
-    "LabelledImages",
-    "Part",
-    "Resize",
-    "SourceName",
-    "UnknownSourceError",
-    "convert_channels",
-    "load_images",
-    "parse_source",
-    "pixel_statistics",
-    "prepare_images",
-    "resize_images",
-    "source_channels",
-    "stratified_split",
-]
+__all__ = ["CorruptImagesError", "ImagesNotFoundError", "LabelledImages", "UnknownSourceError", "load_images"]
 
+import difflib
 import pickle
 import warnings
 import zipfile
@@ -34,7 +19,6 @@ from torch.nn import functional
 from torchvision import datasets
 
 from lightning_locality.datamodules.base import seeded_generator
-from lightning_locality.suggest import nearest
 
 Resize = Literal["bilinear", "area", "pad"]
 
@@ -47,17 +31,16 @@ class LabelledImages(NamedTuple):
 
 
 def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor:
-    """Images as squares of another size, rounded to uint8; other shapes are squeezed.
+    """Resize images to squares, rounded to uint8; the aspect ratio is not kept.
 
     Args:
         images: ``(N, C, H, W)``, uint8.
         size: New height and width in pixels.
-        how: ``"bilinear"``: interpolated, with antialiasing where the image shrinks. ``"area"``: mean over
-            the block of pixels that becomes one. ``"pad"``: the image is kept as it is in the middle, with
-            black around it (28x28 to 32x32: 2 pixels on every side).
+        how: ``"bilinear"``: interpolation, antialiased when the image shrinks. ``"area"``: mean over the block of
+            pixels that becomes one. ``"pad"``: the image is centered on black (28x28 to 32x32: 2 pixels per side).
 
     Raises:
-        ValueError: If ``how`` is not one of these, or ``size`` is below 1, or below the images' size for ``"pad"``.
+        ValueError: Unknown ``how``; ``size`` below 1 or, for ``"pad"``, below the size of the images.
 
     Example:
         >>> resize_images(torch.tensor([[[[10, 20], [30, 40]]]], dtype=torch.uint8), 1, "area").item()
@@ -74,7 +57,7 @@ def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor
         if max(height, width) > size:
             raise ValueError(
                 f"image_size={size} is smaller than the images ({height}x{width}), which resize='pad' cannot "
-                f"do: take resize='area' or 'bilinear', or image_size={max(height, width)}"
+                f"shrink: use resize='area' or 'bilinear', or image_size={max(height, width)}"
             )
         top, left = (size - height) // 2, (size - width) // 2
         return functional.pad(images, (left, size - width - left, top, size - height - top))
@@ -93,15 +76,10 @@ def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor
 
 
 def convert_channels(images: Tensor, channels: Literal[1, 3]) -> Tensor:
-    """Images in grey or in colour.
+    """Convert uint8 images ``(N, 1 or 3, H, W)`` to grey or to colour.
 
-    Args:
-        images: ``(N, 1, H, W)`` or ``(N, 3, H, W)``, uint8.
-        channels: 3 repeats the grey channel; 1 takes the luma 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601),
-            rounded.
-
-    Raises:
-        ValueError: If ``channels`` is neither 1 nor 3.
+    ``channels=3`` repeats the grey channel; ``channels=1`` takes the rounded luma 0.299 R + 0.587 G + 0.114 B (ITU-R
+    BT.601).
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
@@ -109,24 +87,24 @@ def convert_channels(images: Tensor, channels: Literal[1, 3]) -> Tensor:
         return images
     if channels == 3:
         return images.repeat(1, 3, 1, 1)
-    # whole numbers, a channel at a time: exact and without a float copy of the set
+    # integers, one channel at a time: exact, and no float copy of the set
     red, green, blue = (images[:, c].to(torch.int32) for c in range(3))
     return ((299 * red + 587 * green + 114 * blue + 500) // 1000).to(torch.uint8)[:, None]
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Seeded split that takes the same share of every class.
+    """Hold out the same share of every class, at least one image of each.
 
     Args:
         labels: ``(N,)``.
-        share: Share of each class that is held out, rounded to whole images; at least one image.
-        seed: Seed of the draw; classes are drawn independently of one another.
+        share: Share of each class to hold out, rounded to whole images.
+        seed: Seed of the choice, which is independent for each class.
 
     Returns:
         Indices kept and indices held out, each ascending.
 
     Raises:
-        ValueError: If ``share`` is not between 0 and 1 or a class has a single image.
+        ValueError: ``share`` is not between 0 and 1, or a class has a single image.
 
     Example:
         >>> kept, held = stratified_split(torch.tensor([0] * 10 + [1] * 20), share=0.1, seed=0)
@@ -139,7 +117,7 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().squeeze(1)
         if len(members) < 2:
-            raise ValueError(f"class {label} has a single image, which cannot be split: leave the class out")
+            raise ValueError(f"class {label} has a single image, which cannot be split: exclude the class")
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         order = torch.randperm(len(members), generator=seeded_generator(seed, "stratified split", label))
         held.append(members[order[:count]])
@@ -148,15 +126,8 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the intensities (0 to 1) by channel, exact, in float64.
-
-    Args:
-        images: ``(N, C, H, W)``, uint8.
-
-    Raises:
-        ValueError: If a channel is constant.
-    """
-    # from 256 counts instead of a float copy of the set
+    """Exact mean and standard deviation of the intensities (0 to 1) of each channel of ``(N, C, H, W)``, in float64."""
+    # from 256 counts rather than a float copy of the set
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -176,26 +147,19 @@ _TEST_SHARE = 0.2
 
 
 class UnknownSourceError(ValueError):
-    """The name of an image source is not known."""
+    """Unknown name of an image source."""
 
 
 class ImagesNotFoundError(FileNotFoundError):
-    """The image set is not where it was looked for and may not, or cannot, be downloaded."""
+    """The image set is missing and may not, or cannot, be downloaded."""
 
 
 class CorruptImagesError(ValueError):
-    """A file of an image set is damaged, altered or missing among the others."""
+    """A file of an image set is damaged, altered or missing."""
 
 
 def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Path]:
-    """Name of a source and where it lies; ``"folder:PATH"`` and ``"file:PATH"`` name both.
-
-    Args:
-        source: One of :data:`SourceName`, or ``"folder:PATH"`` or ``"file:PATH"``.
-        root: Folder with the set in torchvision's layout, or what ``"folder"`` or ``"file"`` reads.
-
-    Raises:
-        UnknownSourceError: If there is no such source.
+    """Split a source into its name and its location; ``"folder:PATH"`` and ``"file:PATH"`` give both.
 
     Example:
         >>> parse_source("folder:pictures/birds")
@@ -209,16 +173,17 @@ def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Pa
         return ("folder" if kind == "folder" else "file"), Path(path).expanduser()
     names = get_args(SourceName)
     if source not in names:
+        near = difflib.get_close_matches(source.lower(), names, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownSourceError(
-            f"unknown source {source!r}{nearest(source.lower(), names)}; known are {', '.join(names)}, "
-            "folder:PATH and file:PATH"
+            f"unknown source {source!r}{hint}; known are {', '.join(names)}, folder:PATH and file:PATH"
         )
     name: SourceName = next(known for known in names if known == source)
     return name, Path(root).expanduser()
 
 
 def source_channels(name: SourceName) -> Literal[1, 3]:
-    """Colour channels a source is read with; folders and files in colour."""
+    """Number of colour channels a source is read with by default."""
     match name:
         case "mnist" | "fashion_mnist" | "digits":
             return 1
@@ -236,33 +201,31 @@ def load_images(
     resize: Resize = "bilinear",
     channels: Literal[1, 3] | None = None,
 ) -> LabelledImages:
-    r"""The official train or test images of a source as one tensor.
+    r"""Load the official train or test images of a source as one tensor.
 
-    ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist`` and ``svhn`` are read through torchvision, whose
-    layout of files under ``root`` they have. ``digits`` is scikit-learn's set of 1,797 8x8 digits, values v
-    of 0..16 stored as ``(255 v + 8) // 16`` (so ``v = (16 u + 127) // 255`` gives them back). ``folder`` is
-    a folder of class folders of image files, labels in the order of the class names, with or without
-    ``train/`` and ``test/`` above the classes; its images need an ``image_size`` unless all are of one size.
-    ``file`` is an ``.npz`` file with uint8 ``train_images`` and ``test_images`` ``(N, C, H, W)`` and their
-    ``train_labels`` and ``test_labels``.
-    What has no official split (``digits`` and folders without ``train/``) is split by
-    :func:`stratified_split` with a test share of 0.2 and seed 0.
+    ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist`` and ``svhn`` are read through torchvision, in its file
+    layout under ``root``. ``digits`` is scikit-learn's set of 1,797 8x8 digits, with values v from 0 to 16 stored as
+    ``(255 v + 8) // 16`` (``v = (16 u + 127) // 255`` recovers them). ``folder`` is a folder of class folders of image
+    files, labelled in the order of the class names, with or without ``train/`` and ``test/`` above the classes; its
+    images need an ``image_size`` unless all have the same size. ``file`` is an ``.npz`` file with uint8
+    ``train_images`` and ``test_images`` ``(N, C, H, W)`` and their ``train_labels`` and ``test_labels``. Sources
+    without an official split (``digits``, folders without ``train/``) hold out a stratified 20 % for testing, seed 0.
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH`` or
             ``file:PATH``.
         part: ``"train"`` or ``"test"``.
         root: Folder of the set, as for torchvision; of the classes for ``folder``; not used by ``digits``.
-        download: Let torchvision download what is not there.
-        image_size: Height and width in pixels to bring the images to; None leaves them.
-        resize: How, see :func:`resize_images`.
-        channels: 1 or 3, see :func:`convert_channels`; None leaves them (folders are read as 3).
+        download: Let torchvision download a missing set.
+        image_size: Height and width in pixels to resize the images to; None leaves them.
+        resize: How to resize: ``bilinear``, ``area`` (mean over blocks) or ``pad`` (black around).
+        channels: 1 (luma) or 3; None leaves them (folders and files are read as 3).
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ImagesNotFoundError: If the set is not under ``root`` and is not, or cannot be, downloaded.
-        CorruptImagesError: If a file is damaged.
-        ModuleNotFoundError: If ``digits`` is asked for and scikit-learn is not installed.
+        UnknownSourceError: Unknown source.
+        ImagesNotFoundError: The set is not under ``root`` and is not, or cannot be, downloaded.
+        CorruptImagesError: A file is damaged.
+        ModuleNotFoundError: ``digits`` without scikit-learn installed.
     """
     name, folder = parse_source(source, root)
     match name:
@@ -286,7 +249,7 @@ def load_images(
 
 
 def prepare_images(source: str, root: str | Path = "data") -> None:
-    """Let torchvision download a set that is not under ``root``; nothing to do for the other sources."""
+    """Let torchvision download a set that is missing under ``root``; other sources need no preparation."""
     name, folder = parse_source(source, root)
     match name:
         case "digits" | "folder" | "file":
@@ -295,7 +258,7 @@ def prepare_images(source: str, root: str | Path = "data") -> None:
             _torchvision(name, folder, "train", download=True)
             _torchvision(name, folder, "test", download=True)
         case _:
-            # the smaller part: the files of both are checked and fetched with either
+            # the smaller part: either one checks and fetches the files of both
             _torchvision(name, folder, "test", download=True)
 
 
@@ -323,7 +286,7 @@ def _torchvision(
     part: Part,
     download: bool,
 ) -> LabelledImages:
-    # what is looked at to tell a set that is missing from one that is damaged
+    # a path whose absence tells a missing set from a damaged one
     match name:
         case "cifar10" | "cifar100":
             kind: Any = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
@@ -346,13 +309,13 @@ def _torchvision(
                 f"it could not be downloaded ({error}). Check the connection and the free disk space, "
                 "or point root at a folder"
                 if download
-                else "downloading is off. Either pass download=True or point root at the folder"
+                else "downloading is off. Pass download=True or point root at the folder"
             )
             raise ImagesNotFoundError(
                 f"no {name} in root={str(root)!r} (looked for {where}), and {remedy} that holds {where.name}"
             ) from error
         raise CorruptImagesError(
-            f"{where} is damaged or incomplete ({error}): delete it and download the set anew (download=True)"
+            f"{where} is damaged or incomplete ({error}): delete it and download the set again (download=True)"
         ) from error
     images = torch.as_tensor(np.ascontiguousarray(data.data))
     if name in ("cifar10", "cifar100"):
@@ -368,9 +331,9 @@ def _folder(root: Path, part: Part, size: int | None, resize: Resize) -> Labelle
         raise ImagesNotFoundError(f"no folder {top}: source 'folder' needs class folders in it")
     # the training part names the classes, so that both parts have the same labels
     classes = sorted(p.name for p in (root / "train" if official else root).iterdir() if p.is_dir())
-    strangers = {p.name for p in top.iterdir() if p.is_dir()} - set(classes)
-    if strangers:
-        raise CorruptImagesError(f"{top} has classes that {root / 'train'} lacks: {sorted(strangers)}")
+    unknown = {p.name for p in top.iterdir() if p.is_dir()} - set(classes)
+    if unknown:
+        raise CorruptImagesError(f"{top} has classes that {root / 'train'} lacks: {sorted(unknown)}")
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted((top / name).rglob("*")):
@@ -380,7 +343,7 @@ def _folder(root: Path, part: Part, size: int | None, resize: Resize) -> Labelle
                 labels.append(label)
                 if images[-1].shape != images[0].shape:
                     raise ValueError(
-                        f"{path} is {image.shape[-2]}x{image.shape[-1]}, others are not: give an image_size"
+                        f"{path} is {image.shape[-2]}x{image.shape[-1]}, unlike other images: give an image_size"
                     )
     if not images:
         raise ImagesNotFoundError(f"no images in class folders of {top} (looked for {sorted(_SUFFIXES)})")

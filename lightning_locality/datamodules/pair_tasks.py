@@ -1,38 +1,70 @@
-"""DistantHalves: are the left and the right half, moved apart, of the same image?"""
+"""Tasks of two distant images: SameClass, SameParity, IsGreater, DistantHalves."""
 
 from __future__ import annotations
 
-__all__ = [
-    "AbstractClassLaw",
-    "Box",
-    "DistantHalves",
-    "IsGreater",
-    "LabelledPairs",
-    "SameClass",
-    "SameParity",
-    "draw_by_law",
-]
+__all__ = ["AbstractLabelConditionalPairs", "DistantHalves", "IsGreater", "SameClass", "SameParity"]
 
 from abc import abstractmethod
-from typing import Any, Literal, NamedTuple, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_locality.datamodules.base import Split
-from lightning_locality.datamodules.image_pairs import AbstractImagePairs, Box, Pairs, draw_pairs
+from lightning_locality.datamodules.image_pairs import AbstractImagePairs, Pairs
 from lightning_locality.datamodules.source_images import ClassImages
 
 
-class LabelledPairs(NamedTuple):
-    """Pairs of images: indices ``(N,)`` of the left and the right one, and labels."""
+def sample_same_class(
+    labels: Tensor,
+    candidates: Tensor,
+    size: int,
+    generator: torch.Generator,
+    *,
+    distinct: bool = True,
+    balanced: bool = False,
+) -> Pairs:
+    """Sample pairs of images of the same class (label 1) or of two classes (label 0).
 
-    left: Tensor
-    right: Tensor
-    label: Tensor
+    A positive pair: a uniform class, then two of its images. A negative pair: a uniform first class, a second class
+    uniform among the others, then an image of each. Pair i uses row i of the generator's stream, so a longer sample
+    begins with the shorter one.
+
+    Args:
+        labels: Class of every image ``(M,)``.
+        candidates: Indices of the images to sample from ``(K,)``.
+        size: Number of pairs.
+        generator: Source of randomness, on the CPU.
+        distinct: The two images of a positive pair are always two images.
+        balanced: Exactly one pair of 0 and 1, of 2 and 3, and so on is positive; otherwise each by a fair coin.
+
+    Raises:
+        ValueError: There are fewer than two classes, or ``distinct`` and a class has a single image.
+    """
+    images = ClassImages.of(labels, candidates)
+    number = len(images.classes)
+    if number < 2:
+        raise ValueError(f"pairs need at least 2 classes, got {images.classes.tolist()}")
+    if distinct:
+        images.require_two_images(torch.ones(number, dtype=torch.bool))
+    # columns: coin, left class, right class, left image, right image; float64 resolves every image index
+    uniform = torch.rand((size, 5), dtype=torch.float64, generator=generator).unbind(1)
+    label = _coin(uniform[0], balanced)
+    left = (uniform[1] * number).long()
+    other = (uniform[2] * (number - 1)).long()
+    other = other + (other >= left)
+    right = torch.where(label == 1, left, other)
+    return Pairs(*images.two((left, right), (uniform[3], uniform[4]), distinct), label)
 
 
-def draw_by_law(
+def _coin(uniform: Tensor, balanced: bool) -> Tensor:
+    """Labels ``(N,)`` from uniform numbers; if balanced, one of every two is positive."""
+    label = (uniform < 0.5).long()
+    if balanced:
+        label[1::2] = 1 - label[::2][: len(label) // 2]
+    return label
+
+
+def sample_by_class_law(
     labels: Tensor,
     candidates: Tensor,
     size: int,
@@ -41,110 +73,97 @@ def draw_by_law(
     *,
     distinct: bool = True,
     balanced: bool = False,
-) -> LabelledPairs:
-    """Random pairs: the label a fair coin, then the two classes by the law, then a uniform image of each.
+) -> Pairs:
+    """Sample pairs: the label by a fair coin, the two classes given the label, then a uniform image of each class.
 
-    Where each class of a side is as likely under label 0 as under label 1, the image of that side is independent of
-    the label: given its class it is uniform, also where ``distinct`` forbids the pair of an image with itself. Pair i
-    takes row i of the generator's stream, so more pairs begin with the same pairs.
+    If a class is as likely on one side under label 0 as under label 1, the image on that side is independent of the
+    label: given its class it is uniform, even if ``distinct`` forbids pairing an image with itself. Pair i uses row i
+    of the generator's stream.
 
     Args:
         labels: Class of every image ``(M,)``.
-        candidates: Indices of the images that may be drawn ``(K,)``.
+        candidates: Indices of the images to sample from ``(K,)``.
         size: Number of pairs.
         generator: Source of randomness, on the CPU.
         law: ``(2, C, C)``: for each label the probability of every left and right class, in ascending order of the
             classes of the candidates.
-        distinct: Two images of one class are two images; if not, they may be the same one.
-        balanced: Of pairs 0 and 1, 2 and 3, and so on exactly one is positive; if not, each by a fair coin.
+        distinct: As for :func:`sample_same_class`.
+        balanced: Likewise.
 
     Raises:
-        ValueError: If the law is none, or ``distinct`` and a class that meets itself has a single image.
+        ValueError: ``law`` is not a probability law, or ``distinct`` and a class paired with itself has a single image.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> law = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
-        >>> left, right, label = draw_by_law(torch.tensor([4, 7]), torch.arange(2), 100, generator, law)
+        >>> left, right, label = sample_by_class_law(torch.tensor([4, 7]), torch.arange(2), 100, generator, law)
         >>> torch.equal(left, label), torch.equal(right, 1 - label)
         (True, True)
     """
     images = ClassImages.of(labels, candidates)
     count = len(images.classes)
-    # written so that a law with NaN is refused
+    # written so that NaN is rejected
     if law.shape != (2, count, count) or not ((law >= 0).all() and (law.sum((1, 2)) - 1).abs().max() < 1e-6):
         raise ValueError(
             f"law must be a table of probabilities of {count}x{count} classes, which sum to 1, for each of two labels; "
             f"got shape {tuple(law.shape)}: {law.tolist()}"
         )
     if distinct:
-        images.refuse_lonely((law.diagonal(dim1=1, dim2=2) > 0).any(0))
+        images.require_two_images((law.diagonal(dim1=1, dim2=2) > 0).any(0))
     # columns: coin, the two classes, left image, right image; float64 resolves every image index
     uniform = torch.rand((size, 4), dtype=torch.float64, generator=generator).unbind(1)
-    label = (uniform[0] < 0.5).long()
-    if balanced:
-        label[1::2] = 1 - label[::2][: size // 2]
+    label = _coin(uniform[0], balanced)
     # a cell of probability 0 adds nothing to the sum and is never the first above the uniform number
     sums = law.to(torch.float64).flatten(1).cumsum(1)
     sums = sums / sums[:, -1:]
     point = uniform[1].contiguous()
     negative, positive = (torch.searchsorted(row, point, right=True) for row in sums)
     cell = torch.where(label == 1, positive, negative)
-    return LabelledPairs(*images.two((cell // count, cell % count), (uniform[2], uniform[3]), distinct), label)
+    return Pairs(*images.two((cell // count, cell % count), (uniform[2], uniform[3]), distinct), label)
 
 
-class AbstractClassLaw(AbstractImagePairs):
-    """A pair task by its law: which two classes are drawn given the label; arguments as :class:`AbstractImagePairs`."""
+class AbstractLabelConditionalPairs(AbstractImagePairs):
+    """A pair task defined by the law of the two classes given the label; arguments of :class:`AbstractImagePairs`."""
 
     @abstractmethod
     def law(self, classes: Tensor) -> Tensor:
         """Probability of each left and right class given the label.
 
         Args:
-            classes: Class numbers that are drawn, ascending, ``(C,)``.
+            classes: Class numbers in use, ascending, ``(C,)``.
 
         Returns:
             ``(2, C, C)``, float64: label, left class, right class.
 
         Raises:
-            ValueError: If the task cannot be made of these classes.
+            ValueError: The task cannot be built from these classes.
         """
 
-    def pairs(self, split: Split) -> LabelledPairs:
-        """Pairs of a split, as indices into ``images(part(split))``; known after ``setup``."""
-        left, right, *_, label = self.table(split)
-        return LabelledPairs(left, right, label)
-
-    def draw_labelled(
-        self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :func:`draw_by_law`."""
+    def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
+        """Sample by :func:`sample_by_class_law`."""
         law = self.law(torch.unique(labels[candidates]))
-        return draw_by_law(labels, candidates, size, generator, law, distinct=self.distinct, balanced=self.balanced)
+        return sample_by_class_law(
+            labels, candidates, size, generator, law, distinct=self.distinct, balanced=self.balanced
+        )
 
 
 @final
 class SameClass(AbstractImagePairs):
     r"""Two images at a horizontal distance on an empty canvas; label 1 if they are of the same class.
 
-    A task that needs two far-apart regions: neither image alone tells anything about the label. Training
-    and validation pairs are of the source's official training images, which are divided between the two;
-    test pairs are of its official test images. Pair i of a split depends on ``seed``, on the split and on i
-    alone. The defaults are the published experiment's (CIFAR-10, 32x32 images on 224x224, 5,000 training
-    and 10,000 test pairs, normalised and then pasted on zeros), without two of its defects:
-    ``distinct=False, validation_is_test=True`` brings them back.
-
-    With images of s pixels and distance d on a canvas of height H and width W, the left image begins at
-    column W//2 - s - d//2, the right one at s + d after that, both at row (H - s)//2. ``distractors=k`` (ours)
-    puts k images of classes that say nothing in between.
+    A task that needs two distant regions: neither image alone tells anything about the label. The defaults are the
+    published experiment's (CIFAR-10, 32x32 images on 224x224, 5,000 training and 10,000 test pairs, normalised and
+    then pasted on zeros), without two of its defects: ``distinct=False, validation_is_test=True`` restores them.
+    ``distractors=k`` (ours) puts k images that say nothing about the label in between.
 
     Source: Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
     Networks (Noam Razin, Asaf Maman, Nadav Cohen, 2022), the experiments on "Is Same Class".
 
-    The arguments are those of :class:`AbstractImagePairs`, where they are documented.
+    The arguments are those of :class:`AbstractImagePairs`.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: If the pair does not fit the canvas, or a number is out of its range.
+        UnknownSourceError: Unknown source.
+        ValueError: The pair does not fit the canvas, or a number is out of range.
 
     Example:
         >>> data = SameClass(source="cifar10", root="data", distance=160)
@@ -156,35 +175,28 @@ class SameClass(AbstractImagePairs):
 
     @property
     def class_names(self) -> tuple[str, str]:
-        """What the labels 0 and 1 mean."""
+        """Meaning of the labels 0 and 1."""
         return ("different", "same class")
 
-    def pairs(self, split: Split) -> Pairs:
-        """Pairs of a split, as indices into ``images(part(split))``; known after ``setup``."""
-        left, right, *_, same = self.table(split)
-        return Pairs(left, right, same)
-
-    def draw_labelled(
-        self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :func:`draw_pairs`."""
-        return draw_pairs(labels, candidates, size, generator, distinct=self.distinct, balanced=self.balanced)
+    def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
+        """Sample by :func:`sample_same_class`."""
+        return sample_same_class(labels, candidates, size, generator, distinct=self.distinct, balanced=self.balanced)
 
 
 @final
-class SameParity(AbstractClassLaw):
-    r"""Two images at a distance; label 1 if the numbers of their classes are both even or both odd (ours).
+class SameParity(AbstractLabelConditionalPairs):
+    r"""Two images at a distance; label 1 if their class numbers are both even or both odd (ours).
 
-    To compare the images is not enough: classes that look different may have the same label. The parity of the left
-    image is a fair coin and so is the label; they fix the parity of the right one. A class is then uniform among the
-    n(p) classes of its parity p. So a class c has probability 1 / (2 n(c mod 2)) on either side under either label,
-    whatever classes are drawn from: one image alone says nothing about the label.
+    Comparing the images is not enough: classes that look different may share a label. The parity of the left image is
+    a fair coin and so is the label; together they fix the parity of the right one. A class is then uniform among the
+    n(p) classes of its parity p. A class c therefore has probability 1 / (2 n(c mod 2)) on either side under either
+    label, whatever the classes in use: one image alone says nothing about the label.
 
     The arguments are those of :class:`AbstractImagePairs`, with the defaults of :class:`SameClass`.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: If the pair does not fit the canvas, a number is out of its range, or (at ``setup``) all classes
+        UnknownSourceError: Unknown source.
+        ValueError: The pair does not fit the canvas, a number is out of range, or (at ``setup``) all classes
             are even or all are odd.
 
     Example:
@@ -199,14 +211,14 @@ class SameParity(AbstractClassLaw):
 
     @property
     def class_names(self) -> tuple[str, str]:
-        """What the labels 0 and 1 mean."""
+        """Meaning of the labels 0 and 1."""
         return ("one even, one odd", "same parity")
 
     def law(self, classes: Tensor) -> Tensor:
         """Probability ``(2, C, C)`` of each left and right class given the label.
 
         Raises:
-            ValueError: If there are no even or no odd classes.
+            ValueError: There are no even or no odd classes.
         """
         odd = classes % 2 == 1
         count = torch.stack([~odd, odd]).sum(1)
@@ -224,34 +236,33 @@ Order = Literal["circle", "line"]
 
 
 @final
-class IsGreater(AbstractClassLaw):
+class IsGreater(AbstractLabelConditionalPairs):
     r"""Two images at a distance; label 1 if the class number of the left one is ahead of the right one's (ours).
 
-    The numbers are the places 0..C-1 of the C classes in ascending order; ties are excluded. On a line of numbers no
+    The numbers are the ranks 0..C-1 of the C classes in ascending order; ties are excluded. On a line of numbers no
     choice of pairs hides the label from one image: E[left - right] is positive given label 1 and negative given
-    label 0, so one of the two means, and with it one side's distribution, depends on the label (the largest is never
-    the smaller one). Two orders are offered:
+    label 0, so one of the two means, and with it one side's distribution, depends on the label. Two orders:
 
-    ``circle``: the classes stand on a circle as numbers do on the face of a clock, and the left one is ahead if it
-    follows the right one by 1 to (C-1)//2 steps. Digits: 3 is ahead of 1 and 9, and 8 is ahead of 6. Pairs
-    are uniform among those with the label; C//2 steps are left out where C is even, and ties. Every class then has
-    probability 1/C on either side under either label: one image alone says nothing.
+    ``circle``: the classes are arranged like the numbers of a clock face, and the left one is ahead if it follows the
+    right one by 1 to (C-1)//2 steps. Digits: 3 is ahead of 1 and 9, and 8 is ahead of 6. Pairs are uniform among those
+    with the label; ties and, for even C, opposite classes (C/2 steps) are excluded. Every class then has probability
+    1/C on either side under either label: one image alone says nothing.
 
-    ``line``: left number > right number, for neighbours only: (k+1, k) or (k, k+1), k uniform. A side of a class in
+    ``line``: left number > right number, for neighbours only: (k+1, k) or (k, k+1), k uniform. An image of a class in
     the middle says nothing; the smallest and the largest class do, and one image alone is right with probability
-    1/2 + 1/(2(C-1)), 0.556 for ten classes. That is the least possible: the two differences of means add up to at
-    least 2 steps, so one is at least 1, and a mean over C numbers moves by at most C-1 times the distance in total
-    variation of the two distributions.
+    1/2 + 1/(2(C-1)), 0.556 for ten classes. No law does better: the two differences of means add up to at least 2
+    steps, so one is at least 1, and a mean over C numbers moves by at most C-1 times the total variation distance
+    between the two distributions.
 
     Args:
-        source: As for :class:`SameClass`.
+        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractImagePairs`.
         order: ``circle``: ahead by less than half of the circle of classes; ``line``: the greater of two neighbours.
-        options: The other arguments of :class:`AbstractImagePairs`, by name, with the defaults of :class:`SameClass`;
-            ``distinct`` has no effect, as the classes are never the same.
+        options: Further arguments of :class:`AbstractImagePairs`; ``distinct`` has no effect, as the classes always
+            differ.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: If the pair does not fit the canvas, a number is out of its range, or (at ``setup``) there are
+        UnknownSourceError: Unknown source.
+        ValueError: The pair does not fit the canvas, a number is out of range, or (at ``setup``) there are
             fewer than three classes.
 
     Example:
@@ -270,14 +281,14 @@ class IsGreater(AbstractClassLaw):
 
     @property
     def class_names(self) -> tuple[str, str]:
-        """What the labels 0 and 1 mean."""
+        """Meaning of the labels 0 and 1."""
         return ("behind", "ahead") if self.order == "circle" else ("smaller", "greater")
 
     def law(self, classes: Tensor) -> Tensor:
         """Probability ``(2, C, C)`` of each left and right class given the label.
 
         Raises:
-            ValueError: If there are fewer than three classes, of which one image would tell the label.
+            ValueError: There are fewer than three classes, so that one image would tell the label.
         """
         count = len(classes)
         if count < 3:
@@ -297,25 +308,25 @@ Negatives = Literal["any", "same_class"]
 
 
 @final
-class DistantHalves(AbstractClassLaw):
-    r"""The left half of an image and a right half at a distance; label 1 if it is the same image's (ours).
+class DistantHalves(AbstractLabelConditionalPairs):
+    r"""The left half of an image and a right half at a distance; label 1 if they come from the same image (ours).
 
-    The left half is of a uniform image of a uniform class. A positive right half is of the same image. A negative one
-    is of another image: of a class drawn anew (``any``) or of the same class (``same_class``), which is harder, as the
-    class of the halves then says nothing. Either way the right half, too, is of a uniform image of a uniform class
-    under both labels: one half alone, its borders included, says nothing about the label. At distance 0 the halves
-    touch, and a positive pair is the image itself.
+    The left half is from a uniform image of a uniform class. A positive right half is from the same image; a negative
+    one is from another image, of any class (``any``) or of the same class (``same_class``), which is harder because
+    the class of the halves then says nothing. Either way the right half, too, is from a uniform image of a uniform
+    class under both labels: one half alone, its borders included, says nothing about the label. At distance 0 the
+    halves touch, and a positive pair is the image itself.
 
     Args:
-        source: As for :class:`SameClass`.
-        negatives: The other image of a negative pair: of ``any`` class, or of the ``same_class``.
-        options: The other arguments of :class:`AbstractImagePairs`, by name, with the defaults of :class:`SameClass`.
-            ``image_size`` is that of the whole image and must be even; distractors are left and right halves of other
-            draws in turn; ``distinct=False`` lets a negative pair be of one image by chance.
+        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractImagePairs`.
+        negatives: Class of the other image of a negative pair: ``any`` or ``same_class``.
+        options: Further arguments of :class:`AbstractImagePairs`. ``image_size`` is that of the whole image and must be
+            even; distractors are alternately left and right halves; ``distinct=False`` allows a negative pair to come
+            from one image by chance.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: If the halves do not fit the canvas, or a number is out of its range.
+        UnknownSourceError: Unknown source.
+        ValueError: The halves do not fit the canvas, or a number is out of range.
 
     Example:
         >>> data = DistantHalves(source="cifar10", distance=160)
@@ -331,16 +342,12 @@ class DistantHalves(AbstractClassLaw):
 
     @property
     def class_names(self) -> tuple[str, str]:
-        """What the labels 0 and 1 mean."""
+        """Meaning of the labels 0 and 1."""
         return ("two images", "same image")
 
     @property
     def columns(self) -> tuple[slice, slice]:
-        """The left and the right half.
-
-        Raises:
-            ValueError: If the image has no middle.
-        """
+        """The left and the right half; ValueError if ``image_size`` is odd."""
         if self.image_size % 2:
             raise ValueError(f"image_size must be even, to be halved, got {self.image_size}")
         half = self.image_size // 2
@@ -352,9 +359,7 @@ class DistantHalves(AbstractClassLaw):
         same = torch.eye(count, dtype=torch.float64) / count
         return torch.stack([same if self.negatives == "same_class" else torch.full_like(same, 1 / count**2), same])
 
-    def draw_labelled(
-        self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """By the law, with the same image on both sides of a positive pair."""
-        left, right, label = super().draw_labelled(labels, candidates, size, generator)
-        return left, torch.where(label == 1, left, right), label
+    def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
+        """Sample by the law, with the same image on both sides of a positive pair."""
+        left, right, label = super().sample_pairs(labels, candidates, size, generator)
+        return Pairs(left, torch.where(label == 1, left, right), label)

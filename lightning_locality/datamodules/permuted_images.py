@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["PermutedImages", "window_permutation"]
+__all__ = ["PermutedImages"]
 
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import Split, seeded_generator
-from lightning_locality.datamodules.image_sets import Resize
 from lightning_locality.datamodules.source_images import AbstractSourceImages
 
 
 def window_permutation(size: int, window: int, generator: torch.Generator) -> Tensor:
-    """A uniform permutation of the pixels within each window of an image.
+    """Sample a uniform permutation of the pixels within each window of an image.
 
-    The image is cut into windows from the top left corner; those at the right and the lower edge are smaller where
+    The image is cut into windows from the top left corner; those at the right and bottom edges are smaller if
     ``window`` does not divide ``size``.
 
     Args:
@@ -29,10 +27,10 @@ def window_permutation(size: int, window: int, generator: torch.Generator) -> Te
         generator: Source of randomness, on the CPU.
 
     Returns:
-        ``(size * size,)``, int64: new pixel k, row by row, is old pixel number k of this.
+        ``(size * size,)``, int64: new pixel k, counted row by row, is the old pixel with this number.
 
     Raises:
-        ValueError: If a window is smaller than a pixel or larger than the image.
+        ValueError: ``window`` is below 1 pixel or above ``size``.
 
     Example:
         >>> window_permutation(2, 1, torch.Generator()).tolist()
@@ -54,42 +52,30 @@ def window_permutation(size: int, window: int, generator: torch.Generator) -> Te
 class PermutedImages(AbstractSourceImages):
     r"""Images of a source with their class labels, all pixels moved by one fixed permutation (ours).
 
-    A permutation takes nothing from a classifier that reads all pixels alike, and takes locality from the task: what
-    were neighbours are now up to a window apart. With s the image size, the pixels are permuted uniformly within
+    A permutation takes nothing from a classifier that treats all pixels alike, but takes locality from the task:
+    former neighbours are now up to a window apart. With s the image size, the pixels are permuted uniformly within
     windows of side
 
         w = 1 + round(scramble (s - 1)),
 
-    so 0 is the identity and 1 a uniform permutation of the whole image (where w does not divide s, the last windows
-    of a row and of a column are smaller). Within a window of side w the mean
-    displacement along an axis is (w^2 - 1) / (3w) pixels in expectation; :attr:`expected_displacement` is its mean
-    over the image, which grows with ``scramble``. The permutation depends on ``seed``, s and w alone and is the same
-    for all splits and channels.
-
-    Training and validation images are of the source's official training images, which are divided between the two.
+    so 0 is the identity and 1 a uniform permutation of the whole image (if w does not divide s, the last windows of a
+    row and of a column are smaller). Within a window of side w the expected mean displacement along an axis is
+    (w^2 - 1) / (3w) pixels; :attr:`expected_displacement` is its mean over the image, which grows with ``scramble``.
+    The permutation depends on ``seed``, s and w only and is the same for all splits and channels.
 
     Args:
-        source: As for :class:`SameClass`.
-        root: Folder of the image set, likewise.
-        scramble: The dial of locality, 0 (images as they are) to 1 (no locality left).
-        train: Number of training images, drawn from those there are; all if not given.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
+            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
+        root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
+        scramble: 0 (unchanged images) to 1 (no locality left).
+        train: Number of training images, a random choice; all by default.
         validation: Number of validation images, likewise.
         test: Number of test images, likewise.
-        image_size: Height and width of the images in pixels; the source's are resized.
-        resize: How: bilinear, area (mean over blocks) or pad (black around).
-        channels: 1 (grey) or 3 (colour); the source's own if not given, 3 for folders.
-        classes: Labels to use the images of, which become 0, 1, ... in ascending order; all if not given.
-        batch_size: Images per step and process.
-        seed: Seed of the permutation, of the choice of images, of the hold-out and of the order of training batches.
-        drop_last: Leave out the last, smaller training batch of an epoch.
-        download: Let torchvision download a set that is not in ``root``.
-        holdout: Share of the training images of each class that is kept for validation.
-        mean: Mean intensity (0 to 1) of each channel, subtracted, as for :class:`SameClass`.
-        std: Standard deviation of each channel, divided by, likewise.
+        options: Further arguments of :class:`AbstractSourceImages`.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: If a number is out of its range, or (at ``setup``) more images are asked for than there are.
+        UnknownSourceError: Unknown source.
+        ValueError: A number is out of range, or (at ``setup``) exceeds the number of images.
 
     Example:
         >>> data = PermutedImages(source="digits", scramble=3 / 7, image_size=8)
@@ -102,47 +88,23 @@ class PermutedImages(AbstractSourceImages):
         source: str = "cifar10",
         root: str | Path | None = None,
         scramble: float = 1.0,
+        *,
         train: int | None = None,
         validation: int | None = None,
         test: int | None = None,
-        image_size: int = 32,
-        resize: Resize = "bilinear",
-        channels: Literal[1, 3] | None = None,
-        classes: Sequence[int] | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        drop_last: bool = False,
-        download: bool = True,
-        holdout: float = 0.1,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            source=source,
-            root=root,
-            image_size=image_size,
-            resize=resize,
-            channels=channels,
-            classes=classes,
-            batch_size=batch_size,
-            seed=seed,
-            drop_last=drop_last,
-            download=download,
-            validation_is_test=False,
-            holdout=holdout,
-            mean=mean,
-            std=std,
-        )
+        super().__init__(source, root, **options)
         if not 0 <= scramble <= 1:
-            raise ValueError(f"scramble must be from 0 (images as they are) to 1 (no locality left), got {scramble}")
+            raise ValueError(f"scramble must be from 0 (unchanged images) to 1 (no locality left), got {scramble}")
         self._wanted: dict[Split, int | None] = {"train": train, "validation": validation, "test": test}
         for argument, value in self._wanted.items():
             if value is not None and value < 1:
                 raise ValueError(f"{argument} must be at least 1 image, or None for all, got {value}")
         self.scramble = scramble
-        self.window = 1 + round(scramble * (image_size - 1))
-        generator = seeded_generator(seed, "permutation", image_size, self.window)
-        self.permutation = window_permutation(image_size, self.window, generator)
+        self.window = 1 + round(scramble * (self.image_size - 1))
+        generator = seeded_generator(self.seed, "permutation", self.image_size, self.window)
+        self.permutation = window_permutation(self.image_size, self.window, generator)
 
     @property
     def expected_displacement(self) -> float:
@@ -154,12 +116,12 @@ class PermutedImages(AbstractSourceImages):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that are used; the images are loaded for it where ``classes`` is not given."""
+        """Number of classes in use; without ``classes`` this loads the images."""
         return len(self._classes())
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The source's class numbers that the labels stand for."""
+        """Class numbers in the source that the labels stand for."""
         return tuple(str(number) for number in self._classes().tolist())
 
     @property
@@ -168,26 +130,26 @@ class PermutedImages(AbstractSourceImages):
         return self.channels, self.image_size, self.image_size
 
     def size(self, split: Split) -> int:
-        """Number of images of a split, known after ``setup``."""
+        """Number of images in a split, known after ``setup``."""
         return self.table(split).shape[1]
 
-    def draw(self, split: Split) -> Tensor:
-        """Image indices and labels ``(2, N)``; fewer images are the first of more.
+    def sample(self, split: Split) -> Tensor:
+        """Sample image indices and labels ``(2, N)``; a smaller sample is the beginning of a larger one.
 
         Raises:
-            ValueError: If there are fewer images than asked for, or of classes that the training images lack.
+            ValueError: There are too few images, or images of classes that the training images lack.
         """
         candidates, wanted = self.candidates(split), self._wanted[split]
         if wanted is not None and wanted > len(candidates):
             raise ValueError(
-                f"{split}={wanted} images asked for, but {self.source} has {len(candidates)} for it: lower it"
+                f"{split}={wanted} images requested, but {self.source} has only {len(candidates)}: lower {split}"
             )
         order = torch.randperm(len(candidates), generator=seeded_generator(self.seed, "images", split))
         index, classes = candidates[order[:wanted]], self._classes()
         labels = self.images(self.part(split)).labels[index]
-        if strangers := sorted(set(labels.tolist()) - set(classes.tolist())):
+        if unknown := sorted(set(labels.tolist()) - set(classes.tolist())):
             raise ValueError(
-                f"the {split} images of {self.source} have classes {strangers}, which its training images lack: "
+                f"the {split} images of {self.source} have classes {unknown}, which its training images lack: "
                 f"choose classes={classes.tolist()}"
             )
         return torch.stack([index, torch.searchsorted(classes, labels)])

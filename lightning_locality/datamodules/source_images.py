@@ -1,8 +1,8 @@
-"""What every task built from an image source shares: its images, who may be drawn for which split, normalisation."""
+"""Tasks built from the images of a source: which images a split may use, tables of samples, normalisation."""
 
 from __future__ import annotations
 
-__all__ = ["AbstractSourceImages", "ClassImages"]
+__all__ = ["AbstractSourceImages"]
 
 import os
 from abc import abstractmethod
@@ -30,12 +30,12 @@ from lightning_locality.datamodules.image_sets import (
 
 @dataclass(frozen=True)
 class ClassImages:
-    """Images by class. A class is meant by its place among the classes that are there, in ascending order.
+    """Images grouped by class; methods take a class by its position among those present, in ascending order.
 
     Args:
-        classes: Class numbers, ascending ``(C,)``.
-        counts: Images of each ``(C,)``.
-        by_class: Indices of the images, those of one class beside each other ``(K,)``.
+        classes: Class numbers ``(C,)``, ascending.
+        counts: Number of images of each class ``(C,)``.
+        by_class: Indices of the images ``(K,)``, grouped by class.
 
     Example:
         >>> images = ClassImages.of(labels=torch.tensor([3, 5, 3]), candidates=torch.arange(3))
@@ -49,19 +49,19 @@ class ClassImages:
 
     @classmethod
     def of(cls, labels: Tensor, candidates: Tensor) -> Self:
-        """Group the images ``candidates`` ``(K,)`` by their ``labels`` ``(M,)``, in the order in which they come."""
+        """Group the images ``candidates`` ``(K,)`` by their ``labels`` ``(M,)``, keeping their order."""
         own = labels[candidates]
         classes, counts = torch.unique(own, return_counts=True)
         return cls(classes, counts, candidates[own.argsort(stable=True)])
 
     def one(self, kind: Tensor, uniform: Tensor) -> Tensor:
-        """Image of each class ``kind`` ``(N,)`` that a number from [0, 1) ``(N,)``, in float64, picks: ``(N,)``."""
+        """Pick an image ``(N,)`` of each class ``kind`` ``(N,)`` by float64 numbers in [0, 1) ``(N,)``."""
         return self._image(kind, (uniform * self.counts[kind]).long())
 
     def two(
         self, kinds: tuple[Tensor, Tensor], uniform: tuple[Tensor, Tensor], distinct: bool
     ) -> tuple[Tensor, Tensor]:
-        """An image of each of two classes; where ``distinct``, two images also where the classes are the same."""
+        """Pick an image of each of two classes; if ``distinct``, never the same image twice."""
         left, right = kinds
         place = (uniform[0] * self.counts[left]).long()
         excluded = ((left == right) & distinct).long()
@@ -69,13 +69,13 @@ class ClassImages:
         other = other + excluded * (other >= place)
         return self._image(left, place), self._image(right, other)
 
-    def refuse_lonely(self, meets_itself: Tensor) -> None:
-        """Raise a ValueError if a class of those marked in ``(C,)`` has a single image, and no second one beside it."""
-        lonely = self.classes[(self.counts < 2) & meets_itself]
-        if len(lonely):
+    def require_two_images(self, needed: Tensor) -> None:
+        """Raise ValueError if a class that must supply two distinct images, marked in ``(C,)``, has only one."""
+        single = self.classes[(self.counts < 2) & needed]
+        if len(single):
             raise ValueError(
-                f"classes {lonely.tolist()} have a single image to draw from, so no pair of two distinct images: leave "
-                "them out (classes=...), hold out another share, or set distinct=False"
+                f"classes {single.tolist()} have a single image to draw from, so no pair of two distinct images: "
+                "exclude them (classes=...), change holdout, or set distinct=False"
             )
 
     def _image(self, kind: Tensor, place: Tensor) -> Tensor:
@@ -88,55 +88,59 @@ _CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
 
 
 class AbstractSourceImages(AbstractImageDataModule):
-    """Samples made of the images of a source, drawn as a table of indices and labels for each split.
+    """Samples made of the images of a source, stored as a table of indices and labels for each split.
+
+    Training and validation samples use the source's official training images, which are divided between the two;
+    test samples use its official test images.
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no
             download), ``folder:PATH``, a folder of class folders, with or without train/ and test/, or
             ``file:PATH``, an .npz file (see :func:`~lightning_locality.datamodules.image_sets.load_images`).
-        root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
-            where that is not set.
-        image_size: Height and width of the images in pixels; the source's are resized.
-        resize: How: bilinear, area (mean over blocks) or pad (black around).
-        channels: 1 (grey) or 3 (colour); the source's own if not given, 3 for folders.
-        classes: Labels to draw images of; all if not given.
+        root: Folder of the image set, as for torchvision; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data``
+            if that is not set.
+        image_size: Height and width in pixels that the source's images are resized to.
+        resize: How to resize: bilinear, area (mean over blocks) or pad (black around).
+        channels: 1 (grey) or 3 (colour); by default the source's own, 3 for folders and files.
+        classes: Labels of the images to use; all by default.
         batch_size: Samples per step and process.
         seed: Seed of the samples, of the hold-out and of the order of training batches.
-        drop_last: Leave out the last, smaller training batch of an epoch.
+        drop_last: Drop the last, incomplete training batch of an epoch.
         download: Let torchvision download a set that is not in ``root``.
-        validation_is_test: The validation samples are the test samples.
+        validation_is_test: Validate on the test samples (published for SameClass). Otherwise validation samples use
+            training images of their own.
         holdout: Share of the training images of each class that is kept for validation.
-        mean: Mean intensity (0 to 1) of each channel, subtracted. If not given, the published values for
-            ``cifar10`` in colour, and those of the official training images for every other source.
-        std: Standard deviation of each channel, divided by; if not given, likewise.
+        mean: Mean intensity (0 to 1) of each channel, subtracted. By default the published values for ``cifar10`` in
+            colour, and those of the official training images for every other source.
+        std: Standard deviation of each channel, divided by; by default likewise.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: If a number is out of its range.
+        UnknownSourceError: Unknown source.
+        ValueError: A number is out of range.
     """
 
     def __init__(
         self,
-        source: str,
-        root: str | Path | None,
-        image_size: int,
-        resize: Resize,
-        channels: Literal[1, 3] | None,
-        classes: Sequence[int] | None,
-        batch_size: int,
-        seed: int,
-        drop_last: bool,
-        download: bool,
-        validation_is_test: bool,
-        holdout: float,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        source: str = "cifar10",
+        root: str | Path | None = None,
+        image_size: int = 32,
+        resize: Resize = "bilinear",
+        channels: Literal[1, 3] | None = None,
+        classes: Sequence[int] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        drop_last: bool = False,
+        download: bool = True,
+        validation_is_test: bool = False,
+        holdout: float = 0.1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
         root = str(root) if root is not None else os.environ.get("LIGHTNING_LOCALITY_DATA", "data")
-        # not logged: Lightning stops when a model has a hyper-parameter of the same name
+        # not logged: Lightning stops if a model has a hyperparameter of the same name
         self.save_hyperparameters(logger=False)
-        # as text: checkpoints are read with weights_only, which takes no Path
+        # as text: checkpoints are read with weights_only, which rejects a Path
         self.hparams.update(root=root)
         name, _ = parse_source(source, root)
         self.source, self.root, self.download = source, root, download
@@ -152,30 +156,32 @@ class AbstractSourceImages(AbstractImageDataModule):
         self.channels: Literal[1, 3] = source_channels(name) if channels is None else channels
         self.validation_is_test = validation_is_test
         if (mean is None) != (std is None):
-            raise ValueError(f"give both of mean and std or neither, got mean={mean}, std={std}")
+            raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
         if mean is None and name == "cifar10" and self.channels == 3:
             mean, std = _CIFAR10_MEAN, _CIFAR10_STD
-        self._given = None if mean is None or std is None else (_row(mean), _row(std))
-        for argument, row in zip(("mean", "std"), self._given or (), strict=False):
-            if len(row) != self.channels:
-                raise ValueError(f"{argument} must have {self.channels} values, got {row.tolist()}")
-        if self._given is not None and not bool((self._given[1] > 0).all()):
-            raise ValueError(f"std must be positive, got {self._given[1].tolist()}")
+        self._given: tuple[Tensor, Tensor] | None = None
+        if mean is not None and std is not None:
+            for argument, values in (("mean", mean), ("std", std)):
+                if len(values) != self.channels:
+                    raise ValueError(f"{argument} must have {self.channels} values, got {list(values)}")
+            if min(std) <= 0:
+                raise ValueError(f"std must be positive, got {list(std)}")
+            self._given = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self._parts: dict[Part, LabelledImages] = {}
         self._tables: dict[Split, Tensor] = {}
         self._affine: dict[torch.dtype, Tensor] = {}
 
     @abstractmethod
-    def draw(self, split: Split) -> Tensor:
-        """The samples of a split ``(R, N)``, int64: rows of image indices, the label's row the last."""
+    def sample(self, split: Split) -> Tensor:
+        """Sample a split: ``(R, N)``, int64, rows of image indices and, last, the labels."""
 
     def prepare_data(self) -> None:
-        """Let torchvision download the set, where that is allowed and needed."""
+        """Let torchvision download the set if allowed and needed."""
         if self.download:
             prepare_images(self.source, self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images and draw the samples that the stage needs and that are not there yet."""
+        """Load the images and sample the splits that the stage needs."""
         splits: tuple[Split, ...]
         match stage:
             case "fit":
@@ -188,18 +194,18 @@ class AbstractSourceImages(AbstractImageDataModule):
                 splits = ("train", "validation", "test")
         for split in splits:
             if split not in self._tables:
-                self._tables[split] = self.draw(split)
+                self._tables[split] = self.sample(split)
         if not self._affine:
             mean, std = self._given or pixel_statistics(self.images("train").images)
-            rows = torch.stack(self.normalisation(mean, std))
+            rows = torch.stack(self.normalization(mean, std))
             self._affine[torch.float64] = rows[:, None, :, None, None]
 
     def part(self, split: Split) -> Part:
-        """Official part of the source that the images of a split are of."""
+        """Official part of the source that supplies the images of a split."""
         return "test" if split == "test" or (split == "validation" and self.validation_is_test) else "train"
 
     def images(self, part: Part) -> LabelledImages:
-        """The source's official train or test images, ``(N, C, s, s)`` uint8, and their labels."""
+        """The source's official train or test images ``(N, C, s, s)``, uint8, and their labels."""
         if part not in self._parts:
             self._parts[part] = load_images(
                 self.source,
@@ -212,10 +218,10 @@ class AbstractSourceImages(AbstractImageDataModule):
         return self._parts[part]
 
     def candidates(self, split: Split) -> Tensor:
-        """Indices into ``images(part(split))`` that the split may draw; training and validation share none.
+        """Indices into ``images(part(split))`` that the split may use; training and validation share none.
 
         Raises:
-            ValueError: If the source lacks one of ``classes``.
+            ValueError: The source lacks one of ``classes``.
         """
         labels = self.images(self.part(split)).labels
         candidates = torch.arange(len(labels))
@@ -231,35 +237,31 @@ class AbstractSourceImages(AbstractImageDataModule):
         return candidates[torch.isin(labels[candidates], torch.tensor(list(self.classes)))]
 
     def stream(self, split: Split) -> Split:
-        """Name of the random stream of a split: published is that validation has the very samples of the test."""
+        """Name of a split's random stream; with ``validation_is_test``, validation repeats the test samples."""
         return "test" if self.part(split) == "test" else split
 
     def table(self, split: Split) -> Tensor:
-        """The samples of a split as :meth:`draw` gave them.
+        """The samples of a split as returned by :meth:`sample`.
 
         Raises:
-            RuntimeError: Before ``setup``.
+            RuntimeError: Called before ``setup``.
         """
         if split not in self._tables:
-            raise RuntimeError(f"the {split} {self.unit}s are not drawn yet: call setup() first")
+            raise RuntimeError(f"the {split} {self.unit}s have not been sampled yet: call setup() first")
         return self._tables[split]
 
     @property
     def unit(self) -> str:
-        """What a sample is called in messages."""
+        """Noun for a sample in messages."""
         return "image"
 
-    def normalisation(self, mean: Tensor, std: Tensor) -> list[Tensor]:
-        """Factor and offset ``(C,)`` of a uint8 value, and what else is to be had by :meth:`affine`."""
+    def normalization(self, mean: Tensor, std: Tensor) -> list[Tensor]:
+        """Factor and offset ``(C,)`` of a uint8 value, and any further rows for :meth:`affine`."""
         return [1 / (255 * std), -mean / std]
 
     def affine(self, device: torch.device) -> Tensor:
-        """The rows of :meth:`normalisation` ``(R, 1, C, 1, 1)`` on a device, in the default dtype."""
+        """The rows of :meth:`normalization` ``(R, 1, C, 1, 1)`` on a device, in the default dtype."""
         dtype = torch.get_default_dtype()
-        # rounded before it is moved: not every device has float64
+        # rounded before the move: not every device has float64
         rows = self._affine.setdefault(dtype, self._affine[torch.float64].to(dtype))
         return self.on_device(f"affine {dtype}", rows, device)
-
-
-def _row(values: Sequence[float]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64)

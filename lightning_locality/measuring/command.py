@@ -256,7 +256,7 @@ def _measure(
             started = time.time()
             progress.start(f"{label}: {one.name}", one.cost)
             try:
-                record = one.compute(device, Evaluation(chunk, memory, dtype, fabric, progress.advance))
+                record = one.compute(device, Evaluation(chunk, dtype, progress.advance))
             except (ValueError, MemoryError) as error:
                 raise ValueError(f"{label}, {one.name}: {error}") from error
             record["seconds"] = round(time.time() - started, 3)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["draw_figure"]
+__all__ = ["check_figure", "draw_figure", "draw_sweep_figure"]
 
 import csv
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -56,6 +57,33 @@ def draw_figure(args: Sequence[str]) -> None:
     stem = _stem(options, name)
     _write(figure, numbers, stem, options.inputs)
     _print(numbers, [*notes, f"{stem}.pdf, {stem.name}.png; the numbers: {stem.name}.csv"])
+
+
+def check_figure(figure: Mapping[str, Any] | None, columns: Sequence[str]) -> None:
+    """Check the ``figure:`` entry of a sweep before its first run.
+
+    Args:
+        figure: ``kind`` and the options of that kind; None for the default, accuracy.
+        columns: ``variant`` and the short names of the grid, as in results.csv.
+
+    Raises:
+        ValueError: Unknown kind or option, wrong value, or a column that neither the grid nor the variants have.
+    """
+    raise NotImplementedError
+
+
+def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:
+    """Draw the figure of a sweep into ``FOLDER/KIND.pdf`` and ``.png``, with its numbers in ``KIND.csv``.
+
+    Args:
+        figure: As :func:`check_figure` takes it.
+        runs: As :func:`~lightning_locality.results.read_runs` reads them.
+        folder: Where the files go.
+
+    Returns:
+        The picture; None if there is nothing to draw yet.
+    """
+    raise NotImplementedError
 
 
 def _recovery(options: Namespace, table: RunTable) -> tuple[Figure, recovery.Numbers]:

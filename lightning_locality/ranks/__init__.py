@@ -1,7 +1,4 @@
-"""How far modes or regions depend on one another: spectra, ranks and interaction distances.
-
-Running values for torchmetrics are in :mod:`lightning_locality.ranks.metrics`, which loads more than these need.
-"""
+"""Dependence between modes or regions: spectra, ranks and interaction distances."""
 
 from __future__ import annotations
 
@@ -30,7 +27,6 @@ __all__ = [
     "halves",
     "interaction_profile",
     "measuring",
-    "mixing_matrix",
     "node_spectra",
     "numerical_rank",
     "pair_moments",
@@ -41,13 +37,14 @@ __all__ = [
     "stacked_spectra",
     "standard_cuts",
     "tree_separation",
+    "two_way_table",
     "variance_components",
 ]
 
 from lightning_locality.ranks.block_tree import grid_tensor, tree_separation
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.cp_rank import CPRank, CPRankNotFoundError, cp_epsilon_ranks, cp_rank
-from lightning_locality.ranks.cuts import CutShare, cut_share, mixing_matrix, pair_moments, variance_components
+from lightning_locality.ranks.cuts import CutShare, cut_share, pair_moments, two_way_table, variance_components
 from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra
 from lightning_locality.ranks.dense import dense_spectra, stacked_spectra
 from lightning_locality.ranks.evaluation import Evaluation, measuring

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 __all__ = ["grid_tensor", "tree_separation"]
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.composites import Composites, Network, composites
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
+from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
-# forward passes that a grid may take: with more, submatrices say the same
-MOST_POINTS = 2**22
-# points at which rounding is looked at
-NOISE_POINTS = 256
+_MAX_POINTS = 2**22  # forward passes of a grid: beyond, submatrices say the same
+_NOISE_POINTS = 256  # points at which rounding is estimated
 
 
 def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
@@ -31,7 +27,7 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
 
     Args:
         model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left as it was.
+            ``(n, outputs)``; left unchanged.
         templates: ``(K, C, H, W)``.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         evaluation: How the network is evaluated; None: the default.
@@ -40,8 +36,7 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
         ``(K, ..., K, outputs)`` with P modes before the outputs, in float64 on the model's device.
 
     Raises:
-        ValueError: More than 2^22 combinations, blocks that are not a partition, a model that does not take the images,
-            or outputs that are not finite.
+        ValueError: More than 2^22 combinations, blocks that are not a partition, or a model that does not fit.
 
     Example:
         >>> class Product(torch.nn.Module):
@@ -52,12 +47,12 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
         [1, 2, 2, 4, 2, 4, 4, 8]
     """
     labels, parts, number = _labels(blocks, templates), len(blocks), len(templates)
-    if number**parts > MOST_POINTS:
+    if number**parts > _MAX_POINTS:
         raise ValueError(
-            f"templates and blocks make {number}^{parts} combinations, more than {MOST_POINTS}: use fewer of either, "
+            f"templates and blocks make {number}^{parts} combinations, more than {_MAX_POINTS}: use fewer of either, "
             "or tree_separation, which takes a few thousand of them"
         )
-    with composites(model, templates, labels, evaluation) as network:
+    with spliced(model, templates, labels, evaluation) as network:
         places = number ** torch.arange(parts - 1, -1, -1, device=network.device)
         values = network.map(lambda rows: rows[:, None] // places % number, number**parts)
     return values.reshape(*(number,) * parts, -1)
@@ -81,30 +76,29 @@ def tree_separation(
     .. math:: F_{ij} = f \bigl( x_I^{(i)}, x_{I^c}^{(j)} \bigr), \qquad i, j = 1, \dots, k
 
     The rank of a submatrix is that of the matricisation (generically) if it is below k, else k: raise ``size`` until no
-    rank equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, where
-    the grid tensor takes K^P. Of several outputs, those of one column are put side by side.
+    rank equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while
+    the grid tensor takes K^P. Several outputs of one column are put side by side.
 
     Args:
         model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left as it was.
-        images: ``(K, C, H, W)``, where the contents are taken from.
+            ``(n, outputs)``; left unchanged.
+        images: ``(K, C, H, W)``, from which the contents are taken.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         tree: Over the blocks.
-        size: Rows and columns k of the submatrices; a node of few blocks may have no more contents than it has rows.
+        size: Rows and columns k of the submatrices; a node of few blocks may have fewer contents.
         joint: A row takes all blocks of I from one image, a column the others from one image: nearly real images, with
-            one seam. Otherwise every block is drawn by itself, as in the grid tensor.
-        seed: Of what is drawn.
+            one seam. Otherwise every block is sampled independently, as in the grid tensor.
+        seed: Of the samples.
         evaluation: How the network is evaluated; None: the default.
 
     Returns:
         For every node but the root its singular values, over the root of the number of rows and columns. Their
-        tolerance is three times the Frobenius norm of what moving the images by one unit in the last place changes, or
-        of the outputs' own rounding.
+        tolerance is three times the Frobenius norm of the change when the images move by one unit in the last place,
+        or of the outputs' own rounding.
 
     Raises:
         ValueError: A tree of another order than there are blocks, blocks that are not a partition, a size below 2 or,
-            with ``joint``, above the number of images, a model that does not take the images, or outputs that are not
-            finite.
+            with ``joint``, above the number of images, or a model that does not fit.
 
     Example:
         >>> class Pairs(torch.nn.Module):
@@ -126,22 +120,25 @@ def tree_separation(
     generator = torch.Generator().manual_seed(seed)
     cuts = {node: (node, tree.complement(node)) for node in tree.nodes[:-1]}
     # a node and its complement have one matrix, read from either side
-    different = dict.fromkeys(min(cut, cut[::-1]) for cut in cuts.values())
-    drawn = {cut: _contents(cut, len(images), size, joint, generator) for cut in different}
-    # combinations that several nodes ask for are evaluated once
-    everything = torch.cat([_crossed(*drawn[cut], cut).flatten(0, 1) for cut in drawn])
+    distinct = dict.fromkeys(min(cut, cut[::-1]) for cut in cuts.values())
+    contents = {
+        cut: tuple(_sample_contents(len(side), len(images), size, joint, generator) for side in cut) for cut in distinct
+    }
+    # combinations that several nodes share are evaluated once
+    everything = torch.cat([_crossed(rows, columns, cut).flatten(0, 1) for cut, (rows, columns) in contents.items()])
     choices, places = torch.unique(everything, dim=0, return_inverse=True)
-    with composites(model, images, labels, evaluation) as network:
-        values = network.map(_taking(choices, network), len(choices))
+    with spliced(model, images, labels, evaluation) as network:
+        choices = choices.to(network.device)
+        values = network.map(lambda rows: choices[rows], len(choices))
         noise = _noise(network, choices, values, generator)
-    counts = [len(rows) * len(columns) for rows, columns in drawn.values()]
-    matrices = dict(zip(drawn, places.to(values.device).split(counts), strict=True))
+    counts = [len(rows) * len(columns) for rows, columns in contents.values()]
+    matrices = dict(zip(contents, places.to(values.device).split(counts), strict=True))
     spectra, tolerance = dict[Node, Tensor](), dict[Node, float]()
     for node, cut in cuts.items():
-        known = cut if cut in drawn else cut[::-1]
-        rows, columns = map(len, drawn[known])
+        known = cut if cut in contents else cut[::-1]
+        rows, columns = map(len, contents[known])
         matrix = values[matrices[known]].reshape(rows, columns, -1)
-        matrix = (matrix if cut in drawn else matrix.transpose(0, 1)) / (rows * columns) ** 0.5
+        matrix = (matrix if known == cut else matrix.transpose(0, 1)) / (rows * columns) ** 0.5
         spectra[node] = torch.linalg.svdvals(matrix.flatten(1).mT)
         largest = float(spectra[node][0])
         tolerance[node] = max(ROUNDING, 3 * noise / largest) if largest > 0 else ROUNDING
@@ -149,33 +146,25 @@ def tree_separation(
 
 
 def _labels(blocks: Tensor, images: Tensor) -> Tensor:
-    """Number of the block that every pixel is in."""
+    """Return the number of the block that every pixel is in."""
     if blocks.ndim != 3 or len(blocks) < 2:
         raise ValueError(f"blocks must be boolean (P, H, W) with two blocks or more, got {tuple(blocks.shape)}")
     for k, block in enumerate(blocks):
         checked_mask(block, images, f"blocks[{k}]")
-    times = blocks.sum(0)
-    if bad := int((times != 1).sum()):
+    if bad := int((blocks.sum(0) != 1).sum()):
         raise ValueError(f"blocks must hold every pixel once, and {bad} pixels are in none or in several")
     return blocks.long().argmax(0)
 
 
-def _contents(
-    cut: tuple[Node, Node], number: int, size: int, joint: bool, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Image numbers of the blocks on either side: rows ``(k, |I|)`` and columns ``(k, P - |I|)``."""
-    first, second = (_side(len(side), number, size, joint, generator) for side in cut)
-    return first, second
-
-
-def _side(parts: int, number: int, size: int, joint: bool, generator: torch.Generator) -> Tensor:
+def _sample_contents(parts: int, number: int, size: int, joint: bool, generator: torch.Generator) -> Tensor:
+    """Return image numbers ``(k, parts)`` for the blocks of one side of a cut, all rows different."""
     if joint:
         return torch.randperm(number, generator=generator)[:size, None].expand(-1, parts)
     if number**parts <= 4 * size:
-        # all different, of those there are
+        # as many as there are
         rows = torch.randperm(number**parts, generator=generator)[:size, None]
         return rows // number ** torch.arange(parts) % number
-    found = torch.randint(number, (0, parts))
+    found = torch.empty(0, parts, dtype=torch.int64)
     while len(found) < size:
         more = torch.randint(number, (size, parts), generator=generator)
         found = torch.unique(torch.cat([found, more]), dim=0)
@@ -183,22 +172,17 @@ def _side(parts: int, number: int, size: int, joint: bool, generator: torch.Gene
 
 
 def _crossed(rows: Tensor, columns: Tensor, cut: tuple[Node, Node]) -> Tensor:
-    """Choices ``(k, l, P)`` of all pairs of a row and a column."""
+    """Return the choices ``(k, l, P)`` of all pairs of a row and a column."""
     choices = rows.new_empty(len(rows), len(columns), rows.shape[1] + columns.shape[1])
     choices[..., list(cut[0])] = rows[:, None]
     choices[..., list(cut[1])] = columns[None]
     return choices
 
 
-def _taking(choices: Tensor, network: Composites) -> Callable[[Tensor], Tensor]:
-    choices = choices.to(network.device)
-    return lambda rows: choices[rows]
-
-
-def _noise(network: Composites, choices: Tensor, values: Tensor, generator: torch.Generator) -> float:
-    """What rounding changes, at least that of the outputs; root mean square over the points, summed over outputs."""
-    some = torch.randperm(len(choices), generator=generator)[:NOISE_POINTS]
+def _noise(network: SplicedNetwork, choices: Tensor, values: Tensor, generator: torch.Generator) -> float:
+    """Effect of rounding, at least that of the outputs; root mean square over the points, summed over outputs."""
+    some = torch.randperm(len(choices), generator=generator)[:_NOISE_POINTS].to(choices.device)
     seed = int(torch.randint(2**31, (), generator=generator))
-    moved = network.map(_taking(choices[some], network), len(some), nudge=seed) - values[some.to(values.device)]
+    moved = network.map(lambda rows: choices[some[rows]], len(some), rounding_seed=seed) - values[some]
     rounded = network.eps * values
     return max(float(change.square().sum(1).mean().sqrt()) for change in (moved, rounded))

@@ -11,31 +11,29 @@ from torch import Tensor
 
 from lightning_locality.ranks.factored import check_finite, factored
 from lightning_locality.ranks.gram import gram_sweep
-from lightning_locality.tensors.cp import CP
-from lightning_locality.tensors.factorization import Factorization
-from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
-from lightning_locality.tensors.mode_tree import Node
+from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, Node
 
 
 @torch.no_grad()
 def contribution_norms(model: Factorization, relative: bool = False) -> dict[Node, Tensor]:
-    r"""Norm of what every local component adds to the tensor: interior node -> ``(R_node,)``, in float64.
+    r"""Norm of every local component's contribution to the tensor: interior node -> ``(R_node,)``, in float64.
 
     .. math:: \kappa^{(\nu, r)} = \bigl\| \mathcal{W}^{[\nu, r]} \bigr\|, \qquad
         \mathcal{W} = \sum_{r=1}^{R_\nu} \mathcal{W}^{[\nu, r]}
 
     with :math:`\mathcal{W}^{[\nu, r]}` the tensor without all other components of the node (ours). Unlike the norm of
-    a local component, it stays where the factorisation is rewritten without changing the tensor's terms: columns
-    scaled against rows, signs. Of a sum of rank-one tensors it is the norm of each, at the node of all modes.
+    a local component, it does not change if the factorisation is rewritten without changing the tensor's terms: by
+    scaling columns against rows, or by signs. For a sum of rank-one tensors it is the norm of each, at the node of all
+    modes.
 
     Args:
         model: :class:`HierarchicalTensorFactorization` or :class:`CP`.
-        relative: Divide by the norm of the tensor; at high orders neither may be a float64 number, their ratio is.
-            Where components cancel to less than about 1e-8 of their norms, that of the tensor is rounding, and the
+        relative: Divide by the norm of the tensor. At high orders a float64 may hold neither norm, but holds their
+            ratio. If components cancel to less than about 1e-8 of their norms, the tensor's norm is rounding, and the
             ratio may be infinite.
 
     Raises:
-        ValueError: Another factorisation, or weights that are not finite.
+        ValueError: If the factorisation is another one or has weights that are not finite.
 
     Example:
         >>> model = CP((2, 3), rank=2)
@@ -44,10 +42,10 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
         True
     """
     check_finite(model)
-    form = factored(_with_components(model))
-    sweep, norms = gram_sweep(form), dict[Node, Tensor]()
+    form, norms = factored(_with_components(model)), dict[Node, Tensor]()
+    sweep = gram_sweep(form)
     root, log = sweep.root
-    # rounding may leave components that cancel with a negative square
+    # rounding may make the square negative if components cancel
     shift = 0.5 * (root.clamp_min(0).log2() + log) if relative else torch.zeros_like(log)
     for group, below, above in zip(form.groups, sweep.below, sweep.above, strict=True):
         if below is not None and above is not None:
@@ -64,15 +62,15 @@ def balanced_component_norms(model: Factorization) -> dict[Node, Tensor]:
 
     .. math:: \sigma^{(\nu, r)} = \prod_{w \in (\nu, r)} \| w \|
 
-    What the theory of incremental growth speaks of ("Implicit Regularization in Hierarchical Tensor Factorization and
-    Deep Convolutional Neural Networks", Razin, Maman, Cohen, 2022); at any other point the norms change with the
-    scales of the weights although the tensor does not. The model stays as it is. In float64.
+    These are the norms of the theory of incremental growth ("Implicit Regularization in Hierarchical Tensor
+    Factorization and Deep Convolutional Neural Networks", Razin, Maman, Cohen, 2022); at any other point the norms
+    change with the scales of the weights although the tensor does not. The model is not changed. In float64.
 
     Args:
         model: :class:`HierarchicalTensorFactorization` of depth 1, or :class:`CP`.
 
     Raises:
-        ValueError: Another factorisation, a depth above 1, or weights that are not finite.
+        ValueError: If the factorisation is another one, has a depth above 1 or weights that are not finite.
 
     Example:
         >>> from lightning_locality.tensors import ModeTree
@@ -82,13 +80,13 @@ def balanced_component_norms(model: Factorization) -> dict[Node, Tensor]:
         >>> list(norms), bool(torch.equal(before, model.weight((0,))))
         ([(0, 1), (2, 3), (0, 1, 2, 3)], True)
     """
-    moved = copy.deepcopy(_with_components(model)).double()
-    check_finite(moved)
-    if isinstance(moved, CP):
-        # balancing keeps the components, and with them their norms
-        return {tuple(range(moved.order)): moved.component_norms()}
-    moved.balance_()
-    return moved.local_component_norms()
+    balanced = copy.deepcopy(_with_components(model)).double()
+    check_finite(balanced)
+    if isinstance(balanced, CP):
+        # balancing preserves the components, and with them their norms
+        return {tuple(range(balanced.order)): balanced.component_norms()}
+    balanced.balance_()
+    return balanced.local_component_norms()
 
 
 def _with_components(model: Factorization) -> HierarchicalTensorFactorization | CP:

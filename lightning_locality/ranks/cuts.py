@@ -1,16 +1,8 @@
-"""What part of a network's output depends on two blocks of pixels together."""
+"""Variance of a network's output that depends on two blocks of pixels together."""
 
 from __future__ import annotations
 
-__all__ = [
-    "CutShare",
-    "PairMoments",
-    "VarianceComponents",
-    "cut_share",
-    "mixing_matrix",
-    "pair_moments",
-    "variance_components",
-]
+__all__ = ["CutShare", "cut_share", "pair_moments", "two_way_table", "variance_components"]
 
 import math
 from dataclasses import dataclass, field
@@ -19,19 +11,21 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.composites import Composites, Network, composites
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
+from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
+
+_CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of the work at the default size
 
 
 class VarianceComponents(NamedTuple):
-    """What the variance of a function of two blocks is made of, each ``()`` and unbiased, so perhaps below zero.
+    """Unbiased variance components of a function of two blocks, each ``()`` and possibly below zero.
 
     Args:
         inside: Variance due to block I alone (the rows).
         outside: Variance due to block J alone (the columns).
-        crossing: Variance that neither explains alone: what crosses the cut.
+        crossing: Variance that neither block explains alone: what crosses the cut.
     """
 
     inside: Tensor
@@ -50,21 +44,21 @@ class VarianceComponents(NamedTuple):
 
 
 class PairMoments(NamedTuple):
-    r"""Sums over the spectrum of a function of two blocks, each ``()`` and unbiased.
+    r"""Unbiased moments of the spectrum of a function of two blocks, each ``()``.
 
     Args:
-        s2sq: :math:`(\sum_k \sigma_k^2)^2`.
+        s2_squared: :math:`(\sum_k \sigma_k^2)^2`.
         s4: :math:`\sum_k \sigma_k^4`.
     """
 
-    s2sq: Tensor
+    s2_squared: Tensor
     s4: Tensor
 
     @property
     def participation_ratio(self) -> Tensor:
-        """The quotient; 0 for a spectrum of zeros, NaN where the samples are too few for a positive ``s4``."""
-        ratio = self.s2sq / torch.where(self.s4 > 0, self.s4, torch.nan)
-        return torch.where((self.s2sq == 0) & (self.s4 == 0), 0.0, ratio)
+        """The quotient; 0 for a spectrum of zeros, NaN if the samples are too few for a positive ``s4``."""
+        ratio = self.s2_squared / torch.where(self.s4 > 0, self.s4, torch.nan)
+        return torch.where((self.s2_squared == 0) & (self.s4 == 0), 0.0, ratio)
 
 
 def variance_components(matrix: Tensor) -> VarianceComponents:
@@ -77,7 +71,7 @@ def variance_components(matrix: Tensor) -> VarianceComponents:
     :math:`\mathrm{MS}_{IJ} = \lVert H F H \rVert^2 / ((K - 1)(L - 1))`, H the centring.
 
     Args:
-        matrix: Values ``(K, L)`` or, of several outputs, ``(K, L, C)``; rows are samples of block I, columns
+        matrix: Values ``(K, L)`` or, for several outputs, ``(K, L, C)``; rows are samples of block I, columns
             samples of block J, all independent.
 
     Raises:
@@ -110,14 +104,14 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     with x, x' independent samples of block I and y, y' of block J. Outputs belong to block J's side of the operator, as
     in the K x LC matrix, but pairs are of different samples: two outputs of one sample are not independent.
 
-    Without ``centred`` these are the means over all pairs of different rows and of different columns. With it, f
-    is first freed of its mean and of what either block explains alone; as the sample's means stand in for the
-    population's, the sums over equal and different indices are mixed, and unmixed again exactly (ours).
+    Without ``centred`` these are the means over all pairs of different rows and of different columns. With it, the mean
+    of f and what either block explains alone are first subtracted; as the sample's means replace the population's, the
+    sums over equal and different indices are mixed, and unmixed again exactly (ours).
 
     Args:
-        matrix: Values ``(K, L)`` or, of several outputs, ``(K, L, C)``; rows are samples of block I, columns
+        matrix: Values ``(K, L)`` or, for several outputs, ``(K, L, C)``; rows are samples of block I, columns
             samples of block J, all independent.
-        centred: Of that part of f that crosses the cut; a matrix that is centred already gives the same.
+        centred: Take the part of f that crosses the cut; a matrix that is already centred gives the same.
 
     Raises:
         ValueError: Another shape, fewer than four samples of a block (two without ``centred``), or values that
@@ -156,7 +150,7 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
 
 
 def _checked(matrix: Tensor, least: int) -> Tensor:
-    """In float64 and as (K, L, C)."""
+    """Return the matrix in float64 and as (K, L, C)."""
     if matrix.ndim not in (2, 3) or min(matrix.shape[:2]) < least:
         raise ValueError(
             f"matrix must be (K, L) or (K, L, C) with at least {least} samples of each block, "
@@ -175,7 +169,7 @@ def _gram_norm(values: Tensor) -> Tensor:
 
 def _twisted(values: Tensor) -> Tensor:
     """Sum of f(i,j,c) f(i',j',c) f(i,j',c') f(i',j,c'): any two factors share one index."""
-    # alike in all three indices: the loop is over the shortest, the longest is summed by matrix products
+    # symmetric in the three indices: the loop is over the shortest, the longest is summed by matrix products
     values = values.permute(sorted(range(3), key=lambda axis: values.shape[axis]))
     total = values.new_zeros(())
     for plane in values:
@@ -201,7 +195,7 @@ def _mixing(count: int, centred: bool, device: torch.device) -> Tensor:
     return mixing
 
 
-def mixing_matrix(
+def two_way_table(
     model: Network, images_i: Tensor, images_j: Tensor, mask: Tensor, *, evaluation: Evaluation | None = None
 ) -> Tensor:
     r"""Outputs for all pairs of a block I and its complement J.
@@ -213,7 +207,7 @@ def mixing_matrix(
 
     Args:
         model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left as it was.
+            ``(n, outputs)``; left unchanged.
         images_i: Where block I is taken from, ``(K, C, H, W)``.
         images_j: Where block J is taken from, ``(L, C, H, W)``.
         mask: ``(H, W)``, True in block I.
@@ -223,15 +217,14 @@ def mixing_matrix(
         ``(K, L, outputs)`` in float64, on the model's device. It takes K L forward passes.
 
     Raises:
-        ValueError: Images of different sizes, a mask that does not fit them or covers all or nothing, a model that
-            does not take them, or outputs that are not finite.
+        ValueError: Images, mask and model that do not fit together, or outputs that are not finite.
 
     Example:
         >>> class Product(torch.nn.Module):
         ...     def forward(self, x):
         ...         return x[:, 0, 0, 0] * x[:, 0, 0, 1]
         >>> images = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None].expand(3, 1, 1, 2)
-        >>> mixing_matrix(Product(), images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
+        >>> two_way_table(Product(), images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
         [[1, 2, 3], [2, 4, 6], [3, 6, 9]]
     """
     mask = checked_mask(mask, images_i)
@@ -241,53 +234,39 @@ def mixing_matrix(
             f"{tuple(images_i.shape)} and {tuple(images_j.shape)}"
         )
     images = torch.cat([images_i, images_j.to(images_i)])
-    with composites(model, images, (~mask).long(), evaluation) as network:
-        return paired(network, len(images_i), len(images_j))
+    with spliced(model, images, (~mask).long(), evaluation) as network:
+        return _table(network, 0, len(images_i), len(images_i), len(images_j))
 
 
-def paired(
-    network: Composites, rows: int, columns: int, start: int = 0, nudge: int | None = None, behind: int | None = None
+def _table(
+    network: SplicedNetwork, first: int, second: int, rows: int, columns: int, rounding_seed: int | None = None
 ) -> Tensor:
-    """Outputs ``(K, L, C)``: block 0 from images start, start + 1, ..., block 1 from those that follow.
-
-    Args:
-        network: With two blocks.
-        rows: K.
-        columns: L.
-        start: The first image.
-        nudge: See :meth:`Composites.map`.
-        behind: From which image on block 1 is taken; None: start + K.
-    """
-    behind = start + rows if behind is None else behind
+    """Outputs ``(K, L, C)``: block 0 from images first, first + 1, ..., block 1 from images second, second + 1, ..."""
     values = network.map(
-        lambda k: torch.stack([start + k // columns, behind + k % columns], dim=1), rows * columns, nudge
+        lambda k: torch.stack([first + k // columns, second + k % columns], dim=1), rows * columns, rounding_seed
     )
     return values.reshape(rows, columns, -1)
-
-
-# noise is looked at on a corner of the matrix: a sixteenth of the work at the default size
-CORNER = 16
 
 
 @final
 @dataclass(frozen=True)
 class CutShare:
-    r"""The share of the output's variance that crosses a cut, and what belongs to it; ``float()`` is the share.
+    r"""Share of the output's variance that crosses a cut, with its error and spectrum; ``float()`` is the share.
 
     Args:
-        share: Crossing over all variance, between 0 and 1 but for the error of sampling.
+        share: Crossing over all variance, between 0 and 1 up to the error of sampling.
         standard_error: Of the share, over the choice of images.
         crossing: Variance that neither block explains alone, summed over the outputs.
         inside: Variance due to block I alone.
         outside: Variance due to block J alone.
-        participation_ratio: How many products of functions of either block the crossing part is made of: the
-            unbiased estimate of :math:`(\sum_k \sigma_k^2)^2 / \sum_k \sigma_k^4`. NaN where the crossing part cannot
-            be told from rounding, or where the images are too few for an estimate.
+        participation_ratio: Number of products of functions of either block that make up the crossing part: the
+            unbiased estimate of :math:`(\sum_k \sigma_k^2)^2 / \sum_k \sigma_k^4`. NaN if the crossing part cannot
+            be told from rounding, or if the images are too few for an estimate.
         spectrum: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU; root mean
             squares over repetitions.
-        noise: What of the spectrum may be rounding: values above it count.
+        noise: Level below which values of the spectrum may be rounding.
         size: Images per block, K = L.
-        repetitions: Number of matrices.
+        repetitions: Number of tables.
     """
 
     share: float
@@ -310,7 +289,7 @@ class CutShare:
         return int((self.spectrum > self.noise).sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, the rank among them; NaN is None."""
+        """Return plain numbers and lists, including the rank; NaN becomes None."""
         ratio = None if math.isnan(self.participation_ratio) else self.participation_ratio
         spectrum = self.spectrum.tolist()
         return {**vars(self), "participation_ratio": ratio, "spectrum": spectrum, "rank": self.rank}
@@ -331,28 +310,32 @@ def cut_share(
     .. math:: S_{IJ} = \frac{v_{IJ}}{v_I + v_J + v_{IJ}}, \qquad
         f = f_0 + f_I(x_I) + f_J(x_J) + f_{IJ}(x_I, x_J)
 
-    with v the variances of these parts, block I of one image beside block J of another: 0 if the network adds what it
-    makes of either block, and no more than that. Interactions inside a block do not count. The variances are the
-    unbiased ones of two crossed random factors, :func:`variance_components`, of a matrix of :func:`mixing_matrix`.
+    with v the variances of these parts, block I of one image beside block J of another: 0 if and only if the network
+    adds a function of either block. Interactions inside a block do not count. This is the second-order Sobol' index of
+    the two blocks taken as two factors: the total index of either block less its closed index, or 1 less the closed
+    indices of both ("Global sensitivity indices for nonlinear mathematical models and their Monte Carlo estimates",
+    Sobol', 2001). Variances are summed over outputs; they are the unbiased ones of two crossed random factors,
+    :func:`variance_components`, of a table made by :func:`two_way_table`.
 
-    The standard error is that of a jackknife over rows and over columns; with repetitions, the larger one of this and
-    of their spread, over the root of as many of them as have images of their own (ours). A network whose outputs do
-    not vary beyond rounding has a share of 0. Rounding is estimated from images moved by one unit in the last place.
+    The standard error is that of a jackknife over rows and over columns; with repetitions, the larger of this and of
+    their spread, divided by the root of the number of repetitions that have images of their own (ours). A network whose
+    outputs do not vary beyond rounding has a share of 0. Rounding is estimated from images moved by one unit in the
+    last place.
 
     Args:
         model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left as it was.
-        images: ``(B, C, H, W)``, from the distribution on which the question is asked.
+            ``(n, outputs)``; left unchanged.
+        images: ``(B, C, H, W)``, from the distribution of interest.
         mask: ``(H, W)``, True in block I.
         size: Images K for either block, at least 4; None: 64, or half of all images.
-        repetitions: Matrices, of independently drawn images where there are enough; their variances are pooled.
+        repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
-        evaluation: How the network is evaluated; None: the default. There are ``size ** 2`` forward passes for every
-            repetition, and at most 256 more for the noise.
+        evaluation: How the network is evaluated; None: the default. Every repetition takes ``size ** 2`` forward
+            passes, and the noise at most 256 more.
 
     Raises:
-        ValueError: Fewer images than ``2 * size``, a size below 4, no repetitions, a mask that does not fit or covers
-            all or nothing, a model that does not take the images, or outputs that are not finite.
+        ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
+            together, or outputs that are not finite.
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
@@ -370,63 +353,62 @@ def cut_share(
         )
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
-    chosen, own = _drawn(len(images), 2 * size, repetitions, seed)
-    with composites(model, images[chosen.to(images.device)], (~mask).long(), evaluation) as network:
-        matrices = [paired(network, size, size, start) for start in range(0, len(chosen), 2 * size)]
-        noise, floor = _noise(network, matrices[0], seed)
-    return _summary(matrices, noise, floor, own)
+    chosen, own = _sample_images(len(images), 2 * size, repetitions, seed)
+    with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation) as network:
+        tables = [_table(network, start, start + size, size, size) for start in range(0, len(chosen), 2 * size)]
+        noise, floor = _noise(network, tables[0], seed)
+    return _summary(tables, noise, floor, own)
 
 
-def _drawn(available: int, needed: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
-    """Image numbers, and how many repetitions that makes whose images are their own."""
+def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
+    """Return image numbers, and the number of repetitions that have images of their own."""
     generator = torch.Generator().manual_seed(seed)
     if repetitions * needed <= available:
         return torch.randperm(available, generator=generator)[: repetitions * needed], repetitions
-    draws = [torch.randperm(available, generator=generator)[:needed] for _ in range(repetitions)]
-    return torch.cat(draws), available / needed
+    samples = [torch.randperm(available, generator=generator)[:needed] for _ in range(repetitions)]
+    return torch.cat(samples), available / needed
 
 
-def _noise(network: Composites, matrix: Tensor, seed: int) -> tuple[float, float]:
-    """What rounding may do to the singular values of the crossing part, and of the matrix less its mean."""
-    rows = min(CORNER, len(matrix))
-    moved = paired(network, rows, rows, nudge=seed, behind=len(matrix)) - matrix[:rows, :rows]
-    scale = matrix.square().sum(2).mean().sqrt()
+def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> tuple[float, float]:
+    """Singular values that rounding can give to the crossing part, and to the table less its mean."""
+    size, corner = len(table), min(_CORNER, len(table))
+    moved = _table(network, 0, size, corner, corner, rounding_seed=seed) - table[:corner, :corner]
+    scale = table.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition
-    least = scale * max(2 * network.eps / len(matrix) ** 0.5, ROUNDING)
+    least = scale * max(2 * network.eps / size**0.5, ROUNDING)
     floors = (3 * _spectrum(part)[0] for part in (_crossing(moved), moved - moved.mean((0, 1))))
-    first, second = (float(torch.maximum(floor, least)) for floor in floors)
-    return first, second
+    noise, floor = (float(torch.maximum(value, least)) for value in floors)
+    return noise, floor
 
 
-def _crossing(matrix: Tensor) -> Tensor:
-    """The matrix less its mean and what rows and columns explain."""
-    matrix = matrix - matrix.mean((0, 1))
-    matrix = matrix - matrix.mean(0, keepdim=True)
-    return matrix - matrix.mean(1, keepdim=True)
+def _crossing(table: Tensor) -> Tensor:
+    """Subtract the mean and what rows and columns explain."""
+    table = table - table.mean((0, 1))
+    table = table - table.mean(0, keepdim=True)
+    return table - table.mean(1, keepdim=True)
 
 
-def _spectrum(matrix: Tensor) -> Tensor:
-    rows, columns, _ = matrix.shape
-    values: Tensor = torch.linalg.svdvals(matrix.reshape(rows, -1).mT)
+def _spectrum(table: Tensor) -> Tensor:
+    rows, columns, _ = table.shape
+    values: Tensor = torch.linalg.svdvals(table.reshape(rows, -1).mT)
     return torch.div(values, (rows * columns) ** 0.5)
 
 
-def _summary(matrices: list[Tensor], noise: float, floor: float, own: float) -> CutShare:
-    parts = [variance_components(matrix) for matrix in matrices]
+def _summary(tables: list[Tensor], noise: float, floor: float, own: float) -> CutShare:
+    parts = [variance_components(table) for table in tables]
     pooled = VarianceComponents(*(torch.stack(part).mean() for part in zip(*parts, strict=True)))
-    spectrum = torch.stack([_spectrum(_crossing(matrix)) for matrix in matrices]).square().mean(0).sqrt()
-    varies = any(_spectrum(matrix - matrix.mean((0, 1)))[0] > floor for matrix in matrices)
+    spectrum = torch.stack([_spectrum(_crossing(table)) for table in tables]).square().mean(0).sqrt()
+    varies = any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables)
     ratio, share, error = math.nan, 0.0, 0.0
     if varies:
         share = float(pooled.share)
-        variance = torch.stack([_jackknife(matrix) for matrix in matrices]).mean()
-        if len(matrices) > 1:
+        variance = torch.stack([_jackknife(table) for table in tables]).mean()
+        if len(tables) > 1:
             variance = torch.maximum(variance, torch.stack([part.share for part in parts]).var())
         error = float((variance / own).sqrt())
     if varies and spectrum[0] > noise:
-        moments = [pair_moments(matrix) for matrix in matrices]
-        s2sq, s4 = (float(sum(part)) for part in zip(*moments, strict=True))
-        ratio = s2sq / s4 if s4 > 0 and s2sq > 0 else math.nan
+        s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
+        ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
     return CutShare(
         share=share,
         standard_error=error,
@@ -436,24 +418,24 @@ def _summary(matrices: list[Tensor], noise: float, floor: float, own: float) -> 
         participation_ratio=ratio,
         spectrum=spectrum.cpu(),
         noise=noise,
-        size=len(matrices[0]),
-        repetitions=len(matrices),
+        size=len(tables[0]),
+        repetitions=len(tables),
     )
 
 
-def _jackknife(matrix: Tensor) -> Tensor:
+def _jackknife(table: Tensor) -> Tensor:
     """Variance of the share from leaving out rows, and columns."""
-    residual = _crossing(matrix)
-    row = matrix.mean(1) - matrix.mean((0, 1))
-    column = matrix.mean(0) - matrix.mean((0, 1))
+    residual = _crossing(table)
+    row = table.mean(1) - table.mean((0, 1))
+    column = table.mean(0) - table.mean((0, 1))
     shares = (_without_each(residual, row, column), _without_each(residual.transpose(0, 1), column, row))
     return torch.stack([(len(share) - 1) ** 2 / len(share) * share.var() for share in shares]).sum()
 
 
 def _without_each(residual: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The share without row i, for all i, from the parts of the full matrix (K, L, C), (K, C) and (L, C).
+    """The share without row i, for all i, from the parts of the full table (K, L, C), (K, C) and (L, C).
 
-    The parts stay what they are but for means that are not zero any more, which move to the next larger part.
+    The parts stay the same except for means that are no longer zero, which move to the next larger part.
     """
     rows, columns = residual.shape[:2]
     squares = residual.square().sum((1, 2))

@@ -1,39 +1,42 @@
-"""How much the parts of labelled data hang together across the nodes of a tree of features or pixels.
+"""Dependence between the two sides of labelled data at the nodes of a tree of features or pixels.
 
-Legend: M samples, N modes (features, or pixels with all their channels), A the modes of a node, A^c the others,
-C channels, H height, W width.
+M samples, N modes (features, or pixels with all their channels), A the modes of a node, A^c the others, C channels,
+H height, W width.
 """
 
 from __future__ import annotations
 
-__all__ = ["checked_samples", "data_alignment", "data_entanglement", "data_spectra", "pixel_tree", "sample_gramians"]
+__all__ = ["data_alignment", "data_entanglement", "data_spectra", "pixel_tree"]
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.gram import all_but_one
 from lightning_locality.ranks.spectra import NodeSpectra, entanglement_entropy
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
-_MOST_NODES = 32  # 4 levels of a binary tree, 2 of quadrants: what the paper averages over
-_MOST_ENTRIES = 2**24  # of a chunk of Gramians: 128 MiB
+_EPS = torch.finfo(torch.float64).eps
+_MAX_NODES = 32  # 4 levels of a binary tree, 2 of quadrants: those the paper averages over
+_MAX_ENTRIES = 2**24  # of a chunk of Gramians: 128 MiB
 
 
 def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
     r"""The tree of an image's quadrants, their quadrants and so on; the modes are the pixels, row by row.
 
-    A side that is odd leaves its larger half at the end; one of a single pixel is no longer halved.
+    An odd side has its larger half at the end; a side of a single pixel is not halved further.
 
     Args:
         height: Of the image, in pixels.
         width: Of the image, in pixels.
-        levels: How often quadrants are made; the pixels hang below the last ones.
+        levels: Number of levels of quadrants; the pixels are the children of the last ones.
 
     Raises:
-        ValueError: An image of one pixel or fewer, or no level.
+        ValueError: If the image has fewer than two pixels or ``levels`` is below 1.
 
     Example:
         >>> pixel_tree(2, 4, levels=1).interior[:-1]
@@ -43,27 +46,31 @@ def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
         raise ValueError(f"height and width must hold at least two pixels, got {height} x {width}")
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
+
+    def halves(side: range) -> list[range]:
+        middle = len(side) // 2
+        return [side[:middle], side[middle:]] if middle else [side]
+
     nodes: list[list[int]] = [[pixel] for pixel in range(height * width)]
     blocks = [(range(height), range(width))]
     for _ in range(levels):
-        blocks = [(rows, columns) for above in blocks for rows in _halved(above[0]) for columns in _halved(above[1])]
+        blocks = [(rows, columns) for above in blocks for rows in halves(above[0]) for columns in halves(above[1])]
         nodes += [[row * width + column for row in rows for column in columns] for rows, columns in blocks]
     return ModeTree(nodes)
 
 
-def checked_samples(samples: Tensor, tree: ModeTree | None, theta: float) -> tuple[Tensor, ModeTree]:
-    """Samples as ``(N, C, M)`` in float64, and their tree; arguments and errors as in ``ranks.data``."""
+def _checked_samples(samples: Tensor, tree: ModeTree | None, theta: float) -> tuple[Tensor, ModeTree]:
+    """Samples as ``(N, C, M)`` in float64, and their tree."""
     if samples.ndim not in (2, 4) or len(samples) < 2:
         raise ValueError(
-            f"samples must be features (M, N) or images (M, C, H, W), two samples at least, got {tuple(samples.shape)}"
+            f"samples must be features (M, N) or images (M, C, H, W), at least two samples, got {tuple(samples.shape)}"
         )
     if not samples.is_floating_point():
         raise ValueError(
             f"samples must be floating, got {samples.dtype}: scale them to units of about 1, bytes by images / 255"
         )
-    unknown = int((~samples.isfinite()).sum())
-    if unknown:
-        raise ValueError(f"samples must be finite, and {unknown} of {samples.numel()} values are not")
+    if bad := int((~samples.isfinite()).sum()):
+        raise ValueError(f"samples must be finite, and {bad} of {samples.numel()} values are not")
     if not 0 < theta < math.inf:
         raise ValueError(f"theta must be a positive angle in half turns per unit, got {theta}")
     modes = (samples.unsqueeze(1) if samples.ndim == 2 else samples.flatten(2)).detach().double().permute(2, 1, 0)
@@ -84,16 +91,8 @@ def sample_gramians(
 
     .. math:: (G_A)_{mm'} = \prod_{n \in A} \cos \pi\theta (x_n^m - x_n^{m'})
 
-    One sweep up and one down. Diagonals are 1: an entry that underflows is 0 beside them, and no logarithm is needed.
-
-    Args:
-        modes: Samples ``(N, C, M)``; the embedding of a mode is the tensor product of its channels'.
-        tree: Of order N.
-        levels: How far down from the root; None: while there are at most 32 nodes, and at least one level.
-        theta: Angle per unit of the samples, in half turns.
-
-    Raises:
-        ValueError: No level.
+    One sweep up and one down. Diagonals are 1: an entry that underflows is 0 in comparison, and no logarithm is needed.
+    The samples are ``(N, C, M)``; the embedding of a mode is the tensor product of its channels' embeddings.
     """
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
@@ -104,63 +103,49 @@ def sample_gramians(
     for depth, nodes in reversed(list(enumerate(measured, 1))):
         for node in nodes:
             children = tree.children(node) if depth < len(measured) else ()
-            if children:
-                inner[node] = inner[children[0]].clone()
-                for child in children[1:]:
-                    inner[node] *= inner[child]
-            else:
-                inner[node] = _product(embedded[list(node)].flatten(0, 1))
+            inner[node] = (
+                reduce(torch.mul, [inner[child] for child in children])
+                if children
+                else _product(embedded[list(node)].flatten(0, 1))
+            )
     del embedded
-    parents = dict.fromkeys((tree.root, *(node for nodes in measured[:-1] for node in nodes)))
+    inner_nodes = (node for nodes in measured[:-1] for node in nodes if tree.children(node))
+    parents = dict.fromkeys((tree.root, *inner_nodes))
     outer: dict[Node, Tensor | None] = {tree.root: None}
     for node in parents:
-        children, before = tree.children(node), outer.pop(node)
-        # products of the siblings before and behind, never a division: entries may be 0
-        behind: list[Tensor | None] = [None]
-        for child in reversed(children[1:]):
-            behind.append(_times(behind[-1], inner[child]))
-        for child in children:
-            rest = behind.pop()
-            others = before if rest is None else _times(before, rest)
+        children = tree.children(node)
+        products = all_but_one(outer.pop(node), [inner[child] for child in children], _times)
+        for child, others in zip(children, products, strict=True):
             assert others is not None
             if child in parents:
                 outer[child] = others
             yield child, inner[child], others
-            before = _times(before, inner[child])
 
 
 def _measured(tree: ModeTree, levels: int | None) -> list[tuple[Node, ...]]:
-    """Nodes by their depth below the root."""
+    """Nodes by their depth below the root; without levels while there are at most 32, and at least one level."""
     measured, below = list[tuple[Node, ...]](), tree.children(tree.root)
     while below and (levels is None or len(measured) < levels):
-        if levels is None and measured and sum(map(len, measured)) + len(below) > _MOST_NODES:
+        if levels is None and measured and sum(map(len, measured)) + len(below) > _MAX_NODES:
             break
         measured.append(below)
         below = tuple(child for node in below for child in tree.children(node))
     return measured
 
 
-def _times(factor: Tensor | None, other: Tensor) -> Tensor:
-    return other if factor is None else factor * other
+def _times(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return right if left is None else left if right is None else left * right
 
 
 def _product(embedded: Tensor) -> Tensor:
     """Hadamard product of the Gramians of embedded features ``(F, M, 2)``."""
     count = embedded.shape[1]
     product = torch.ones(count, count, dtype=embedded.dtype, device=embedded.device)
-    step = max(1, _MOST_ENTRIES // count**2)
+    step = max(1, _MAX_ENTRIES // count**2)
     for start in range(0, len(embedded), step):
         chunk = embedded[start : start + step]
         product *= (chunk @ chunk.mT).prod(0)
     return product
-
-
-def _halved(side: range) -> tuple[range, ...]:
-    middle = len(side) // 2
-    return (side[:middle], side[middle:]) if middle else (side,)
-
-
-_EPS = torch.finfo(torch.float64).eps
 
 
 def data_spectra(
@@ -181,52 +166,50 @@ def data_spectra(
         (G_A)_{mm'} = \prod_{n \in A} \cos \pi\theta (x_n^m - x_n^{m'})
 
     Source: "What Makes Data Suitable for a Locally Connected Neural Network? A Necessary and Sufficient Condition
-    Based on Quantum Entanglement" (Alexander, De La Vega, Razin, Cohen, 2023). The published program draws the
-    features of a large part from its beginning again and again; here every feature counts once. Several channels of a
-    pixel are one mode with the tensor product of their embeddings (ours).
+    Based on Quantum Entanglement" (Alexander, De La Vega, Razin, Cohen, 2023). The published program reads the first
+    features of a large part repeatedly; here every feature counts once. Several channels of a pixel are one mode with
+    the tensor product of their embeddings (ours).
 
-    Time is O(M^2) for every feature and O(M^3) for every node, memory 16 M^2 bytes for every node; a thousand
-    samples are what the paper takes.
+    Time is O(M^2) per feature and O(M^3) per node, memory 16 M^2 bytes per node; the paper uses a thousand samples.
 
     Args:
         samples: Features ``(M, N)``, or images ``(M, C, H, W)`` whose modes are the pixels, row by row; floating,
-            in units of about 1 (of the range or the standard deviation: ``theta`` is an angle per unit).
+            scaled to a range or standard deviation of about 1 (``theta`` is an angle per unit).
         labels: ``(M,)``: bool, 0 and 1, or -1 and 1; or classes, with ``positive``.
         tree: Over the modes; None: :class:`ModeTree.perfect <lightning_locality.tensors.mode_tree.ModeTree>` for
             features, :func:`pixel_tree` for images.
         theta: Angle of the embedding per unit of the samples, in half turns.
-        levels: How far down from the root nodes are measured; None: as far as there are at most 32 nodes, and at
-            least one level.
-        positive: The class that is told from the rest.
+        levels: Number of levels measured below the root; None: as many as have at most 32 nodes, and at least one.
+        positive: The class to tell from the rest.
 
     Returns:
         For every node, root excluded and larger nodes first, its singular values above rounding, descending. Their
         tolerance is the square root of a Gramian's rounding: about 1e-7.
 
     Raises:
-        ValueError: Samples that are not floating, not finite or of another shape, labels of another kind, a tree
-            of another order, or an angle or number of levels that is not positive.
+        ValueError: If samples are not floating, not finite or of another shape, if labels are of another kind, if the
+            tree has another order, or if ``theta`` or ``levels`` is not positive.
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
         >>> data_spectra(samples, torch.tensor([1, 1]), theta=0.5)[(0,)].round(decimals=6).tolist()
         [0.5, 0.5]
     """
-    modes, tree = checked_samples(samples, tree, theta)
+    modes, tree = _checked_samples(samples, tree, theta)
     signs = _signs(labels, positive, modes)
     count = len(signs)
     values, tolerance = dict[Node, Tensor](), dict[Node, float]()
     for node, inner, outer in sample_gramians(modes, tree, levels, theta):
         other = tree.complement(node)
         if other in values:
-            # the two children of a binary root: one matrix and its transpose
+            # the two children of a binary root share one matrix up to transposition
             values[node], tolerance[node] = values[other].clone(), tolerance[other]
             continue
         (left, left_norm), (right, right_norm) = _root(inner), _root(outer)
         found = torch.linalg.svdvals((left * signs) @ right.mT) / count
         rounding = math.sqrt(count * _EPS) * left_norm * right_norm / count
         largest = float(found[0])
-        # samples that cancel: what is left is no spectrum but rounding
+        # if the samples cancel, the remainder is rounding
         values[node] = found if largest > rounding else torch.zeros_like(found)
         tolerance[node] = min(1.0, rounding / largest) if largest else 1.0
     return NodeSpectra(values, tolerance)
@@ -252,30 +235,24 @@ def data_entanglement(
     nodes is necessary and sufficient for a locally connected (tree) network to fit the data. Order 1 is the paper's;
     order 2, whose exponential is the participation ratio, needs no decomposition and is never above order 1.
 
-    Three things to know before two numbers are compared (measured; ours):
+    Before comparing two numbers, note (measured; ours):
 
     - The value depends on ``theta``: small angles give nearly 0, large ones make samples orthogonal and give ln M
-      whatever the data are. Compare at one angle, well below ln M.
+      for any data. Compare at one angle, well below ln M.
     - It depends on M, and at most angles on noise more than on structure: independent white noise then scores
       highest, although the tensor of its whole population is a product. :func:`data_alignment` does not.
     - Natural images have less of it than the same images with their pixels permuted, but the difference is small
-      beside both.
+      compared with both.
 
-    Args:
-        samples: As in :func:`data_spectra`.
-        labels: As in :func:`data_spectra`.
-        tree: As in :func:`data_spectra`.
-        theta: As in :func:`data_spectra`.
-        levels: As in :func:`data_spectra`.
-        positive: As in :func:`data_spectra`.
-        order: 1 for the entropy of the spectrum, 2 for the Rényi-2 entropy.
+    The arguments are those of :func:`data_spectra`, and ``order``: 1 for the entropy of the spectrum, 2 for the Rényi-2
+    entropy.
 
     Returns:
         For every node, root excluded and larger nodes first: 0 for a product and for data that cancel, at most
         ln min(M, dimensions).
 
     Raises:
-        ValueError: As in :func:`data_spectra`, or another order.
+        ValueError: As in :func:`data_spectra`, or if ``order`` is neither 1 nor 2.
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -288,7 +265,7 @@ def data_entanglement(
     if order == 1:
         spectra = data_spectra(samples, labels, tree, theta=theta, levels=levels, positive=positive)
         return {node: float(entanglement_entropy(values)) for node, values in spectra.items()}
-    modes, tree = checked_samples(samples, tree, theta)
+    modes, tree = _checked_samples(samples, tree, theta)
     signs = _signs(labels, positive, modes)
     found = dict[Node, float]()
     for node, inner, outer in sample_gramians(modes, tree, levels, theta):
@@ -314,29 +291,23 @@ def data_alignment(
     Sources: "Feature Selection via Dependence Maximization" (Song, Smola, Gretton, Bedo, Borgwardt, 2012); alignment
     "Similarity of Neural Network Representations Revisited" (Kornblith, Norouzi, Lee, Hinton, 2019).
 
-    It asks how much one side of the samples tells of the other, and needs no labels. White noise, which has the highest
-    :func:`data_entanglement`, has 0 but for the error of sampling at every angle; natural images are below the same
-    images with their pixels permuted. As samples become orthogonal, at large ``theta`` or in many modes, it falls
-    (measured; ours). Time and memory are O(M^2) for every node.
-
-    Args:
-        samples: As in :func:`data_spectra`; at least 4.
-        tree: As in :func:`data_spectra`.
-        theta: As in :func:`data_spectra`.
-        levels: As in :func:`data_spectra`.
+    It measures how much one side of the samples tells about the other, and needs no labels. White noise, which has the
+    highest :func:`data_entanglement`, has 0 up to sampling error at every angle; natural images are below the same
+    images with their pixels permuted. It falls as samples become orthogonal, at large ``theta`` or in many modes
+    (measured; ours). Time and memory are O(M^2) per node. The arguments are those of :func:`data_spectra`.
 
     Returns:
-        For every node, root excluded and larger nodes first: between -1 and 1; 0 where one side is constant.
+        For every node, root excluded and larger nodes first: between -1 and 1; 0 if one side is constant.
 
     Raises:
-        ValueError: As in :func:`data_spectra`, or fewer than 4 samples.
+        ValueError: As in :func:`data_spectra`, or if there are fewer than 4 samples.
 
     Example:
         >>> x = torch.linspace(0.0, 1.0, 8)
         >>> {node: round(value, 6) for node, value in data_alignment(torch.stack([x, 1 - x], 1)).items()}
         {(0,): 1.0, (1,): 1.0}
     """
-    modes, tree = checked_samples(samples, tree, theta)
+    modes, tree = _checked_samples(samples, tree, theta)
     if len(samples) < 4:
         raise ValueError(f"samples must be at least 4 for an unbiased estimate, got {len(samples)}")
     found = dict[Node, float]()
@@ -348,7 +319,7 @@ def data_alignment(
 
 
 def _signs(labels: Tensor, positive: int | None, modes: Tensor) -> Tensor:
-    """Labels as -1 and 1, in float64, on the samples' device."""
+    """Labels as -1 and 1, in float64 on the samples' device."""
     if labels.shape != modes.shape[2:]:
         raise ValueError(f"labels must be ({modes.shape[2]},), one for every sample, got {tuple(labels.shape)}")
     values = set(labels.tolist())
@@ -358,21 +329,21 @@ def _signs(labels: Tensor, positive: int | None, modes: Tensor) -> Tensor:
         labels = labels == positive
     elif not (values <= {0, 1} or values <= {-1, 1}):
         raise ValueError(
-            f"labels must be 0 and 1, or -1 and 1, got {sorted(values)}: name the class to tell from the rest by "
+            f"labels must be 0 and 1, or -1 and 1, got {sorted(values)}: name the class to tell from the rest with "
             "positive=..."
         )
     return torch.where(labels > 0, 1.0, -1.0).to(modes)
 
 
 def _root(gramian: Tensor) -> tuple[Tensor, float]:
-    """A factor ``(R, M)`` whose Gramian this is, without directions below rounding, and its spectral norm."""
+    """A factor ``(R, M)`` with this Gramian, without directions below rounding, and its spectral norm."""
     values, vectors = torch.linalg.eigh(gramian)
     kept = values > len(values) * _EPS * values[-1]
     return (vectors[:, kept] * values[kept].sqrt()).mT, math.sqrt(float(values[-1]))
 
 
 def _centred(gramian: Tensor) -> tuple[Tensor, float]:
-    """The U-centred kernel and its Frobenius norm, taken for 0 where the kernel is constant but for rounding."""
+    """The U-centred kernel and its Frobenius norm, which is 0 if the kernel is constant up to rounding."""
     count = len(gramian)
     off = gramian.clone().fill_diagonal_(0)
     sums = off.sum(0)

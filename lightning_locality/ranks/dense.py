@@ -1,4 +1,4 @@
-"""Spectra of the matricisations of a tensor that is written out."""
+"""Spectra of the matricisations of a dense tensor."""
 
 from __future__ import annotations
 
@@ -10,21 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks.spectra import NodeSpectra, singular_values
 from lightning_locality.tensors.mode_tree import ModeTree, Node
-
-
-@contextmanager
-def _torch_in_tensorly() -> Iterator[None]:
-    """Tensorly's backend is torch, for this thread; its own context manager would set it for all on the way out."""
-    import tensorly
-
-    before = tensorly.backend.current_backend()
-    tensorly.set_backend("pytorch", local_threadsafe=True)
-    try:
-        yield
-    finally:
-        tensorly.set_backend(before, local_threadsafe=True)
 
 
 def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectra:
@@ -33,22 +20,20 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
     .. math:: \sigma \left( [\![ \mathcal{W}; \nu ]\!] \right), \qquad [\![ \mathcal{W}; \nu ]\!]
         \in \mathbb{R}^{\prod_{n \in \nu} D_n \times \prod_{n \notin \nu} D_n}
 
-    The ranks of these matrices for all nodes of a tree but the root are the hierarchical tensor rank: "Implicit
-    Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen,
-    2022).
+    The ranks for all nodes of a tree but the root are the hierarchical tensor rank: see :class:`NodeSpectra`.
 
     Args:
-        tensor: Of order N, real and finite, any type.
-        cuts: A tree, for all its nodes but the root, or groups of modes, counted from 0.
+        tensor: Of order N, real and finite, of any type.
+        cuts: A tree, meaning all its nodes but the root, or groups of modes, counted from 0.
 
     Returns:
-        For every group, in the order given, its singular values, descending. Their tolerance is the rounding of the
-        tensor's own type times the longer side of the matricisation, the usual rule for dense matrices, and at most the
-        square root of that rounding: in 16 bits the rule would take every value for rounding (ours).
+        The singular values of every group, descending, in the order of the groups. Their tolerance is the rounding of
+        the tensor's own type times the longer side of the matricisation, the usual rule for dense matrices, but at most
+        the square root of that rounding: in 16 bits the rule would take every value for rounding (ours).
 
     Raises:
-        ValueError: A tensor that is complex, empty or not finite, a tree of another order, or a group of modes that
-            the tensor does not have, has twice or that is all or none of them.
+        ValueError: If the tensor is complex, empty or not finite, if the tree has another order, or if a group holds
+            a mode that does not exist or a mode twice, or holds all modes or none.
 
     Example:
         >>> tensor = torch.zeros(2, 2, 2)
@@ -60,17 +45,10 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
 
 
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
-    """Spectra of several tensors of one shape, as :func:`dense_spectra`, each cut by one batched decomposition.
+    """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, one batched decomposition per cut.
 
-    Args:
-        tensors: ``(B, D_1, ..., D_N)``: checkpoints of a run, or the outputs of a network, side by side.
-        cuts: As for :func:`dense_spectra`, of modes counted from 0 after the first dimension.
-
-    Returns:
-        One for every tensor.
-
-    Raises:
-        ValueError: As of :func:`dense_spectra`.
+    The tensors are for example the checkpoints of a run or the outputs of a network; ``cuts`` counts the modes from 0
+    after the first dimension.
 
     Example:
         >>> stack = torch.stack([torch.eye(3), torch.ones(3, 3)])
@@ -82,32 +60,49 @@ def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[No
         raise ValueError(f"tensor must be real and have entries, got {tensors.dtype} {shape}")
     if bad := int((~tensors.isfinite()).sum()):
         raise ValueError(f"tensor must be finite, and {bad} of {tensors.numel()} entries are not")
-    if isinstance(cuts, ModeTree):
-        if cuts.order != len(shape):
-            raise ValueError(f"cuts is a tree of order {cuts.order} and the tensor has order {len(shape)}")
-        cuts = cuts.nodes[:-1]
-    groups = [tuple(cut) for cut in cuts]
-    for group in groups:
-        if not 0 < len(set(group)) == len(group) < len(shape) or not set(group) <= set(range(len(shape))):
-            raise ValueError(
-                f"cuts must be groups of some, not all, of the modes 0 to {len(shape) - 1}, each once, got {group}"
-            )
+    groups = mode_groups(cuts, len(shape), "cuts", "tensor")
     measured = tensors.detach().double()
     eps = torch.finfo(tensors.dtype if tensors.is_floating_point() else torch.float64).eps
     values, tolerance = dict[Node, Tensor](), dict[Node, float]()
     with _torch_in_tensorly():
-        # one after the other: most matricisations are copies
+        # one group at a time: most matricisations are copies
         for group in groups:
-            matrices = _matricized(measured, group)
-            # wide matrices are transposed: some drivers take longer for them
-            tall = matrices.shape[1] >= matrices.shape[2]
-            values[group] = torch.linalg.svdvals(matrices if tall else matrices.mT)
+            matrices = _matricize(measured, group)
+            values[group] = singular_values(matrices)
             tolerance[group] = min(max(matrices.shape[1:]) * eps, eps**0.5)
     return [NodeSpectra({group: v[k] for group, v in values.items()}, tolerance) for k in range(len(tensors))]
 
 
-def _matricized(tensors: Tensor, group: Node) -> Tensor:
-    """Matricisations ``(B, rows, columns)``, the modes of the group as rows."""
+def mode_groups(cuts: ModeTree | Iterable[Node], order: int, name: str, subject: str) -> tuple[Node, ...]:
+    """Nodes of a tree but the root, or groups of modes; raise ValueError unless they cut a subject of this order."""
+    if isinstance(cuts, ModeTree):
+        if cuts.order != order:
+            raise ValueError(f"{name} has order {cuts.order} and the {subject} order {order}")
+        return cuts.nodes[:-1]
+    groups = tuple(tuple(cut) for cut in cuts)
+    for group in groups:
+        if not 0 < len(set(group)) == len(group) < order or not set(group) <= set(range(order)):
+            raise ValueError(
+                f"{name} must be groups of some, not all, of the modes 0 to {order - 1}, each once, got {group}"
+            )
+    return groups
+
+
+@contextmanager
+def _torch_in_tensorly() -> Iterator[None]:
+    """Set tensorly's backend to torch in this thread; its own context manager would set it in all on exit."""
+    import tensorly
+
+    before = tensorly.backend.current_backend()
+    tensorly.set_backend("pytorch", local_threadsafe=True)
+    try:
+        yield
+    finally:
+        tensorly.set_backend(before, local_threadsafe=True)
+
+
+def _matricize(tensors: Tensor, group: Node) -> Tensor:
+    """Matricisations ``(B, rows, columns)`` with the modes of the group as rows."""
     import tensorly
 
     if len(group) == 1:

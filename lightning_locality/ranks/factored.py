@@ -1,39 +1,28 @@
-"""Singular values at the nodes of a factored tensor, collected group by group."""
+"""The nodes of a factored tensor in batches, and the assembly of their spectra."""
 
 from __future__ import annotations
 
-__all__ = [
-    "ROUNDING",
-    "FactoredTree",
-    "Inheritance",
-    "NodeValues",
-    "assembled",
-    "check_finite",
-    "doubled",
-    "factored",
-    "factors_of",
-    "padded",
-    "scaled",
-    "singular_values",
-]
+__all__: list[str] = []
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, cast, final
+from typing import NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_locality.ranks.spectra import NodeSpectra
-from lightning_locality.tensors.chain import Chain
+from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra, singular_values
+from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node
 from lightning_locality.tensors.contraction import NodeGroup, node_groups
-from lightning_locality.tensors.cp import CP
-from lightning_locality.tensors.factorization import Factorization
-from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
-from lightning_locality.tensors.mode_tree import ModeTree, Node
+
+# binary logarithm of a norm up to which even small singular values are float64 numbers
+MOST_BITS = 865.0
+
+# matrices (n, ...), and the binary logarithms (n,) of their divisors
+Scaled = tuple[Tensor, Tensor]
 
 
 @final
@@ -43,117 +32,117 @@ class FactoredTree:
 
     .. math:: U_\nu = \left( \bigodot_{c \in C(\nu)} U_c \right) W_\nu, \qquad U_{\{n\}} = W_{\{n\}},
         \qquad \mathcal{W} = U_{[N]}
-
-    Args:
-        tree: The tree.
-        shape: Sizes of the modes.
-        groups: Children before parents, the root alone in the last one.
-        weights: For every group ``(n, R_node or D, R_parent)``, of the root ``(1, R, 1)``.
     """
 
     tree: ModeTree
-    shape: tuple[int, ...]
+    # children before parents, the root alone in the last one
     groups: tuple[NodeGroup, ...]
+    # of every group (n, R_node or D, R_parent), of the root (1, R, 1)
     weights: tuple[Tensor, ...]
 
-    @classmethod
-    def of_hierarchical(cls, model: HierarchicalTensorFactorization) -> Self:
-        """A hierarchical factorisation over its own tree; keeps the graph of its parameters.
-
-        Args:
-            model: The factorisation.
-        """
-        groups = tuple(cast(NodeGroup, group) for group in model.groups)
-        weights = tuple(doubled(group.chain).expand(len(group.nodes), -1, -1) for group in groups)
-        return cls(model.tree, model.shape, groups, weights)
-
-    @classmethod
-    def of_cp(cls, model: CP, tree: ModeTree) -> Self:
-        """A sum of rank-one tensors over any tree: identities at the interior nodes, ones at the root.
-
-        Args:
-            model: The factorisation.
-            tree: Of the same order.
-        """
-        factors = factors_of(model)
-        widths, depths = dict.fromkeys(tree.interior, model.rank), dict.fromkeys(tree.nodes, 1)
-        # one matrix per group: the chains of these groups are not used
-        made = node_groups(tree, model.shape, widths, depths, shared=True).to(factors[0].device)
-        groups = tuple(cast(NodeGroup, group) for group in made)
-        identity = torch.eye(model.rank, dtype=torch.float64, device=factors[0].device)
-        weights = [
-            torch.stack([factors[node[0]] for node in group.nodes])
-            if group.leaf
-            else identity.expand(len(group.nodes), -1, -1)
-            for group in groups[:-1]
-        ]
-        return cls(tree, model.shape, groups, (*weights, identity.new_ones(1, model.rank, 1)))
-
-    def gather(self, group: NodeGroup, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """What earlier groups gave ``(n', rows, ...)``, for every child ``(n, rows, ...)``, with rows of zeros added.
-
-        Args:
-            group: The parents.
-            outputs: Of all earlier groups; where a child's nodes come from several groups, rows may differ.
-        """
+    def gather(self, group: NodeGroup, outputs: Sequence[Scaled]) -> list[Scaled]:
+        """Outputs of earlier groups ``(n', rows, R)``, for every child ``(n, rows, R)``, padded to equal rows."""
+        matrices, logs = zip(*outputs, strict=True)
         if group.aligned:
-            return group.gather(outputs)
-        gathered = []
-        for child, sources in enumerate(group.sources_of_child):
-            found = [outputs[k] for k in sources]
-            if len(found) > 1:
-                rows = max(output.shape[1] for output in found)
-                found = [torch.cat([padded(output, rows) for output in found])]
-            gathered.append(found[0].index_select(0, group.get_buffer(f"places_{child}")))
-        return gathered
+            gathered = group.gather(matrices)
+        else:
+            gathered = [
+                _concatenate([matrices[k] for k in sources]).index_select(0, group.get_buffer(f"places_{child}"))
+                for child, sources in enumerate(group.sources_of_child)
+            ]
+        return list(zip(gathered, group.gather(logs), strict=True))
 
 
 def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None = None) -> FactoredTree:
-    """A factorisation over a tree.
+    """Put a factorisation in the form of its own tree or, for CP, any tree (None: the root has all leaves as children).
 
-    Args:
-        model: The factorisation.
-        tree: For CP; None for the tree without nodes between the modes and the root.
+    Keeps the graph of the parameters.
     """
     if isinstance(model, HierarchicalTensorFactorization):
-        return FactoredTree.of_hierarchical(model)
-    return FactoredTree.of_cp(model, ModeTree([range(model.order)]) if tree is None else tree)
+        groups = tuple(cast(NodeGroup, group) for group in model.groups)
+        own = (float64_weight(group.chain).expand(len(group.nodes), -1, -1) for group in groups)
+        return FactoredTree(model.tree, groups, tuple(own))
+    # the factors at the leaves, identities at the interior nodes, ones at the root
+    tree = ModeTree([range(model.order)]) if tree is None else tree
+    factors = float64_factors(model)
+    widths, depths = dict.fromkeys(tree.interior, model.rank), dict.fromkeys(tree.nodes, 1)
+    # one matrix per group: the chains of these groups are not used
+    made = node_groups(tree, model.shape, widths, depths, shared=True).to(factors[0].device)
+    groups = tuple(cast(NodeGroup, group) for group in made)
+    identity = torch.eye(model.rank, dtype=torch.float64, device=factors[0].device)
+    weights = [
+        torch.stack([factors[node[0]] for node in group.nodes])
+        if group.leaf
+        else identity.expand(len(group.nodes), -1, -1)
+        for group in groups[:-1]
+    ]
+    return FactoredTree(tree, groups, (*weights, identity.new_ones(1, model.rank, 1)))
 
 
 def check_finite(model: Factorization) -> None:
-    """Raise ValueError where weights are not finite."""
-    # one number, so that a device is waited for once
+    """Raise ValueError if weights are not finite."""
+    # one number, so that the device is waited for once
     wrong = int(torch.stack([(~weight.isfinite()).sum() for weight in model.parameters()]).sum())
     if wrong:
         raise ValueError(f"weights must be finite to be measured, and {wrong} are not: has the training diverged?")
 
 
+def float64_weight(chain: nn.Module) -> Tensor:
+    """The columns of a :class:`Chain`, cast to float64 before its factors are multiplied."""
+    if next(chain.parameters()).dtype == torch.float64:
+        return cast(Tensor, chain())
+    return cast(Tensor, functional_call(chain, {name: w.double() for name, w in chain.named_parameters()}, ()))
+
+
+def float64_factors(model: CP) -> list[Tensor]:
+    """Matrices ``(D_n, R)`` of a sum of rank-one tensors, in float64."""
+    kinds = list(zip(model.shape, model.depth, strict=True))
+    by_kind = {
+        kind: iter(float64_weight(g).unbind()) for kind, g in zip(dict.fromkeys(kinds), model.groups, strict=True)
+    }
+    return [next(by_kind[kind]) for kind in kinds]
+
+
+def scaled(values: Tensor) -> Scaled:
+    """Divide every item of a batch ``(n, ...)`` by a power of two close to its largest entry; return the exponents.
+
+    At order 4096 plain products underflow; powers of two, and whole numbers ``(n,)`` as their logarithms, cost no
+    digits. The divisor is a constant to autograd.
+    """
+    rest = range(1, values.ndim)
+    exponents = torch.frexp(values.detach().abs().amax(tuple(rest)))[1].clamp(-1000, 1000).to(values.dtype)
+    return values * torch.exp2(-exponents).reshape(-1, *(1 for _ in rest)), exponents
+
+
+def child_sources(group: NodeGroup) -> list[tuple[int, ...]]:
+    """For every child of a group's nodes, the groups that these children belong to."""
+    return [group.sources] * len(group.sizes) if group.aligned else group.sources_of_child
+
+
+def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
+    """Join batches of matrices ``(n, rows, ...)``, padding them with rows of zeros to equal numbers of rows."""
+    if len(outputs) == 1:
+        return outputs[0]
+    rows = max(output.shape[1] for output in outputs)
+    short = [rows - output.shape[1] for output in outputs]
+    return torch.cat([F.pad(o, (0, 0, 0, n)) if n else o for o, n in zip(outputs, short, strict=True)])
+
+
 @final
 class Inheritance:
-    """What the nodes of every group are given by their parents, on the way down.
-
-    Args:
-        groups: Children before parents.
-    """
+    """Values that the nodes of every group receive from their parents on the way down; groups children first."""
 
     def __init__(self, groups: Sequence[NodeGroup]) -> None:
         self._lengths = [len(group.nodes) for group in groups]
         self._pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def give(self, group: NodeGroup, child: int, values: Tensor) -> None:
-        """To one child of every node of a group.
-
-        Args:
-            group: The parents.
-            child: Which child, counted from 0.
-            values: ``(n, rows, ...)``.
-        """
+        """Give ``(n, rows, ...)`` to one child, counted from 0, of every node of a group."""
+        sources, start = child_sources(group)[child], 0
         if group.aligned:
-            length = self._lengths[group.sources[0]]
-            places = torch.arange(child, length, len(group.sizes), device=values.device)
-            self._pieces.setdefault(group.sources[0], []).append((places, values))
-            return
-        places, sources, start = group.get_buffer(f"places_{child}"), group.sources_of_child[child], 0
+            places = torch.arange(child, self._lengths[sources[0]], len(group.sizes), device=values.device)
+        else:
+            places = group.get_buffer(f"places_{child}")
         for k in sources:
             piece = (places, values)
             if len(sources) > 1:
@@ -163,132 +152,64 @@ class Inheritance:
             start += self._lengths[k]
 
     def take(self, k: int) -> Tensor:
-        """All that a group has been given ``(n, rows, ...)``, rows of zeros added where they differ.
-
-        Args:
-            k: The group.
-        """
+        """Everything given to group k, ``(n, rows, ...)``, padded to equal rows."""
         places, values = zip(*self._pieces.pop(k), strict=True)
-        if len(values) == 1:
-            joined, order = cast(Tensor, values[0]), cast(Tensor, places[0])
-        else:
-            rows = max(value.shape[1] for value in values)
-            joined, order = torch.cat([padded(value, rows) for value in values]), torch.cat(places)
-        return joined.index_select(0, order.argsort())
+        return _concatenate(values).index_select(0, torch.cat(places).argsort())
 
 
-def padded(matrices: Tensor, rows: int) -> Tensor:
-    """Matrices ``(n, k, R)`` with rows of zeros added: ``(n, rows, R)``."""
-    return F.pad(matrices, (0, 0, 0, rows - matrices.shape[1])) if matrices.shape[1] < rows else matrices
+class ScaledSpectra(NamedTuple):
+    """Spectra of n nodes, each divided by a power of two."""
 
-
-def scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Every matrix ``(n, k, R)`` divided by a power of two that is close to its largest entry, and the exponents.
-
-    At order 4096 plain products underflow; powers of two, and whole numbers ``(n,)`` as their logarithms, cost no
-    digits. The divisor is a constant to autograd.
-    """
-    exponents = torch.frexp(matrices.detach().abs().amax((1, 2)))[1].clamp(-1000, 1000).to(matrices.dtype)
-    return matrices * torch.exp2(-exponents)[:, None, None], exponents
-
-
-def doubled(chain: Chain) -> Tensor:
-    """The weights of a chain, cast to float64 before its factors are multiplied."""
-    if chain.vectors.dtype == torch.float64:
-        return cast(Tensor, chain())
-    return cast(Tensor, functional_call(chain, {name: w.double() for name, w in chain.named_parameters()}, ()))
-
-
-def factors_of(model: CP) -> list[Tensor]:
-    """Matrices ``(D_n, R)`` of a sum of rank-one tensors, in float64."""
-    found: dict[int, Tensor] = {}
-    kinds = list(zip(model.shape, model.depth, strict=True))
-    for kind, group in zip(dict.fromkeys(kinds), model.groups, strict=True):
-        modes: Iterable[int] = (mode for mode, other in enumerate(kinds) if other == kind)
-        found |= dict(zip(modes, doubled(cast(Chain, group)).unbind(), strict=True))
-    return [found[mode] for mode in range(model.order)]
-
-
-# what a decomposition rounds, times the condition: values below cannot be told from zero (ours)
-ROUNDING = 100 * torch.finfo(torch.float64).eps
-# binary logarithm of a norm up to which singular values, small ones too, are float64 numbers
-MOST_BITS = 865.0
-
-Found = tuple[Sequence[Node], Tensor, Tensor, Tensor]
+    nodes: Sequence[Node]
+    # descending (n, R), and the binary logarithms of their divisors (n,)
+    values: Tensor
+    logs: Tensor
+    # sums of absolute values (n,), divided likewise: over the largest singular value they are the condition
+    spread: Tensor
 
 
 @final
-class NodeValues:
-    """Collects what has the node's singular values, group by group, and gives them a common scale at the end.
-
-    Args:
-        form: The factored tensor.
-    """
+class GroupSpectra:
+    """Collects matrices that have the singular values of the nodes, group by group."""
 
     def __init__(self, form: FactoredTree) -> None:
         self._form = form
+        # the children of a binary root cut the modes in the same way: only the first is decomposed
         below = form.tree.children(form.tree.root)
-        # the children of a binary root cut the modes in the same way
         self._twins = below if len(below) == 2 else None
-        self._found: list[Found] = []
-        # logarithms of the numbers of rows, which may be too many for a float
+        self._found: list[ScaledSpectra] = []
+        # logarithms of the numbers of rows, which a float may not hold
         self._sizes: list[float] = []
         for group in form.groups:
-            sources = [group.sources] * len(group.sizes) if group.aligned else group.sources_of_child
-            below_sizes = [self._sizes[first] for first, *_ in sources]
-            self._sizes.append(math.log(group.size) if group.leaf else sum(below_sizes))
+            children = [self._sizes[first] for first, *_ in child_sources(group)]
+            self._sizes.append(math.log(group.size) if group.leaf else sum(children))
 
     def add(self, k: int, matrices: Tensor, logs: Tensor, spread: Tensor) -> None:
-        r"""The nodes of a group.
-
-        Args:
-            k: The group.
-            matrices: ``(n, rows, columns)`` with the singular values wanted.
-            logs: Binary logarithms ``(n,)`` of what they have been divided by.
-            spread: :math:`\sum_r \|s_r\| \|z_r\|` ``(n,)``, divided likewise.
-        """
+        """Add the nodes of group k: matrices ``(n, rows, columns)`` with their singular values, logs and spread."""
         nodes = self._form.groups[k].nodes
         if self._twins is not None and nodes[-1] == self._twins[1]:
-            # the last node of its group, as it is the last in a walk
+            # last in its group because last in a walk through the tree
             nodes = nodes[:-1]
-            if not nodes:
-                return
-        matrices = matrices[: len(nodes)]
-        values = singular_values(matrices)[:, : self._most(k)]
-        self._found.append((nodes, values, logs[: len(nodes)], spread[: len(nodes)]))
-        if self._twins is not None and k in self._form.groups[-1].sources and self._twins[0] in nodes:
-            place = nodes.index(self._twins[0])
-            one = slice(place, place + 1)
-            self._found.append((self._twins[1:], values[one], logs[one], spread[one]))
+        if nodes:
+            n = len(nodes)
+            # the shorter side of the matricisations: padding with zeros may have given more values
+            most = max(1, round(math.exp(min(self._sizes[k], self._sizes[-1] - self._sizes[k], 30.0))))
+            values = singular_values(matrices[:n])[:, :most]
+            self._found.append(ScaledSpectra(nodes, values, logs[:n], spread[:n]))
 
     def spectra(self, rounding: float) -> NodeSpectra:
-        """All nodes but the root, in the order of the tree.
-
-        Args:
-            rounding: Tolerance per unit of condition.
-        """
-        return assembled(self._found, self._form.tree.nodes[:-1], rounding)
-
-    def _most(self, k: int) -> int:
-        """Shorter side of the matricisations of a group: padding with zeros may have given more values."""
-        return max(1, round(math.exp(min(self._sizes[k], self._sizes[-1] - self._sizes[k], 30.0))))
+        """All nodes but the root, in the order of the tree; ``rounding`` is the tolerance per unit of condition."""
+        found = self._found
+        if self._twins is not None:
+            first, second = self._twins
+            nodes, *numbers = next(spectra for spectra in found if first in spectra.nodes)
+            place = slice(nodes.index(first), nodes.index(first) + 1)
+            found = [*found, ScaledSpectra((second,), *(number[place] for number in numbers))]
+        return assemble(found, self._form.tree.nodes[:-1], rounding)
 
 
-def singular_values(matrices: Tensor) -> Tensor:
-    """Descending ``(..., min(k, j))``; a wide matrix is transposed, for which some drivers take longer."""
-    values: Tensor = torch.linalg.svdvals(matrices.mT if matrices.shape[-2] < matrices.shape[-1] else matrices)
-    return values
-
-
-def assembled(found: Sequence[Found], order: Sequence[Node], rounding: float) -> NodeSpectra:
-    """Spectra on a common scale.
-
-    Args:
-        found: Nodes, singular values ``(n, R)``, the binary logarithms ``(n,)`` of what these have been divided by, and
-            the sums of absolute values ``(n,)``, divided likewise.
-        order: The nodes, in the order wanted.
-        rounding: Tolerance per unit of condition.
-    """
+def assemble(found: Sequence[ScaledSpectra], order: Sequence[Node], rounding: float = ROUNDING) -> NodeSpectra:
+    """Bring spectra to a common scale, in this order of nodes; ``rounding`` is the tolerance per unit of condition."""
     if not found:
         return NodeSpectra({}, {}, condition={})
     _, values, logs, _ = found[0]
@@ -298,25 +219,19 @@ def assembled(found: Sequence[Found], order: Sequence[Node], rounding: float) ->
     by_node: dict[Node, Tensor] = {}
     condition: dict[Node, float] = {}
     for nodes, values, logs, spread in found:
-        condition |= dict(zip(nodes, _conditions(spread, values[:, 0]), strict=True))
-        # zeros have no scale, though that of what they are the product of may be no float64 number
-        powers = torch.where(values[:, 0] > 0, logs - shift if far else logs, 0.0)[:, None]
-        # in two steps: a power of two may be no float64 number where its product with the values is one
+        largest, alive = values[:, 0], values[:, 0] > 0
+        # 1 if both are zero
+        ratio = torch.where(spread > 0, torch.inf, 1.0).where(~alive, spread / largest.where(alive, 1.0))
+        condition |= dict(zip(nodes, ratio.clamp_min(1.0).tolist(), strict=True))
+        # zeros have no scale, though a float64 may not hold that of their factors
+        powers = torch.where(alive, logs - shift if far else logs, 0.0)[:, None]
+        # in two steps: a float64 may hold the product but not the power of two alone
         half = (powers / 2).floor()
         values = (values / norm if far else values) * half.exp2() * (powers - half).exp2()
         by_node |= dict(zip(nodes, values.unbind(), strict=True))
-    tolerance = {node: min(1.0, rounding * condition[node]) for node in order}
     return NodeSpectra(
         {node: by_node[node] for node in order},
-        tolerance,
+        {node: min(1.0, rounding * condition[node]) for node in order},
         bits * math.log(2) if far else 0.0,
         {node: condition[node] for node in order},
     )
-
-
-def _conditions(spread: Tensor, largest: Tensor) -> list[float]:
-    """Sums of absolute values over largest singular values ``(n,)``; 1 where all is zero."""
-    ratio = spread / torch.where(largest > 0, largest, 1.0)
-    ratio = torch.where(largest > 0, ratio, torch.where(spread > 0, torch.inf, 1.0))
-    found: list[float] = ratio.clamp_min(1.0).tolist()
-    return found

@@ -1,26 +1,25 @@
-"""Gramians of a factored tensor, carried up and down its tree: matrix products only."""
+"""Gramians of a factored tensor, carried up and down its tree: matrix products only, with the graph of the weights."""
 
 from __future__ import annotations
 
-__all__ = ["GramSweep", "gram_ratios", "gram_spectra", "gram_sweep", "ratio"]
+__all__: list[str] = []
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.factored import FactoredTree, Inheritance, NodeValues, scaled
+from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheritance, Scaled, scaled
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors.mode_tree import Node
 
-# matrices or diagonals (n, ...), and the binary logarithms (n,) of what they have been divided by
-Scaled = tuple[Tensor, Tensor]
+# half of the digits: values below it, times the condition, are indistinguishable from zero (ours)
+GRAM_ROUNDING = 10 * torch.finfo(torch.float64).eps ** 0.5
 
-# half of the digits, times the condition: values below cannot be told from zero (ours)
-ROUNDING = 10 * torch.finfo(torch.float64).eps ** 0.5
+T = TypeVar("T")
 
 
 @final
@@ -36,46 +35,35 @@ class GramSweep:
     :math:`B_\nu = \Psi_\nu^\top \Psi_\nu`, so its squared singular values are the eigenvalues of
     :math:`G_\nu B_\nu` (ours; the reduced Gramians of "Hierarchical Singular Value Decomposition of Tensors",
     Grasedyck, 2010, for the diagonal transfer tensors of a hierarchical factorisation).
-
-    Args:
-        inside: G of every group but the root's ``(n, R_parent, R_parent)``, and its binary logarithms ``(n,)``.
-        outside: B of every group but the root's, alike.
-        below: Diagonals of A of every group with children ``(n, R)``, and their logarithms; None for leaves.
-        above: Diagonals of F, alike.
-        root: Squared norm of the tensor ``(1,)``, and its binary logarithm.
     """
 
+    # G and B of every group but the root's (n, R_parent, R_parent)
     inside: list[Scaled]
     outside: list[Scaled]
+    # diagonals of A and F of every group (n, R), None for leaves
     below: list[Scaled | None]
     above: list[Scaled | None]
+    # squared norm of the tensor (1,)
     root: Scaled
 
 
 def gram_sweep(form: FactoredTree) -> GramSweep:
-    """All Gramians, leaves to root and back. Keeps the graph of the weights.
-
-    Args:
-        form: Weights of the nodes, in float64.
-    """
+    """All Gramians, leaves to root and back."""
     groups, last = form.groups, len(form.groups) - 1
     # before they are squared
     weights, sizes = zip(*map(scaled, form.weights), strict=True)
-    grams: list[Tensor] = []
-    logs: list[Tensor] = []
+    grams: list[Scaled] = []
     below: list[Scaled | None] = []
     for group, weight, size in zip(groups, weights, sizes, strict=True):
         if group.leaf:
             gram, log = scaled(weight.mT @ weight)
-            log = log + 2 * size
             below.append(None)
         else:
-            inner, under = reduce(_times, zip(group.gather(grams), group.gather(logs), strict=True))
+            inner, under = reduce(_times, form.gather(group, grams))
             below.append((inner.diagonal(dim1=1, dim2=2), under))
             gram, more = scaled(weight.mT @ inner @ weight)
-            log = under + more + 2 * size
-        grams.append(gram)
-        logs.append(log)
+            log = under + more
+        grams.append((gram, log + 2 * size))
     outside: list[Scaled] = []
     above: list[Scaled | None] = []
     handed, handed_logs = Inheritance(groups), Inheritance(groups)
@@ -90,23 +78,22 @@ def gram_sweep(form: FactoredTree) -> GramSweep:
         log = log + 2 * sizes[k]
         log = log if k == last else log + outside[-1][1]
         above.append((front.diagonal(dim1=1, dim2=2), log))
-        children = list(zip(group.gather(grams), group.gather(logs), strict=True))
-        for child, (back, more) in enumerate(_without_one((front, log), children)):
+        for child, (back, more) in enumerate(all_but_one((front, log), form.gather(group, grams), _times)):
             handed.give(group, child, back)
             handed_logs.give(group, child, more[:, None, None])
-    inside = list(zip(grams[:last], logs[:last], strict=True))
-    return GramSweep(inside, outside[::-1], below, above[::-1], (grams[last].flatten(), logs[last]))
+    norm, log = grams[last]
+    return GramSweep(grams[:last], outside[::-1], below, above[::-1], (norm.flatten(), log))
 
 
-def _without_one(first: Scaled, factors: Sequence[Scaled]) -> Iterator[Scaled]:
-    """For every factor the product of ``first`` and all others: from both ends, never by division."""
-    suffixes = [factors[-1]]
+def all_but_one(first: T, factors: Sequence[T], times: Callable[[T, T], T]) -> Iterator[T]:
+    """For every factor, the product of ``first`` and all others: from both ends, never by division."""
+    suffixes = list(factors[-1:])
     for factor in reversed(factors[1:-1]):
-        suffixes.append(_times(factor, suffixes[-1]))
+        suffixes.append(times(factor, suffixes[-1]))
     prefix = first
     for factor in factors[:-1]:
-        yield _times(prefix, suffixes.pop())
-        prefix = _times(prefix, factor)
+        yield times(prefix, suffixes.pop())
+        prefix = times(prefix, factor)
     yield prefix
 
 
@@ -116,46 +103,39 @@ def _times(left: Scaled, right: Scaled) -> Scaled:
 
 
 def gram_spectra(form: FactoredTree) -> NodeSpectra:
-    r"""Singular values at all nodes by Gramians: half the digits, and eigenvalues in place of decompositions.
+    r"""Singular values at all nodes by Gramians: half the digits, and eigenvalues instead of QR decompositions.
 
     .. math:: \sigma(\nu) = \operatorname{svd}(X Y^\top), \qquad X^\top X = D^{-1} G_\nu D^{-1}, \quad
         Y^\top Y = D B_\nu D, \quad D_{rr} = (G_{rr} / B_{rr})^{1/4}
 
-    Of square roots, so that digits are lost only where one side carries the small values alone, and with equal
+    by square roots, so that digits are lost only if one side carries the small values alone, and with equal
     diagonals, so that the lengths of the columns do not matter (ours). Values below about
     :math:`\sqrt{2^{-52}}\, \kappa_\nu \sigma_1` are not to be trusted.
-
-    Args:
-        form: Weights of the nodes, in float64.
     """
-    sweep, values = gram_sweep(form), NodeValues(form)
+    sweep, spectra = gram_sweep(form), GroupSpectra(form)
     for k, ((gram, log), (back, more)) in enumerate(zip(sweep.inside, sweep.outside, strict=True)):
         inner, outer = gram.diagonal(dim1=1, dim2=2), back.diagonal(dim1=1, dim2=2)
-        # a column that is zero on either side counts for nothing on the other
+        # a column that is zero on one side contributes nothing on the other
         alive = (inner > 0) & (outer > 0)
-        # of roots: the quotient of a large and a tiny number may be no float64 number
+        # by roots: a float64 may not hold the quotient of a large and a tiny number
         ratio = torch.where(alive, inner.sqrt() / torch.where(alive, outer, 1.0).sqrt(), 1.0)
         factors = torch.where(alive, ratio.sqrt(), 0.0)
         inverse = torch.where(alive, 1 / ratio.sqrt(), 0.0)
         left = _root(inverse[:, :, None] * gram * inverse[:, None, :])
         right = _root(factors[:, :, None] * back * factors[:, None, :])
-        values.add(k, left @ right.mT, 0.5 * (log + more), (inner.sqrt() * outer.sqrt()).sum(1))
-    return values.spectra(ROUNDING)
+        spectra.add(k, left @ right.mT, 0.5 * (log + more), (inner.sqrt() * outer.sqrt()).sum(1))
+    return spectra.spectra(GRAM_ROUNDING)
 
 
 def gram_ratios(form: FactoredTree) -> dict[Node, Tensor]:
-    r"""Participation ratios :math:`\operatorname{tr}(G_\nu B_\nu)^2 / \operatorname{tr}((G_\nu B_\nu)^2)` at all nodes.
-
-    Args:
-        form: Weights of the nodes, in float64; the graph of these is kept.
-    """
+    r"""Participation ratios :math:`\operatorname{tr}(G_\nu B_\nu)^2 / \operatorname{tr}((G_\nu B_\nu)^2)`."""
     sweep, found = gram_sweep(form), dict[Node, Tensor]()
     for group, (gram, _), (back, _) in zip(form.groups[:-1], sweep.inside, sweep.outside, strict=True):
-        found |= dict(zip(group.nodes, ratio(gram @ back).unbind(), strict=True))
+        found |= dict(zip(group.nodes, trace_ratio(gram @ back).unbind(), strict=True))
     return {node: found[node] for node in form.tree.nodes[:-1]}
 
 
-def ratio(products: Tensor) -> Tensor:
+def trace_ratio(products: Tensor) -> Tensor:
     """Squared trace over trace of the square ``(n,)`` of matrices ``(n, R, R)``; 0 for zeros."""
     products, _ = scaled(products)
     squares = (products * products.mT).sum((1, 2))

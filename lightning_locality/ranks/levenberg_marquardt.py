@@ -1,8 +1,8 @@
-"""Least-squares fits of a sum of rank-one tensors, from several starts at once."""
+"""Least-squares fits of a sum of rank-one tensors, from several starts in parallel."""
 
 from __future__ import annotations
 
-__all__ = ["CPFit", "fit_cp"]
+__all__: list[str] = []
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -11,18 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# a fit is given up when in so many steps no start has come closer by so much
+# a fit is abandoned if within PATIENCE steps no start has reduced its error to PROGRESS times the error before
 PATIENCE, PROGRESS = 25, 0.97
 
 
 class CPFit(NamedTuple):
-    """The closest of several fits.
-
-    Args:
-        factors: For every mode ``(D_n, R)``; the tensor is the sum over r of the outer products of their columns.
-        error: Distance from the tensor, relative to its norm.
-        steps: Steps taken.
-    """
+    """The closest of several fits: factors ``(D_n, R)``, distance relative to the tensor's norm, and steps taken."""
 
     factors: tuple[Tensor, ...]
     error: float
@@ -37,34 +31,16 @@ def fit_cp(
     max_steps: int = 500,
     generator: torch.Generator | None = None,
 ) -> CPFit:
-    r"""Fit a sum of rank-one tensors by Levenberg and Marquardt's method, until one of the starts is close enough.
+    r"""Fit a sum of rank-one tensors by Levenberg-Marquardt, until one of the starts is close enough.
 
     .. math:: \min_{A_1, \dots, A_N} \Bigl\lVert \mathcal{T} - \sum_{r=1}^R A_{1,:r} \otimes \dots \otimes A_{N,:r}
         \Bigr\rVert, \qquad \text{step} = (J^\top J + \lambda)^{-1} J^\top (\text{residual})
 
-    :math:`J^\top J` is put together from the Gram matrices of the factors; the Jacobian is never formed. The damping
+    :math:`J^\top J` is assembled from the Gram matrices of the factors; the Jacobian is never formed. The damping
     follows the ratio of gain and prediction: "Methods for non-linear least squares problems" (Madsen, Nielsen,
     Tingleff, 2004). With :math:`P = R \sum_n D_n`, a step takes :math:`P^3 / 3` operations and :math:`16 P^2` bytes
-    for every start.
-
-    Args:
-        tensor: Of order 2 or more, any floating type, not zero; the fit is in float64 on its device.
-        rank: R.
-        rtol: Relative distance that is close enough.
-        starts: How many fits run side by side, from normal factors.
-        max_steps: Most steps; fewer are taken once no start moves on.
-        generator: On the CPU; None is seed 0.
-
-    Returns:
-        The closest fit, whether close enough or not.
-
-    Raises:
-        ValueError: A tensor of order 1, or ``starts`` or ``max_steps`` below 1.
-
-    Example:
-        >>> a, b, c = torch.eye(3)[:, :2], torch.ones(4, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> fit_cp(torch.einsum("ir,jr,kr->ijk", a, b, c), rank=2).error < 1e-6
-        True
+    per start. Everything is in float64 on the tensor's device, but the starts are sampled by a generator on the CPU
+    (None: seed 0). Steps end early once no start improves; the closest fit is returned, close enough or not.
     """
     if tensor.ndim < 2:
         raise ValueError(f"tensor must be of order 2 or more, got shape {tuple(tensor.shape)}")
@@ -87,14 +63,13 @@ def fit_cp(
         step += 1
         hessian, descent = _normal_equations(factors, residual)
         diagonal = hessian.diagonal(dim1=1, dim2=2)
-        # the scale of a component is spread over the modes in many ways: without damping the matrix is singular
+        # a component's scale can be split among the modes arbitrarily: without damping the matrix is singular
         damping = damping.maximum(1e-15 * diagonal.amax(1))
         diagonal += damping[:, None]
         triangle, failed = torch.linalg.cholesky_ex(hessian)
         move = torch.cholesky_solve(descent[..., None], triangle)[..., 0]
         moved = [
-            factor + part.reshape(factor.shape)
-            for factor, part in zip(factors, (move[:, part] for part in _parts(factors)), strict=True)
+            factor + move[:, part].reshape(factor.shape) for factor, part in zip(factors, _parts(factors), strict=True)
         ]
         new_residual = target - _sum(moved)
         new_error = new_residual.flatten(1).norm(dim=1)
@@ -113,19 +88,18 @@ def fit_cp(
 
 
 def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -> list[Tensor]:
-    """Normal vectors, scaled so that the sum has about the target's norm, 1."""
+    """Normal vectors, scaled so that the norm of the sum is about that of the target, 1."""
     factors = []
     for size in target.shape:
-        drawn = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
-        drawn = drawn.to(target.device)
-        factors.append(drawn / (size**0.5 * rank ** (0.5 / target.ndim)))
+        normal = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
+        factors.append(normal.to(target.device) / (size**0.5 * rank ** (0.5 / target.ndim)))
     return factors
 
 
 def _sum(factors: Sequence[Tensor]) -> Tensor:
-    """(S, D_1, ..., D_N)."""
+    """The sums of rank-one tensors (S, D_1, ..., D_N)."""
     starts, rank = len(factors[0]), factors[0].shape[2]
-    # all but the last mode row by row, then one matrix product
+    # Khatri-Rao product of all modes but the last, then one matrix product
     rows = factors[0]
     for factor in factors[1:-1]:
         rows = (rows[:, :, None] * factor[:, None]).reshape(starts, -1, rank)
@@ -134,8 +108,7 @@ def _sum(factors: Sequence[Tensor]) -> Tensor:
 
 def _normal_equations(factors: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
     """J^T J (S, P, P) and J^T residual (S, P), J the derivative of the sum; parameters by mode, row and component."""
-    order = len(factors)
-    starts, rank = len(residual), factors[0].shape[2]
+    order, starts, rank = len(factors), len(residual), factors[0].shape[2]
     parts = _parts(factors)
     grams = [factor.mT @ factor for factor in factors]
     hessian = residual.new_empty(starts, parts[-1].stop, parts[-1].stop)
@@ -161,15 +134,15 @@ def _normal_equations(factors: Sequence[Tensor], residual: Tensor) -> tuple[Tens
 
 
 def _parts(factors: Sequence[Tensor]) -> list[slice]:
-    """Where the parameters of every factor are among all."""
+    """Positions of every factor's parameters among all."""
     return [slice(*ends) for ends in pairwise(accumulate((factor[0].numel() for factor in factors), initial=0))]
 
 
 def _contracted(tensors: Tensor, factors: Sequence[Tensor], kept: int) -> Tensor:
-    """Every tensor (S, D_1, ..., D_N) with the columns of all factors but one: (S, D_kept, R)."""
+    """Contract every tensor (S, D_1, ..., D_N) with the columns of all factors but one: (S, D_kept, R)."""
     starts, rank = len(tensors), factors[0].shape[2]
     last = next(n for n in reversed(range(len(factors))) if n != kept)
-    # the first one by a matrix product, which takes most of the time, the others column by column
+    # the first by a matrix product, as it takes most of the time, the others column by column
     partial = tensors.movedim(last + 1, -1) @ factors[last].reshape(
         starts, *[1] * (len(factors) - 2), *factors[last].shape[1:]
     )

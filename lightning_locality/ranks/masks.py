@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["blocks", "checked_mask", "checkerboard", "halves", "quad_tree", "standard_cuts"]
+__all__ = ["blocks", "checkerboard", "halves", "quad_tree", "standard_cuts"]
 
 import torch
 from torch import Tensor
 
 
 def halves(height: int, width: int, axis: int = 1) -> Tensor:
-    """The first half of an image; of an odd number of rows or columns the smaller one.
+    """The first half of an image; for an odd number of rows or columns the smaller one.
 
     Args:
         height: In pixels.
@@ -20,7 +20,7 @@ def halves(height: int, width: int, axis: int = 1) -> Tensor:
         ``(H, W)``, True in block I.
 
     Raises:
-        ValueError: Another axis, or one along which there is one pixel only.
+        ValueError: Another axis, or one along which there is only one pixel.
 
     Example:
         >>> halves(2, 4).int().tolist()
@@ -67,8 +67,8 @@ def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
     Args:
         height: In pixels.
         width: In pixels.
-        rows: Of rectangles.
-        columns: Of rectangles.
+        rows: Number of rows of rectangles.
+        columns: Number of columns of rectangles.
 
     Returns:
         ``(P, H, W)`` with P = rows x columns; every pixel is True in one of them.
@@ -89,7 +89,7 @@ def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
 
 
 def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
-    """The parts of an image cut into quarters again and again, each against the rest of the image.
+    """The parts of an image repeatedly cut into quarters, each against the rest of the image.
 
     Args:
         height: In pixels.
@@ -130,7 +130,7 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
     Returns:
         Name -> ``(H, W)``: ``"left"`` against right and ``"top"`` against bottom, ``"quadrants"`` (the diagonal ones
         against the others), and ``"checkerboard N"``, N pixels wide: powers of two up to a quarter of the longer side
-        and up to the shorter side. Those that the image has too few pixels for are left out.
+        and up to the shorter side. Those for which the image has too few pixels are left out.
 
     Raises:
         ValueError: An image of one pixel.
@@ -152,7 +152,7 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
     size = 1 << (max(1, min(max(height, width) // 4, min(height, width))).bit_length() - 1)
     while size:
         board = checkerboard(height, width, size)
-        # a row of two pixels is one and the same in all of them
+        # all of these cut a row of two pixels alike
         if not any(torch.equal(board, cut) or torch.equal(board, ~cut) for cut in cuts.values()):
             cuts[f"checkerboard {size}"] = board
         size //= 2
@@ -160,19 +160,7 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
 
 
 def checked_mask(mask: Tensor, images: Tensor, name: str = "mask") -> Tensor:
-    """The mask, after a look at its type, its shape and what it leaves.
-
-    Args:
-        mask: ``(H, W)``, True in block I.
-        images: ``(B, C, H, W)``.
-        name: Of the argument, for the message.
-
-    Returns:
-        ``(H, W)`` on the images' device.
-
-    Raises:
-        ValueError: Images of another shape, another type or shape of mask, or one that covers all or nothing.
-    """
+    """Return a mask ``(H, W)`` on the device of images ``(B, C, H, W)``, or raise a ValueError if they do not fit."""
     if images.ndim != 4:
         raise ValueError(
             f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {tuple(images.shape)}"

@@ -1,47 +1,36 @@
-"""What a tensor or a factorisation is at the nodes of a tree: spectra and participation ratios."""
+"""Spectra and participation ratios of a tensor or a factorisation at the nodes of a tree."""
 
 from __future__ import annotations
 
 __all__ = ["node_spectra", "participation_ratios"]
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.factored import (
-    ROUNDING,
-    Found,
-    assembled,
-    check_finite,
-    factored,
-    factors_of,
-    scaled,
-    singular_values,
-)
-from lightning_locality.ranks.gram import gram_ratios, gram_spectra, ratio
-from lightning_locality.ranks.qr import fold, reduced, triangle_spectra
+from lightning_locality.ranks import trains
+from lightning_locality.ranks.dense import dense_spectra, mode_groups
+from lightning_locality.ranks.factored import FactoredTree, check_finite, factored
+from lightning_locality.ranks.gram import gram_ratios, gram_spectra
+from lightning_locality.ranks.qr import qr_spectra
 from lightning_locality.ranks.spectra import NodeSpectra
-from lightning_locality.ranks.trains import (
-    matrix_ratio,
-    matrix_spectra,
-    train_ratios,
-    train_spectra,
-    tucker_ratios,
-    tucker_spectra,
+from lightning_locality.tensors import (
+    CP,
+    DeepMatrix,
+    Factorization,
+    HierarchicalTensorFactorization,
+    ModeTree,
+    Node,
+    TensorTrain,
+    Tucker,
 )
-from lightning_locality.tensors.cp import CP
-from lightning_locality.tensors.deep_matrix import DeepMatrix
-from lightning_locality.tensors.factorization import Factorization
-from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
-from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
-from lightning_locality.tensors.tensor_train import TensorTrain
-from lightning_locality.tensors.tucker import Tucker
+from lightning_locality.tensors.mode_tree import node_name
 
 Method = Literal["qr", "gram"]
 Tree = ModeTree | Iterable[Node]
+V = TypeVar("V")
 
 
 @torch.no_grad()
@@ -52,23 +41,23 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
         \in \mathbb{R}^{\prod_{n \in \nu} D_n \times \prod_{n \notin \nu} D_n}
 
     The ranks of these matrices are the hierarchical tensor rank of "Implicit Regularization in Hierarchical Tensor
-    Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022). Of a factorisation they are
+    Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022). Those of a factorisation are
     computed exactly and without the tensor, at a cost linear in the order; in float64 on the weights' device,
-    whatever their type. Values below a node's tolerance cannot be told from rounding: 100 times that of float64,
-    times the condition of the factored form there (ours); of a tensor, as :func:`dense_spectra` says. Values that
-    the widths of the factorisation make zero may be left out, of one method and not of the other.
+    whatever their type. Values below a node's tolerance are indistinguishable from rounding: 100 times that of
+    float64, times the condition of the factored form there (ours); for a tensor, see :func:`dense_spectra`. Values
+    that the widths of the factorisation make zero may be left out by one method and not by the other.
 
     Args:
         subject: A factorisation, or a tensor.
-        tree: A tree, or groups of modes counted from 0. None for a hierarchical factorisation's own tree, which
-            admits no other nodes; for a tensor train's groups of first modes and single modes (it admits groups of
-            neighbouring modes); and otherwise for a perfect binary tree. A tensor needs one.
+        tree: A tree, or groups of modes counted from 0. None: for a hierarchical factorisation its own tree, whose
+            nodes are the only ones allowed; for a tensor train the groups of first modes and the single modes (only
+            groups of neighbouring modes are allowed); otherwise a perfect binary tree. Required for a tensor.
         method: ``"qr"``: by triangular factors, to full precision. ``"gram"``: by Gramians, to half the digits;
             hierarchical factorisations and CP over a tree only.
 
     Raises:
-        ValueError: A tree of another order or with nodes the factorisation cannot give, weights or entries that are
-            not finite, or a method that does not fit.
+        ValueError: If the tree has another order or nodes that the factorisation does not give, if weights or entries
+            are not finite, or if the method does not fit.
 
     Example:
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4096), shape=2, widths=3, init_scale=1.0)
@@ -79,33 +68,27 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
     if method not in ("qr", "gram"):
         raise ValueError(f"method must be 'qr' or 'gram', got {method!r}")
     if isinstance(subject, Tensor):
-        _qr_only(method, "a tensor")
+        if method != "qr":
+            raise _no_gramians("a tensor")
         if tree is None:
             raise ValueError("tree must be given for a tensor: ModeTree.perfect(tensor.ndim), or groups of modes")
-        return dense_spectra(subject, tree)
+        return dense_spectra(subject, mode_groups(tree, subject.ndim, "tree", "tensor"))
     check_finite(subject)
-    match subject:
-        case HierarchicalTensorFactorization():
-            form = factored(subject)
-            spectra = triangle_spectra(form) if method == "qr" else gram_spectra(form)
-            return spectra if tree is None or tree == subject.tree else _only(spectra, _own_nodes(subject, tree))
-        case CP():
-            if tree is not None and not isinstance(tree, ModeTree):
-                _qr_only(method, "groups of modes without a tree")
-                return _cp_spectra(subject, _nodes(subject, tree))
-            tree = ModeTree.perfect(subject.order) if tree is None else tree
-            _nodes(subject, tree)
-            form = factored(subject, tree)
-            return triangle_spectra(form) if method == "qr" else gram_spectra(form)
-    _qr_only(method, type(subject).__name__)
     nodes = _nodes(subject, tree)
+    if (form := _tree_form(subject, tree)) is not None:
+        spectra = qr_spectra(form) if method == "qr" else gram_spectra(form)
+        return spectra if nodes == form.tree.nodes[:-1] else _select(spectra, nodes)
+    if method != "qr":
+        raise _no_gramians("groups of modes without a tree" if isinstance(subject, CP) else type(subject).__name__)
     match subject:
+        case CP():
+            return trains.cp_spectra(subject, nodes)
         case TensorTrain():
-            return train_spectra(subject, nodes)
+            return trains.train_spectra(subject, nodes)
         case Tucker():
-            return tucker_spectra(subject, nodes)
+            return trains.tucker_spectra(subject, nodes)
         case DeepMatrix():
-            return matrix_spectra(subject, nodes)
+            return trains.matrix_spectra(subject, nodes)
     raise _unknown(subject)
 
 
@@ -117,7 +100,7 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
 
     with the Gramians of the two sides of the matricisation (ours). In float64, with the graph of the weights, so that
     for example ``torch.stack(list(participation_ratios(model).values())).log().sum()`` is a penalty on the
-    hierarchical rank. Where the tensor is zero the ratio and its gradient are 0, and the logarithm is not finite.
+    hierarchical rank. For a tensor of zeros the ratio and its gradient are 0, and the logarithm is not finite.
     Components that cancel cost digits: the relative error is below a small multiple of :math:`2^{-52} \kappa_\nu^4`
     with the condition that :func:`node_spectra` gives.
 
@@ -139,100 +122,65 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
         (True, True)
     """
     check_finite(model)
+    nodes = _nodes(model, tree)
+    if (form := _tree_form(model, tree)) is not None:
+        ratios = gram_ratios(form)
+        return {node: ratios[tuple(sorted(node))] for node in nodes}
     match model:
-        case HierarchicalTensorFactorization():
-            ratios = gram_ratios(factored(model))
-            nodes = model.tree.nodes[:-1] if tree is None or tree == model.tree else _own_nodes(model, tree)
-            return {node: ratios[tuple(sorted(node))] for node in nodes}
         case CP():
-            nodes = _nodes(model, tree)
-            if tree is None or isinstance(tree, ModeTree):
-                tree = ModeTree.perfect(model.order) if tree is None else tree
-                return gram_ratios(factored(model, tree))
-            return _cp_ratios(model, nodes)
+            return trains.cp_ratios(model, nodes)
         case TensorTrain():
-            return train_ratios(model, _nodes(model, tree))
+            return trains.train_ratios(model, nodes)
         case Tucker():
-            return tucker_ratios(model, _nodes(model, tree))
+            return trains.tucker_ratios(model, nodes)
         case DeepMatrix():
-            return dict.fromkeys(_nodes(model, tree), matrix_ratio(model))
+            return dict.fromkeys(nodes, trains.matrix_ratio(model))
     raise _unknown(model)
 
 
-def _cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
-    """At any groups of modes: triangular factors of the two Khatri-Rao products."""
-    parts = [scaled(reduced(factor[None])) for factor in factors_of(model)]
-    found: list[Found] = []
-    for node in nodes:
-        (left, log), (right, more) = (fold([parts[mode] for mode in modes]) for modes in _sides(node, model.order))
-        spread = (left.norm(dim=1) * right.norm(dim=1)).sum(1)
-        found.append(((node,), singular_values(left @ right.mT), log + more, spread))
-    return assembled(found, nodes, ROUNDING)
-
-
-def _cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    factors = [scaled(factor[None])[0] for factor in factors_of(model)]
-    grams = [factor.mT @ factor for factor in factors]
-    found = {}
-    for node in nodes:
-        sides = []
-        for modes in _sides(node, model.order):
-            gram = scaled(grams[modes[0]])[0]
-            for mode in modes[1:]:
-                gram = scaled(gram * grams[mode])[0]
-            sides.append(gram)
-        found[node] = ratio(sides[0] @ sides[1])[0]
-    return found
-
-
-def _sides(node: Node, order: int) -> tuple[Sequence[int], Sequence[int]]:
-    return node, [mode for mode in range(order) if mode not in set(node)]
-
-
 def _nodes(model: Factorization, tree: Tree | None) -> tuple[Node, ...]:
-    """Groups of some, not all, of the modes."""
-    if tree is None:
-        chain = isinstance(model, TensorTrain)
-        order = model.order
-        tree = ModeTree([range(k) for k in range(2, order + 1)]) if chain else ModeTree.perfect(order)
-    if isinstance(tree, ModeTree):
-        if tree.order != model.order:
-            raise ValueError(f"tree has order {tree.order} and the factorisation order {model.order}")
-        return tree.nodes[:-1]
-    nodes = tuple(tuple(node) for node in tree)
-    for node in nodes:
-        if not 0 < len(set(node)) == len(node) < model.order or not set(node) <= set(range(model.order)):
-            raise ValueError(
-                f"tree must hold groups of some, not all, of the modes 0 to {model.order - 1}, each once, got {node}"
-            )
+    """The groups of modes to measure, checked."""
+    nodes = mode_groups(_default_tree(model) if tree is None else tree, model.order, "tree", "factorisation")
+    if isinstance(model, HierarchicalTensorFactorization) and tree is not None and tree != model.tree:
+        for node in nodes:
+            if tuple(sorted(node)) not in model.tree:
+                raise ValueError(
+                    f"tree has the node {node_name(node)}, which is not in the factorisation's own tree: leave tree "
+                    "out, or pass model.to_tensor()"
+                )
     return nodes
 
 
-def _own_nodes(model: HierarchicalTensorFactorization, tree: Tree) -> tuple[Node, ...]:
-    nodes = _nodes(model, tree)
-    for node in nodes:
-        if tuple(sorted(node)) not in model.tree:
-            raise ValueError(
-                f"tree has the node {node_name(node)}, which is not in the factorisation's own tree: leave tree out, "
-                "or pass model.to_tensor()"
-            )
-    return nodes
+def _default_tree(model: Factorization) -> ModeTree:
+    match model:
+        case HierarchicalTensorFactorization():
+            return model.tree
+        case TensorTrain():
+            return ModeTree([range(k) for k in range(2, model.order + 1)])
+    return ModeTree.perfect(model.order)
 
 
-def _only(spectra: NodeSpectra, nodes: Sequence[Node]) -> NodeSpectra:
-    own = {node: tuple(sorted(node)) for node in nodes}
-    condition = spectra.condition or {}
-    return NodeSpectra(
-        {node: spectra[found] for node, found in own.items()},
-        {node: spectra.tolerance[found] for node, found in own.items()},
-        spectra.log_scale,
-        {node: condition[found] for node, found in own.items()},
-    )
+def _tree_form(model: Factorization, tree: Tree | None) -> FactoredTree | None:
+    """The form of a tree that a hierarchical factorisation, or CP over a tree, has; None for any other."""
+    match model:
+        case HierarchicalTensorFactorization():
+            return factored(model)
+        case CP() if tree is None or isinstance(tree, ModeTree):
+            return factored(model, _default_tree(model) if tree is None else tree)
+    return None
 
 
-def _qr_only(method: Method, what: str) -> None:
-    if method != "qr":
-        raise ValueError(f"method='gram' is there for hierarchical factorisations and CP over a tree, not {what}")
+def _select(spectra: NodeSpectra, nodes: Sequence[Node]) -> NodeSpectra:
+    """The spectra at some nodes, whose modes may be in any order."""
+
+    def of(values: Mapping[Node, V]) -> dict[Node, V]:
+        return {node: values[tuple(sorted(node))] for node in nodes}
+
+    return NodeSpectra(of(spectra), of(spectra.tolerance), spectra.log_scale, of(spectra.condition or {}))
+
+
+def _no_gramians(subject: str) -> ValueError:
+    return ValueError(f"method='gram' works for hierarchical factorisations and CP over a tree, not for {subject}")
 
 
 def _unknown(model: Factorization) -> ValueError:

@@ -1,4 +1,4 @@
-"""Over what distance a network makes parts of an image interact.
+"""Distance over which a network makes parts of an image interact.
 
 Legend: n samples, m patches, P pairs of patches, C channels, K outputs; x^A is x with patch A taken from its donor x'.
 """
@@ -8,19 +8,20 @@ from __future__ import annotations
 __all__ = ["interaction_profile"]
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.composites import Composites, Network, composite, composites
 from lightning_locality.ranks.evaluation import Evaluation, scores
-from lightning_locality.ranks.patch_pairs import InteractionProfile, PairSamples, PatchGrid
+from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
+from lightning_locality.ranks.splice import Network, SplicedNetwork, splice, spliced
 
-_SAMPLES = 64  # taken of the images where no number is given
-_ROUNDING = 20  # units in the last place that a network's output may be off (ours)
-_KEPT = 2**24  # float64 numbers kept from samples that are measured together, per GiB of memory: 128 MiB
+_SAMPLES = 64  # default number of samples, if there are as many images
+_ROUNDING = 20  # units in the last place by which a network's output may be off (ours)
+_KEPT = 2**24  # float64 numbers kept from samples that are measured together: 128 MiB
 
 
 def interaction_profile(
@@ -35,7 +36,7 @@ def interaction_profile(
     bootstraps: int = 1000,
     evaluation: Evaluation | None = None,
 ) -> InteractionProfile:
-    r"""Interaction of image patches, as the function that a network computes has it, against their distance.
+    r"""Interaction of image patches in the function that a network computes, against their distance.
 
     .. math:: Y_{AB} = \tfrac{1}{4} \mathbb{E} \bigl( f(x) - f(x^A) - f(x^B) + f(x^{AB}) \bigr)^2, \qquad
         \tau_A = \tfrac{1}{2} \mathbb{E} \bigl( f(x) - f(x^A) \bigr)^2, \qquad
@@ -49,17 +50,17 @@ def interaction_profile(
     .. math:: L_{AB} = \tfrac{1}{4} \mathbb{E} \langle \nabla_A f(x) - \nabla_A f(x^B), x'_A - x_A \rangle^2,
         \qquad (L_{AB} + L_{BA}) / 2
 
-    for Y: equal to it for a network that is affine in every patch, and n (1 + m) forwards and backwards for all
-    pairs, where "exact" takes n (1 + m + P) forwards. Of a classifier that is sure of itself the gradient says little
-    about what replacing a patch does: there the linear strength is that of steep places, and "exact", with pairs
-    drawn where there are many, is what to trust. Beside it "linear" gives the change of direction of the input
-    gradient, :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term works on
+    for Y: equal to it for a network that is affine in every patch, and n (1 + m) forward and backward passes for all
+    pairs, while "exact" takes n (1 + m + P) forward passes. The gradient of a saturated classifier says little about
+    the effect of replacing a patch: there the linear strength is that of steep places, and "exact" is to be trusted,
+    with a sample of the pairs if they are many. "linear" also gives the change of direction of the input gradient,
+    :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term acts on
     ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
     Maman, Cohen, 2022). It is not a measure of interaction: it does not see products of a function of A and one of B.
 
-    Of several outputs the mean is taken; "linear" draws for every sample a direction of its own, uniform on the unit
-    sphere (unbiased for the mean). Interactions and effects that are within the rounding of the network's type are set
-    to zero (ours), and where an effect is zero so is I. The model is left as it was found.
+    For several outputs the mean is taken; "linear" samples a direction for every sample, uniform on the unit sphere
+    (unbiased for the mean). Interactions and effects within the rounding of the network's type are set to zero (ours),
+    and if an effect is zero so is I. The model is left unchanged.
 
     Args:
         model: Module, measured in eval mode, or function of networks in eval mode; differentiable by the images for
@@ -67,13 +68,14 @@ def interaction_profile(
         images: ``(N, C, H, W)``, on any device.
         patch: Side of the patches, in pixels, that divides H and W. None: of the sides that give 2 to 64 patches the
             one nearest to a seventh of the shorter side.
-        samples: How many of the images are taken, 2 to N. None: all, but at most 64. Every one has a donor, another
-            image; where N is at least twice as large the donors are none of the samples.
+        samples: How many of the images are taken, 2 to N. None: all, but at most 64. Each has a donor, another image;
+            if N is at least twice as large, no donor is a sample.
         method: "linear", or "exact" for networks that cannot be differentiated by their input.
-        pairs_per_distance: With "exact", so many pairs at a distance are drawn and stand for the others; None: all.
-        seed: Of the samples, donors, directions, drawn pairs and bands.
+        pairs_per_distance: With "exact", the number of pairs that are sampled at every distance to stand for the
+            others; None: all.
+        seed: Of the samples, donors, directions, sampled pairs and bands.
         bootstraps: Resamples of the samples for the 95 % bands; 0 for none.
-        evaluation: How the network is evaluated: chunks, memory, type of numbers, processes, progress.
+        evaluation: How the network is evaluated: chunks, type of numbers, progress; None: the default.
 
     Raises:
         ValueError: Images, patch, samples or outputs that do not fit; a network without a gradient by its input.
@@ -102,36 +104,37 @@ def interaction_profile(
             f"samples must be 2 to the number of images, got {samples} of {len(images)}: give more images or fewer "
             "samples"
         )
-    grid = PatchGrid.of(images.shape[2], images.shape[3], patch)
+    grid = PatchGrid(images.shape[2], images.shape[3], patch)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    # one circle, where donors stand before their samples: disjoint where there are images enough
+    # on a circle, donors precede their samples: the two are disjoint if there are enough images
     donors = order.roll(samples % len(images) or 1)[:samples]
     used = images[torch.cat([order[:samples], donors]).to(images.device)]
-    evaluation = Evaluation() if evaluation is None else evaluation
-    with composites(model, used, grid.labels(), evaluation) as mixed:
-        measurement = _Measurement(mixed, grid, evaluation, generator)
+    with spliced(model, used, grid.labels(), evaluation) as network:
+        measurement = _Measurement(network, grid, generator)
         found = measurement.linear() if method == "linear" else measurement.exact(pairs_per_distance)
     return found.profile(method, bootstraps, seed)
 
 
 @final
 class _Measurement:
-    """A network on samples, whose donors follow them, with patches replaced."""
+    """A network on samples, followed by their donors, with patches replaced."""
 
-    def __init__(self, mixed: Composites, grid: PatchGrid, evaluation: Evaluation, generator: torch.Generator) -> None:
-        self.network, self.images, self.device, self.labels = mixed.network, mixed.images, mixed.device, mixed.labels
-        self.grid, self.evaluation, self.generator = grid, evaluation, generator
-        self.samples, self.rounding = len(mixed.images) // 2, (_ROUNDING * mixed.eps) ** 2
+    def __init__(self, source: SplicedNetwork, grid: PatchGrid, generator: torch.Generator) -> None:
+        self.network, self.images, self.labels = source.network, source.images, source.labels
+        self.grid, self.evaluation, self.generator = grid, source.evaluation, generator
+        self.device, self.pixels = source.device, self.images[0].numel()
+        self.samples, self.rounding = len(self.images) // 2, (_ROUNDING * source.eps) ** 2
         self.outputs = self._outputs(self.images[:1]).shape[1]
         directions = torch.randn(self.samples, self.outputs, generator=generator, dtype=torch.float64)
         self.directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.device)
         self.done = self.total = 0
 
-    def linear(self) -> PairSamples:
-        """From gradients by the images with nothing and with one patch replaced."""
-        patches, pixels = len(self.grid), self.images[0].numel()
-        first, second = self.grid.pairs().to(self.device)
+    def linear(self) -> PairwiseInteractions:
+        """Measure with gradients by the images, with nothing and with one patch replaced."""
+        patches, pixels = len(self.grid), self.pixels
+        pairs = self.grid.pairs().to(self.device)
+        first, second = pairs
         interaction, effect, change, size, squares = [], [], [], [], []
         self.total = self.samples * (1 + patches)
         for group in self._groups(pixels + patches * (2 * patches + self.outputs)):
@@ -146,25 +149,20 @@ class _Measurement:
             effect.append((outputs - base[:, None, pixels:]).square().mean(2) / 2)
             squares.append(base[:, pixels:].square().mean(1))
             size.append(self.grid.sums((gradient * self._step(group)).abs()).square())
-        scale = torch.cat(size).mean(0)
+        scale, level = torch.cat(size).mean(0), self.rounding * float(torch.cat(squares).mean())
         noise = self.rounding * (scale[first] + scale[second])
-        return PairSamples(
-            self.grid,
-            torch.stack([first, second]),
-            torch.cat(interaction),
-            torch.cat(effect),
-            torch.cat(change),
-            noise,
-            self.rounding * float(torch.cat(squares).mean()),
+        return PairwiseInteractions(
+            self.grid, pairs, torch.cat(interaction), torch.cat(effect), torch.cat(change), noise, level
         )
 
-    def exact(self, pairs_per_distance: int | None) -> PairSamples:
-        """From outputs for the images with nothing, one patch and two patches replaced."""
-        patches, pairs = len(self.grid), self._drawn_pairs(pairs_per_distance)
+    def exact(self, pairs_per_distance: int | None) -> PairwiseInteractions:
+        """Measure with outputs for the images with nothing, one patch and two patches replaced."""
+        patches, pairs = len(self.grid), self._sample_pairs(pairs_per_distance)
         sets = torch.zeros(1 + patches + pairs.shape[1], patches, dtype=torch.bool)
         sets[1 : 1 + patches] = torch.eye(patches, dtype=torch.bool)
         sets[1 + patches :].scatter_(1, pairs.T, True)
-        sets, (first, second) = sets.to(self.device), pairs.to(self.device)
+        sets, pairs = sets.to(self.device), pairs.to(self.device)
+        first, second = pairs
         interaction, effect, squares = [], [], []
         self.total = self.samples * len(sets)
         for group in self._groups(len(sets) * self.outputs):
@@ -177,23 +175,19 @@ class _Measurement:
             squares.append(none.square().mean((1, 2)))
         level = self.rounding * float(torch.cat(squares).mean())
         noise = torch.full((pairs.shape[1],), level, dtype=torch.float64, device=self.device)
-        pairs = pairs.to(self.device)
-        return PairSamples(self.grid, pairs, torch.cat(interaction), torch.cat(effect), None, noise, level)
+        return PairwiseInteractions(self.grid, pairs, torch.cat(interaction), torch.cat(effect), None, noise, level)
 
     def _groups(self, numbers: int) -> tuple[Tensor, ...]:
-        """Numbers of samples, so many together that what is kept of them has a bound."""
-        memory = 1.0 if self.evaluation.memory is None else self.evaluation.memory
-        return torch.split(torch.arange(self.samples, device=self.device), max(1, int(_KEPT * memory) // numbers))
+        """Split the samples so that what is kept from those measured together has a bound."""
+        return torch.split(torch.arange(self.samples, device=self.device), max(1, _KEPT // numbers))
 
     def _map(self, function: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        given, before = self.evaluation, self.done
-        progress = given.progress
+        progress, before = self.evaluation.progress, self.done
         whole = None if progress is None else lambda done, _: progress(before + done, self.total)
         self.done += count
-        own = Evaluation(given.chunk, given.memory, given.dtype, given.processes, whole)
-        return own.map(function, count, self.device)
+        return replace(self.evaluation, progress=whole).map(function, count, self.device, self.pixels)
 
-    def _drawn_pairs(self, number: int | None) -> Tensor:
+    def _sample_pairs(self, number: int | None) -> Tensor:
         pairs = self.grid.pairs()
         if number is None:
             return pairs
@@ -207,7 +201,7 @@ class _Measurement:
         return torch.cat([gradient.flatten(1), outputs], 1)
 
     def _change_rows(self, group: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
-        """With one patch replaced: what that does to the gradient at every patch, cosines, outputs ``(n, 2m + K)``."""
+        """With one patch replaced: change of the gradient at every patch, cosines, outputs ``(n, 2m + K)``."""
         sample, patch = rows // len(self.grid), rows % len(self.grid)
         replaced = self._replaced(group[sample], nn.functional.one_hot(patch, len(self.grid)).bool())
         after, outputs = self._gradient(replaced, group[sample])
@@ -221,34 +215,34 @@ class _Measurement:
 
     def _replaced(self, samples: Tensor, patches: Tensor) -> Tensor:
         """Images of samples with patches ``(n, m)``, boolean, from their donors."""
-        return composite(self.images, self.labels, samples[:, None] + self.samples * patches)
+        return splice(self.images, self.labels, samples[:, None] + self.samples * patches)
 
     def _step(self, samples: Tensor) -> Tensor:
-        """From samples to their donors."""
+        """Difference of donors and samples."""
         return self.images[samples + self.samples] - self.images[samples]
 
     def _outputs(self, x: Tensor) -> Tensor:
         return scores(self.network(x))
 
     def _gradient(self, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """By the images ``(n, C, H, W)``, along every sample's direction of outputs, and the outputs; float64."""
-        remedy = "give method='exact', which needs outputs alone"
+        """Gradient ``(n, C, H, W)`` by the images, along every sample's direction of outputs, and outputs; float64."""
+        refusal = "model cannot be differentiated by its images: give method='exact', which needs outputs alone"
         with torch.enable_grad():
             leaf = x.requires_grad_()
             outputs = self._outputs(leaf)
             if not outputs.requires_grad:
-                raise ValueError(f"model cannot be differentiated by its images: {remedy}")
+                raise ValueError(refusal)
             try:
                 (gradient,) = torch.autograd.grad((outputs * self.directions[samples].to(outputs)).sum(), leaf)
             except RuntimeError as error:
                 if "implemented" not in str(error) and "not have been used" not in str(error):
                     raise
-                raise ValueError(f"model cannot be differentiated by its images: {remedy}") from error
+                raise ValueError(refusal) from error
         return gradient.double(), outputs.detach().double()
 
 
 def _cosines(u: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
-    """Absolute cosines ``(n, m)`` at every patch; 1 where both vanish, so that nothing changed, 0 where one does."""
+    """Absolute cosines ``(n, m)`` at every patch; 1 if both vanish, so that nothing changed, 0 if one does."""
     a, b = grid.sums(u.square()).sqrt(), grid.sums(v.square()).sqrt()
     norm = a * b
     cosine = grid.sums(u * v).abs() / torch.where(norm > 0, norm, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fold", "khatri_rao_triangle", "reduced", "triangle_spectra"]
+__all__: list[str] = []
 
 from collections.abc import Iterator, Sequence
 
@@ -10,21 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_locality.ranks.factored import ROUNDING, FactoredTree, Inheritance, NodeValues, scaled
-from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheritance, Scaled, child_sources, scaled
+from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
 
 # float64 numbers of an intermediate, of which a decomposition keeps about three: 4 MB, which a processor's cache
-# holds, and 256 MB for a GPU, which wants many matrices at once
+# holds, and 256 MB for a GPU, which needs many matrices at once
 MOST_NUMBERS, MOST_NUMBERS_ON_GPU = 2**19, 2**25
 
 # width from which halving the columns of products of triangles pays (a rough figure)
 SPLIT_FROM = 24
 
-# matrices (n, k, R), and the binary logarithms (n,) of what they have been divided by
-Scaled = tuple[Tensor, Tensor]
 
-
-def triangle_spectra(form: FactoredTree) -> NodeSpectra:
+def qr_spectra(form: FactoredTree) -> NodeSpectra:
     r"""Singular values of the matricisations at all nodes, without the tensor and to full precision.
 
     .. math::
@@ -34,80 +31,68 @@ def triangle_spectra(form: FactoredTree) -> NodeSpectra:
         E_c = \operatorname{qr} (Z_c W_c^\top), \qquad
         \sigma(c) = \operatorname{svd} (S_c Z_c^\top)
 
-    with qr the triangular factor and :math:`E_{[N]} = W_{[N]}^\top`: where :math:`U_c = Q_c S_c` with orthonormal
+    with qr the triangular factor and :math:`E_{[N]} = W_{[N]}^\top`: if :math:`U_c = Q_c S_c` with orthonormal
     :math:`Q_c`, the Khatri-Rao product of the :math:`U_c` is that of the :math:`S_c` up to orthonormal columns
     (ours). The error of a value is below a small multiple of :math:`2^{-52} \kappa_\nu \sigma_1`,
     :math:`\kappa_\nu = \sum_r \|s_r\| \|z_r\| / \sigma_1` with the columns of :math:`S_\nu` and :math:`Z_\nu`. All
     nodes of a group are one batched operation; the cost is linear in the order and proportional to the fourth power
     of the widths.
-
-    Args:
-        form: Weights of the nodes, in float64.
     """
-    groups, values = form.groups, NodeValues(form)
-    triangles, logs = _up(form)
+    groups, spectra, triangles = form.groups, GroupSpectra(form), _up(form)
     tops, talls, sizes = (Inheritance(groups) for _ in range(3))
     end = scaled(form.weights[-1].mT)
     for k in reversed(range(len(groups))):
         group, weight = groups[k], form.weights[k]
         if k < len(groups) - 1:
+            triangle, own = triangles[k]
             log, norms = sizes.take(k).squeeze(1).tensor_split([1], dim=1)
-            log, spread = log.squeeze(1), (triangles[k].norm(dim=1) * norms).sum(1)
+            log, spread = log.squeeze(1), (triangle.norm(dim=1) * norms).sum(1)
             if _short(form, k):
-                values.add(k, talls.take(k), log + logs[k], spread)
+                spectra.add(k, talls.take(k), log + own, spread)
             else:
                 top = tops.take(k)
-                values.add(k, triangles[k] @ top.mT, log + logs[k], spread)
+                spectra.add(k, triangle @ top.mT, log + own, spread)
                 if not group.leaf:
-                    rows, more = scaled(reduced(top @ weight.mT))
+                    rows, more = scaled(triangular(top @ weight.mT))
                     end = rows, log + more
         if group.leaf:
             continue
-        children = list(zip(form.gather(group, triangles), group.gather(logs), strict=True))
+        children = form.gather(group, triangles)
         for child, (left, right) in enumerate(_complements(end, children)):
             log, norms = left[1] + right[1], left[0].norm(dim=1) * right[0].norm(dim=1)
             sizes.give(group, child, torch.cat([log[:, None], norms], 1).unsqueeze(1))
-            sources = group.sources if group.aligned else group.sources_of_child[child]
-            short = [_short(form, source) for source in sources]
+            short = [_short(form, source) for source in child_sources(group)[child]]
             if any(short):
-                talls.give(group, child, khatri_rao_triangle(left[0], right[0], children[child][0].mT))
+                talls.give(group, child, _khatri_rao_triangle(left[0], right[0], children[child][0].mT))
             if not all(short):
-                tops.give(group, child, khatri_rao_triangle(left[0], right[0]))
-    return values.spectra(ROUNDING)
+                tops.give(group, child, _khatri_rao_triangle(left[0], right[0]))
+    return spectra.spectra(ROUNDING)
 
 
-def _up(form: FactoredTree) -> tuple[list[Tensor], list[Tensor]]:
-    """Triangular factors of all groups but the root, and binary logarithms of what they have been divided by."""
-    triangles: list[Tensor] = []
-    logs: list[Tensor] = []
+def _up(form: FactoredTree) -> list[Scaled]:
+    """Triangular factors of all groups but the root."""
+    triangles: list[Scaled] = []
     for group, weight in zip(form.groups[:-1], form.weights[:-1], strict=True):
         if group.leaf:
-            triangle, log = scaled(reduced(weight))
+            triangles.append(scaled(triangular(weight)))
         else:
-            children = list(zip(form.gather(group, triangles), group.gather(logs), strict=True))
-            folded, below = fold(children)
-            triangle, log = scaled(reduced(folded @ weight))
-            log = log + below
-        triangles.append(triangle)
-        logs.append(log)
-    return triangles, logs
+            folded, below = fold(form.gather(group, triangles))
+            triangle, log = scaled(triangular(folded @ weight))
+            triangles.append((triangle, log + below))
+    return triangles
 
 
 def fold(parts: Sequence[Scaled]) -> Scaled:
-    """Triangular factor of the Khatri-Rao product of several, two at a time; with the binary logarithms of its scale.
-
-    Args:
-        parts: Factors ``(n, k, R)`` and binary logarithms ``(n,)``.
-    """
+    """Triangular factor of the Khatri-Rao product of several ``(n, k, R)``, multiplied two at a time."""
     rows, log = parts[0]
     for part, more in parts[1:]:
-        rows, extra = scaled(khatri_rao_triangle(rows, part))
+        rows, extra = scaled(_khatri_rao_triangle(rows, part))
         log = log + more + extra
     return rows, log
 
 
 def _complements(end: Scaled, children: Sequence[Scaled]) -> Iterator[tuple[Scaled, Scaled]]:
-    """For every child two factors whose Khatri-Rao product is that of everything but the child."""
+    """For every child, two factors whose Khatri-Rao product is that of everything but the child."""
     suffixes = [children[-1]]
     for part in reversed(children[1:-1]):
         suffixes.append(fold([part, suffixes[-1]]))
@@ -120,30 +105,25 @@ def _complements(end: Scaled, children: Sequence[Scaled]) -> Iterator[tuple[Scal
 
 
 def _short(form: FactoredTree, k: int) -> bool:
-    """Whether a group's own vectors are so short that multiplying by them comes before any decomposition."""
+    """Whether a group's own vectors are so short that it pays to multiply by them before decomposing."""
     return form.groups[k].leaf and 2 * form.weights[k].shape[1] < form.weights[k].shape[2]
 
 
-def reduced(matrices: Tensor) -> Tensor:
+def triangular(matrices: Tensor) -> Tensor:
     """Triangular factors ``(n, min(k, R), R)`` of matrices ``(n, k, R)``.
 
-    Of square and wide matrices too: where columns are near orthogonal, their small multiples then stay apart from
-    large ones, and zeros are known to the next product.
+    Square and wide matrices are decomposed too: if columns are nearly orthogonal, their small multiples then stay
+    apart from large ones, and the next product knows the zeros.
     """
     triangle: Tensor = torch.linalg.qr(matrices, mode="r")[1]
     return triangle
 
 
-def khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None) -> Tensor:
-    """Triangular factors of column-wise Kronecker products, times matrices, a bounded number of rows at a time.
+def _khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None) -> Tensor:
+    """Triangular factors of column-wise Kronecker products times matrices, in chunks of bounded size.
 
-    Args:
-        left: Triangular ``(n, p, R)``.
-        right: Triangular ``(n, q, R)``.
-        last: ``(n, R, m)``, or None for identities.
-
-    Returns:
-        ``(n, min(p q, m), m)``.
+    The factors are triangular, ``(n, p, R)`` and ``(n, q, R)``, ``last`` is ``(n, R, m)`` (None: identities), the
+    result ``(n, min(p q, m), m)``.
     """
     n, p, width = left.shape
     most = MOST_NUMBERS_ON_GPU if left.is_cuda else MOST_NUMBERS
@@ -151,7 +131,7 @@ def khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None)
     if n > 1 and n * numbers > most:
         step = max(1, most // numbers)
         chunks = [slice(start, start + step) for start in range(0, n, step)]
-        return torch.cat([khatri_rao_triangle(left[c], right[c], None if last is None else last[c]) for c in chunks])
+        return torch.cat([_khatri_rao_triangle(left[c], right[c], None if last is None else last[c]) for c in chunks])
     if last is None and p == right.shape[1] == width >= SPLIT_FROM and numbers <= 16 * most:
         return _split_triangle(left, right)
     triangle: Tensor | None = None
@@ -159,28 +139,28 @@ def khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None)
     for start in range(0, p, step):
         block = _khatri_rao(left[:, start : start + step], right)
         block = block if last is None else block @ last
-        triangle = reduced(block if triangle is None else torch.cat([triangle, block], 1))
+        triangle = triangular(block if triangle is None else torch.cat([triangle, block], 1))
     assert triangle is not None
     return triangle
 
 
 def _split_triangle(left: Tensor, right: Tensor) -> Tensor:
-    """Of square triangles: row (i, j) of the product is zero before column max(i, j).
+    """The same for square triangles: row (i, j) of the product is zero before column max(i, j).
 
-    A quarter of the rows is decomposed in all columns, the rest in the second half of these: less than half the
+    A quarter of the rows is decomposed in all columns, the rest in the second half of them: less than half the
     operations.
     """
     half = left.shape[2] // 2
-    top = reduced(_khatri_rao(left[:, :half], right[:, :half]))
+    top = triangular(_khatri_rao(left[:, :half], right[:, :half]))
     rest = (
         _khatri_rao(left[:, half:, half:], right[:, :, half:]),
         _khatri_rao(left[:, :half, half:], right[:, half:, half:]),
     )
-    bottom = reduced(torch.cat([part.mT for part in (top[:, half:, half:], *rest)], 2).mT)
+    bottom = triangular(torch.cat([part.mT for part in (top[:, half:, half:], *rest)], 2).mT)
     return torch.cat([top[:, :half], F.pad(bottom, (half, 0))], 1)
 
 
 def _khatri_rao(left: Tensor, right: Tensor) -> Tensor:
     """Column-wise Kronecker products ``(n, p q, R)``."""
-    # columns first: the decomposition wants them one after the other in memory
+    # columns first: the decomposition needs them contiguous in memory
     return (left.mT.unsqueeze(3) * right.mT.unsqueeze(2)).flatten(2).mT

@@ -20,48 +20,42 @@ from torch import Tensor
 
 from lightning_locality.tensors.mode_tree import Node, node_name
 
-# what a float64 decomposition rounds, relative to the largest value (ours)
+# rounding of a float64 decomposition, relative to the largest value (ours)
 ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
 def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:
-    r"""Number of singular values above a share of the largest one; 0 for a spectrum of zeros.
+    r"""Number of singular values above a fraction of the largest one; 0 for a spectrum of zeros.
 
     .. math:: \#\{k : \sigma_k > \text{rtol} \cdot \sigma_1\}
 
     Args:
-        spectrum: Singular values ``(..., R)``, in any order.
-        rtol: The share: a number, or one for every spectrum ``(...)``.
-
-    Returns:
-        ``(...)``, int64.
+        spectrum: Singular values ``(..., R)``, in any order; the result is ``(...)``, int64.
+        rtol: The fraction: one number, or one per spectrum ``(...)``.
 
     Raises:
-        ValueError: Values that are not finite, which an integer could not show.
+        ValueError: If a value is not finite, which an integer could not show.
 
     Example:
         >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-20])).item(), numerical_rank(torch.zeros(3)).item()
         (2, 0)
     """
     values = _finite(spectrum).double()
-    share = torch.as_tensor(rtol, dtype=torch.float64, device=values.device)
-    return (values > share[..., None] * values.amax(-1, keepdim=True)).sum(-1)
+    fraction = torch.as_tensor(rtol, dtype=torch.float64, device=values.device)
+    return (values > fraction[..., None] * values.amax(-1, keepdim=True)).sum(-1)
 
 
 def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
-    r"""Least rank of a matrix within a relative Frobenius distance.
+    r"""Lowest rank of a matrix within a relative Frobenius distance.
 
     .. math:: \min \Bigl\{ r : \sum_{k > r} \sigma_k^2 \le \epsilon^2 \sum_k \sigma_k^2 \Bigr\}
 
     Args:
-        spectrum: Singular values ``(..., R)``, in any order.
+        spectrum: Singular values ``(..., R)``, in any order; the result is ``(...)``, int64.
         epsilon: The distance, relative to the norm.
 
-    Returns:
-        ``(...)``, int64.
-
     Raises:
-        ValueError: Values that are not finite, or a distance below 0.
+        ValueError: If a value is not finite or the distance is negative.
 
     Example:
         >>> epsilon_rank(torch.tensor([4.0, 3.0, 0.1]), epsilon=0.1).item()
@@ -70,9 +64,9 @@ def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, a distance relative to the norm, got {epsilon}")
     squares = _scaled(_finite(spectrum)).square().sort(-1).values
-    # summed from the smallest up: what is left out must not be lost beside what is kept
-    left_out = squares.cumsum(-1) <= epsilon**2 * squares.sum(-1, keepdim=True)
-    return squares.shape[-1] - left_out.sum(-1)
+    # from the smallest up: small values would vanish when added to large ones
+    discarded = squares.cumsum(-1) <= epsilon**2 * squares.sum(-1, keepdim=True)
+    return squares.shape[-1] - discarded.sum(-1)
 
 
 def effective_rank(spectrum: Tensor) -> Tensor:
@@ -82,14 +76,11 @@ def effective_rank(spectrum: Tensor) -> Tensor:
         p_r = \sigma_r / \sum_{r'} \sigma_{r'}
 
     Source: "The effective rank: a measure of effective dimensionality" (Roy, Vetterli, 2007). Values below the
-    rounding of a float64 decomposition, :math:`100 \cdot 2^{-52} \sigma_1` (ours), are left out, so that noise does
+    rounding of a float64 decomposition, :math:`100 \cdot 2^{-52} \sigma_1` (ours), are ignored, so that noise does
     not count.
 
     Args:
-        spectrum: Singular values ``(..., R)``.
-
-    Returns:
-        ``(...)``, between 1 and R.
+        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
 
     Example:
         >>> effective_rank(torch.tensor([5.0, 5.0, 0.0])).round(decimals=6)
@@ -105,14 +96,11 @@ def entanglement_entropy(spectrum: Tensor) -> Tensor:
 
     .. math:: S = -\sum_r q_r \ln q_r, \qquad q_r = \sigma_r^2 / \sum_{r'} \sigma_{r'}^2
 
-    Of a matricisation: the quantum entanglement of its two groups of modes (What Makes Data Suitable for a Locally
-    Connected Neural Network?, Alexander, De La Vega, Razin, Cohen, 2023).
+    For a matricisation this is the quantum entanglement of its two groups of modes: "What Makes Data Suitable for a
+    Locally Connected Neural Network?" (Alexander, De La Vega, Razin, Cohen, 2023).
 
     Args:
-        spectrum: Singular values ``(..., R)``.
-
-    Returns:
-        ``(...)``, between 0 and ln R.
+        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 0 and ln R.
 
     Example:
         >>> entanglement_entropy(torch.tensor([2.0, 2.0])).exp().round(decimals=6)
@@ -129,10 +117,7 @@ def participation_ratio(spectrum: Tensor) -> Tensor:
     .. math:: \operatorname{PR} = \Bigl( \sum_r \sigma_r^2 \Bigr)^2 \Big/ \sum_r \sigma_r^4
 
     Args:
-        spectrum: Singular values ``(..., R)``.
-
-    Returns:
-        ``(...)``, between 1 and R.
+        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
 
     Example:
         >>> participation_ratio(torch.tensor([1.0, 1.0, 1.0, 0.0])).item()
@@ -148,10 +133,7 @@ def stable_rank(spectrum: Tensor) -> Tensor:
     .. math:: \sum_r \sigma_r^2 / \sigma_1^2
 
     Args:
-        spectrum: Singular values ``(..., R)``.
-
-    Returns:
-        ``(...)``, between 1 and R.
+        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
 
     Example:
         >>> stable_rank(torch.tensor([2.0, 1.0])).item()
@@ -162,25 +144,32 @@ def stable_rank(spectrum: Tensor) -> Tensor:
 
 def _finite(spectrum: Tensor) -> Tensor:
     if bad := int((~spectrum.isfinite()).sum()):
-        raise ValueError(f"spectrum has {bad} of {spectrum.numel()} values that are not finite: look where it is from")
+        raise ValueError(f"spectrum has {bad} of {spectrum.numel()} values that are not finite: check its source")
     return spectrum
 
 
 def _scaled(spectrum: Tensor) -> Tensor:
-    """In float64, the largest value 1: squares then neither overflow nor vanish altogether."""
+    """Convert to float64 and divide by the largest value, so that squares neither overflow nor all vanish."""
     values = spectrum.double()
     largest = values.amax(-1, keepdim=True)
     return values / torch.where(largest == 0, 1.0, largest)
 
 
 def _shares(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide by the sum along the last dimension; return the sum as well."""
     total = values.sum(-1)
     return values / torch.where(total == 0, 1.0, total).unsqueeze(-1), total
 
 
+def singular_values(matrices: Tensor) -> Tensor:
+    """Descending ``(..., min(k, j))``; wide matrices are transposed, as some drivers take longer for them."""
+    values: Tensor = torch.linalg.svdvals(matrices.mT if matrices.shape[-2] < matrices.shape[-1] else matrices)
+    return values
+
+
 @final
 class NodeSpectra(Mapping[Node, Tensor]):
-    r"""Node -> singular values of the matricisation there, descending, in float64.
+    r"""Mapping from nodes to the singular values of the matricisation there, descending, in float64.
 
     A node is a tuple of modes. The ranks at all nodes of a tree but the root are the hierarchical tensor rank
     ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
@@ -188,9 +177,9 @@ class NodeSpectra(Mapping[Node, Tensor]):
 
     Args:
         values: The singular values, divided by ``exp(log_scale)``.
-        tolerance: Node -> relative size below which a singular value cannot be told from rounding.
-        log_scale: Logarithm of what all values have been divided by: 0 unless the tensor's norm is not a float64.
-        condition: Node -> condition number of the factored form, where the values come from one.
+        tolerance: Node -> relative size below which a singular value is indistinguishable from rounding.
+        log_scale: Logarithm of the common divisor of all values: 0 unless a float64 cannot hold the tensor's norm.
+        condition: Node -> condition number of the factored form, if the values come from one.
 
     Example:
         >>> spectra = NodeSpectra({(0,): torch.tensor([2.0, 1e-17])}, {(0,): 1e-13})
@@ -224,28 +213,19 @@ class NodeSpectra(Mapping[Node, Tensor]):
         return f"<NodeSpectra of {len(self)} nodes{scale}>"
 
     def rank(self, node: Node, rtol: float | None = None) -> int:
-        """Numerical rank at a node: number of singular values above ``rtol`` times the largest.
-
-        Args:
-            node: Which node.
-            rtol: None for the node's tolerance.
-        """
+        """Number of singular values above ``rtol`` (None: the node's tolerance) times the largest."""
         return int(numerical_rank(self[node], self.tolerance[node] if rtol is None else rtol))
 
     def ranks(self, rtol: float | None = None) -> dict[Node, int]:
-        """Numerical rank at every node: the hierarchical tensor rank.
-
-        Args:
-            rtol: None for the tolerance of every node.
-        """
+        """Rank at every node, with ``rtol`` (None: the node's tolerance): the hierarchical tensor rank."""
         found: dict[Node, int] = {}
         for nodes, values in self._stacked():
-            share = torch.tensor([self.tolerance[node] if rtol is None else rtol for node in nodes]).to(values)
-            found |= dict(zip(nodes, numerical_rank(values, share).tolist(), strict=True))
+            fraction = torch.tensor([self.tolerance[node] if rtol is None else rtol for node in nodes]).to(values)
+            found |= dict(zip(nodes, numerical_rank(values, fraction).tolist(), strict=True))
         return {node: found[node] for node in self}
 
     def table(self) -> list[dict[str, str | float]]:
-        """Every node in a row: its name, rank, tolerance, effective rank, entropy and so on, and largest value.
+        """One row per node: its name, rank, tolerance, effective rank, entropy and so on, and largest value.
 
         ``entanglement_entropy`` is in nats; ``largest`` is divided by ``exp(log_scale)``.
         """
@@ -258,14 +238,13 @@ class NodeSpectra(Mapping[Node, Tensor]):
                 "entanglement_entropy": entanglement_entropy(values),
                 "largest": values.amax(-1),
             }
-            lists = {name: column.tolist() for name, column in columns.items()}
-            for k, node in enumerate(nodes):
+            for node, *numbers in zip(nodes, *(column.tolist() for column in columns.values()), strict=True):
                 rows[node] = {"node": node_name(node), "rank": ranks[node], "tolerance": self.tolerance[node]}
-                rows[node] |= {name: column[k] for name, column in lists.items()}
+                rows[node] |= dict(zip(columns, numbers, strict=True))
         return [rows[node] for node in self]
 
     def _stacked(self) -> Iterator[tuple[list[Node], Tensor]]:
-        """Nodes with equally many singular values, and these as one tensor: one operation for thousands of nodes."""
+        """Nodes with equally many singular values, and these stacked: one operation for thousands of nodes."""
         by_length: dict[int, list[Node]] = {}
         for node, values in self.items():
             by_length.setdefault(len(values), []).append(node)

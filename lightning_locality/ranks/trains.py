@@ -1,98 +1,207 @@
-"""Spectra of a tensor train at groups of neighbouring modes."""
+"""Spectra and participation ratios of CP, tensor trains, Tucker and deep matrices at groups of modes.
+
+Participation ratios keep the graph of the weights.
+"""
 
 from __future__ import annotations
 
-__all__ = ["matrix_ratio", "matrix_spectra", "train_ratios", "train_spectra", "tucker_ratios", "tucker_spectra"]
+__all__: list[str] = []
 
 import math
 from collections.abc import Sequence
-from typing import cast, final
+from functools import reduce
+from typing import final
 
 import torch
 from torch import Tensor
 
 from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.factored import ROUNDING, Found, assembled, doubled, scaled, singular_values
-from lightning_locality.ranks.gram import ratio
-from lightning_locality.ranks.qr import reduced
-from lightning_locality.ranks.spectra import NodeSpectra
-from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.deep_matrix import DeepMatrix
-from lightning_locality.tensors.mode_tree import Node, node_name
-from lightning_locality.tensors.tensor_train import TensorTrain
-from lightning_locality.tensors.tucker import Tucker
+from lightning_locality.ranks.factored import Scaled, ScaledSpectra, assemble, float64_factors, float64_weight, scaled
+from lightning_locality.ranks.gram import trace_ratio
+from lightning_locality.ranks.qr import fold, triangular
+from lightning_locality.ranks.spectra import NodeSpectra, singular_values
+from lightning_locality.tensors import CP, DeepMatrix, Node, TensorTrain, Tucker
+from lightning_locality.tensors.mode_tree import node_name
+
+
+def cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
+    """At any groups of modes: from triangular factors of the two Khatri-Rao products."""
+    parts = [scaled(triangular(factor[None])) for factor in float64_factors(model)]
+    found: list[ScaledSpectra] = []
+    for node in nodes:
+        (left, log), (right, more) = (fold([parts[mode] for mode in modes]) for modes in _two_sides(node, model.order))
+        spread = (left.norm(dim=1) * right.norm(dim=1)).sum(1)
+        found.append(ScaledSpectra((node,), singular_values(left @ right.mT), log + more, spread))
+    return assemble(found, nodes)
+
+
+def cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """At any groups of modes: from the products of the factors' Gramians on the two sides."""
+    factors = [scaled(factor[None])[0] for factor in float64_factors(model)]
+    grams = [scaled(factor.mT @ factor)[0] for factor in factors]
+    found = {}
+    for node in nodes:
+        inside, outside = (
+            reduce(lambda product, gram: scaled(product * gram)[0], [grams[mode] for mode in modes])
+            for modes in _two_sides(node, model.order)
+        )
+        found[node] = trace_ratio(inside @ outside)[0]
+    return found
+
+
+def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
+    r"""Singular values at groups of neighbouring modes, or complements of such, without the tensor.
+
+    .. math:: \sigma(\{a, \dots, b - 1\}) = \operatorname{svd} \bigl( M_{ab} (L_a \otimes R_b)^\top \bigr)
+
+    with the triangular factors of the cores before a, :math:`L_a` with a column for each width of the bond, of those
+    from b on, :math:`R_b`, and of those between, :math:`M_{ab}` with :math:`r_a r_b` columns; carried from core to
+    core (ours). The condition is :math:`\sum_{ij} \|m_{ij}\| \|l_i\| \|r_j\| / \sigma_1` with their columns.
+    """
+    sides = _Sides(_cores(model))
+    found: list[ScaledSpectra] = []
+    for node in nodes:
+        start, stop = _interval(node, model.order)
+        inside, log = sides.between(start, stop)
+        (left, more), (right, extra) = sides.left[start], sides.right[stop]
+        matrix = torch.einsum("tab,ka,mb->tkm", inside, left, right).flatten(1)
+        spread = left.norm(dim=0) @ inside.norm(dim=0) @ right.norm(dim=0)
+        found.append(ScaledSpectra((node,), singular_values(matrix)[None], log + more + extra, spread.reshape(1)))
+    return assemble(found, nodes)
+
+
+def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """Participation ratios at the same groups, from Gramians of the cores."""
+    cores = [core for core, _ in _cores(model)]
+    left, right = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
+    for core in cores:
+        left.append(_scaled(torch.einsum("ac,adb,cde->be", left[-1], core, core))[0])
+    for core in reversed(cores):
+        right.append(_scaled(torch.einsum("be,adb,cde->ac", right[-1], core, core))[0])
+    right.reverse()
+    found = {}
+    for node in nodes:
+        start, stop = _interval(node, model.order)
+        if start == 0 or stop == model.order:
+            bond = start or stop
+            products = left[bond] @ right[bond]
+        else:
+            products = _between(cores[start:stop], left[start], right[stop])
+        found[node] = trace_ratio(products[None])[0]
+    return found
 
 
 def tucker_spectra(model: Tucker, nodes: Sequence[Node]) -> NodeSpectra:
-    r"""Those of the core, multiplied by the triangular factors of the matrices: these have orthonormal columns left.
+    r"""Spectra of the core times the triangular factors of the matrices, which leave orthonormal columns.
 
     The condition is :math:`\bigl\| |\mathcal G| \times_1 |S_1| \cdots \times_N |S_N| \bigr\| / \sigma_1`, absolute
     values by entry and S_n the triangular factors (ours).
-
-    Args:
-        model: The factorisation.
-        nodes: Groups of modes.
     """
-    core, log = scaled(model.core.double().reshape(1, 1, -1))
-    core = core.reshape(model.rank)
+    core, log = _scaled(model.core.double())
     triangles: list[Tensor] = []
     for chain in model.chains:
-        triangle, more = scaled(reduced(doubled(cast(Chain, chain))[None]))
-        triangles.append(triangle[0])
-        log = log + more
+        triangle, log = _triangular(float64_weight(chain), log)
+        triangles.append(triangle)
     tensor, bound = _multiply(core, triangles), _multiply(core.abs(), [triangle.abs() for triangle in triangles])
     spread = bound.norm().reshape(1)
     dense = dense_spectra(tensor, nodes)
-    found: list[Found] = [((node,), values[None], log, spread) for node, values in dense.items()]
-    return assembled(found, nodes, ROUNDING)
+    return assemble([ScaledSpectra((node,), values[None], log, spread) for node, values in dense.items()], nodes)
 
 
 def tucker_ratios(model: Tucker, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    r"""Participation ratios from :math:`P = [\![ \mathcal G \times_n V_n^\top V_n ]\!] [\![ \mathcal G ]\!]^\top`.
-
-    Args:
-        model: The factorisation; the graph of its weights is kept.
-        nodes: Groups of modes.
-    """
-    core = scaled(model.core.double().reshape(1, 1, -1))[0].reshape(model.rank)
-    factors = [scaled(doubled(cast(Chain, chain))[None])[0][0] for chain in model.chains]
+    r"""Participation ratios from :math:`P = [\![ \mathcal G \times_n V_n^\top V_n ]\!] [\![ \mathcal G ]\!]^\top`."""
+    core, _ = _scaled(model.core.double())
+    factors = [scaled(float64_weight(chain)[None])[0][0] for chain in model.chains]
     moved = _multiply(core, [factor.T @ factor for factor in factors])
     found = {}
     for node in nodes:
         rest = [mode for mode in range(model.order) if mode not in node]
         left, right = (t.permute([*node, *rest]).flatten(0, len(node) - 1).flatten(1) for t in (moved, core))
         products = left @ right.T if left.shape[0] <= left.shape[1] else left.T @ right
-        found[node] = ratio(products[None])[0]
+        found[node] = trace_ratio(products[None])[0]
     return found
 
 
 def matrix_spectra(model: DeepMatrix, nodes: Sequence[Node]) -> NodeSpectra:
-    r"""Those of the product, in float64 and divided by a power of two after every layer.
+    r"""Spectra of the product, in float64 and divided by a power of two after every layer.
 
     The condition is :math:`\bigl\| |W_L| \cdots |W_1| \bigr\| / \sigma_1`, absolute values by entry.
-
-    Args:
-        model: The factorisation.
-        nodes: Rows, columns or both.
     """
     product, bound, log = _product(model)
     values, spread = singular_values(product)[None], bound.norm().reshape(1)
-    return assembled([((node,), values, log, spread) for node in nodes], nodes, ROUNDING)
+    return assemble([ScaledSpectra((node,), values, log, spread) for node in nodes], nodes)
 
 
 def matrix_ratio(model: DeepMatrix) -> Tensor:
-    """Participation ratio of the product; the graph of the layers is kept.
-
-    Args:
-        model: The factorisation.
-    """
+    """Participation ratio of the product."""
     product = _product(model)[0]
     gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
-    return ratio(gram[None])[0]
+    return trace_ratio(gram[None])[0]
+
+
+def _two_sides(node: Node, order: int) -> tuple[Sequence[int], Sequence[int]]:
+    return node, [mode for mode in range(order) if mode not in node]
+
+
+@final
+class _Sides:
+    """Triangular factors of the cores ``(r, D, s)`` up to every bond, from every bond on, and between two."""
+
+    def __init__(self, cores: Sequence[Scaled]) -> None:
+        self._cores = cores
+        one = cores[0][0].new_ones(1, 1), cores[0][0].new_zeros(1)
+        self.left, self.right = [one], [one]
+        for core, log in cores:
+            triangle, before = self.left[-1]
+            self.left.append(_triangular((triangle @ core.flatten(1)).reshape(-1, core.shape[2]), log + before))
+        for core, log in reversed(cores):
+            triangle, before = self.right[-1]
+            self.right.append(_triangular((core @ triangle.T).flatten(1).T, log + before))
+        self.right.reverse()
+
+    def between(self, start: int, stop: int) -> Scaled:
+        """Triangular factor ``(t, r_start, r_stop)`` of the cores between two bonds, and its logarithm."""
+        if start == 0:
+            return self.left[stop][0].unsqueeze(1), self.left[stop][1]
+        if stop == len(self._cores):
+            return self.right[start][0].unsqueeze(2), self.right[start][1]
+        core, log = self._cores[start]
+        width = core.shape[0]
+        rows, log = _triangular(core.transpose(0, 1).flatten(1), log)
+        for core, more in self._cores[start + 1 : stop]:
+            moved = torch.einsum("tab,bdc->tdac", rows.reshape(len(rows), width, -1), core)
+            rows, log = _triangular(moved.flatten(2).flatten(0, 1), log + more)
+        return rows.reshape(len(rows), width, -1), log
+
+
+def _between(cores: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """A matrix with the traces of cores between two bonds: from their entries if few, else from their Gramian."""
+    first, last = cores[0].shape[0], cores[-1].shape[2]
+    if math.prod(core.shape[1] for core in cores) <= first * last:
+        block = cores[0].transpose(0, 1)
+        for core in cores[1:]:
+            block, _ = _scaled(torch.einsum("tab,bdc->tdac", block, core).flatten(0, 1))
+        return (left @ block @ right).flatten(1) @ block.flatten(1).T
+    gram = torch.einsum("adb,cde->abce", cores[0], cores[0])
+    for core in cores[1:]:
+        gram, _ = _scaled(torch.einsum("abce,bdf,edg->afcg", gram, core, core))
+    return torch.einsum("abce,cf,eg->abfg", gram, left, right).flatten(2).flatten(0, 1)
+
+
+def _interval(node: Node, order: int) -> tuple[int, int]:
+    """First mode of a group, or of its complement, and the one after the last."""
+    for modes in (set(node), set(range(order)) - set(node)):
+        start, stop = min(modes), max(modes) + 1
+        if stop - start == len(modes):
+            return start, stop
+    raise ValueError(
+        f"tree has the node {node_name(node)}, and a tensor train is measured at groups of neighbouring modes only "
+        "(or their complements): leave the node out, or pass model.to_tensor()"
+    )
 
 
 def _product(model: DeepMatrix) -> tuple[Tensor, Tensor, Tensor]:
-    """The product, the product of absolute values, and the binary logarithm of what both have been divided by."""
+    """The product, the product of absolute values, and the binary logarithm of their common divisor."""
     product, log = scaled(model.layers[0].double()[None])
     bound = product.detach().abs()
     for layer in list(model.layers)[1:]:
@@ -109,143 +218,15 @@ def _multiply(core: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     return core
 
 
-# a matrix (k, r), and the binary logarithm (1,) of what it has been divided by
-Scaled = tuple[Tensor, Tensor]
-
-
-def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
-    r"""Singular values at groups of modes that are neighbours, or whose complements are, without the tensor.
-
-    .. math:: \sigma(\{a, \dots, b - 1\}) = \operatorname{svd} \bigl( M_{ab} (L_a \otimes R_b)^\top \bigr)
-
-    with the triangular factors of the cores before a, :math:`L_a` with a column for each width of the bond, of those
-    from b on, :math:`R_b`, and of those between, :math:`M_{ab}` with :math:`r_a r_b` columns; carried from core to
-    core (ours). The condition is :math:`\sum_{ij} \|m_{ij}\| \|l_i\| \|r_j\| / \sigma_1` with their columns.
-
-    Args:
-        model: The factorisation.
-        nodes: Groups of modes.
-
-    Raises:
-        ValueError: Modes that are not neighbours.
-    """
-    cores = _cores(model)
-    sides = _Sides(cores)
-    found: list[Found] = []
-    for node in nodes:
-        start, stop = _interval(node, model.order)
-        inside, log = sides.between(start, stop)
-        (left, more), (right, extra) = sides.left[start], sides.right[stop]
-        matrix = torch.einsum("tab,ka,mb->tkm", inside, left, right).flatten(1)
-        spread = left.norm(dim=0) @ inside.norm(dim=0) @ right.norm(dim=0)
-        found.append(((node,), singular_values(matrix)[None], log + more + extra, spread.reshape(1)))
-    return assembled(found, nodes, ROUNDING)
-
-
-def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    """Participation ratios at the same groups, from Gramians of the cores; the graph of the weights is kept.
-
-    Args:
-        model: The factorisation.
-        nodes: Groups of modes.
-
-    Raises:
-        ValueError: Modes that are not neighbours.
-    """
-    cores = [core for core, _ in _cores(model)]
-    left, right = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
-    for core in cores:
-        left.append(_unit(torch.einsum("ac,adb,cde->be", left[-1], core, core)))
-    for core in reversed(cores):
-        right.append(_unit(torch.einsum("be,adb,cde->ac", right[-1], core, core)))
-    right.reverse()
-    found = {}
-    for node in nodes:
-        start, stop = _interval(node, model.order)
-        if start == 0:
-            products = left[stop] @ right[stop]
-        elif stop == model.order:
-            products = left[start] @ right[start]
-        else:
-            products = _side(cores[start:stop], left[start], right[stop])
-        found[node] = ratio(products[None])[0]
-    return found
-
-
-def _side(cores: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
-    """What has the traces wanted: of the cores' entries where these are few, of their Gramian's otherwise."""
-    first, last = cores[0].shape[0], cores[-1].shape[2]
-    if math.prod(core.shape[1] for core in cores) <= first * last:
-        block = cores[0].transpose(0, 1)
-        for core in cores[1:]:
-            block = _unit(torch.einsum("tab,bdc->tdac", block, core).flatten(0, 1))
-        return (left @ block @ right).flatten(1) @ block.flatten(1).T
-    gram = torch.einsum("adb,cde->abce", cores[0], cores[0])
-    for core in cores[1:]:
-        gram = _unit(torch.einsum("abce,bdf,edg->afcg", gram, core, core))
-    return torch.einsum("abce,cf,eg->abfg", gram, left, right).flatten(2).flatten(0, 1)
-
-
-@final
-class _Sides:
-    """Triangular factors of the cores up to every bond, from every bond on, and between two.
-
-    Args:
-        cores: Cores ``(r, D, s)`` and logarithms.
-    """
-
-    def __init__(self, cores: Sequence[Scaled]) -> None:
-        self._cores = cores
-        one = cores[0][0].new_ones(1, 1), cores[0][0].new_zeros(1)
-        self.left, self.right = [one], [one]
-        for core, log in cores:
-            triangle, before = self.left[-1]
-            self.left.append(_reduced((triangle @ core.flatten(1)).reshape(-1, core.shape[2]), log + before))
-        for core, log in reversed(cores):
-            triangle, before = self.right[-1]
-            self.right.append(_reduced((core @ triangle.T).flatten(1).T, log + before))
-        self.right.reverse()
-
-    def between(self, start: int, stop: int) -> Scaled:
-        """Triangular factor ``(t, r_start, r_stop)`` of some cores, and its logarithm."""
-        if start == 0:
-            return self.left[stop][0].unsqueeze(1), self.left[stop][1]
-        if stop == len(self._cores):
-            return self.right[start][0].unsqueeze(2), self.right[start][1]
-        core, log = self._cores[start]
-        width = core.shape[0]
-        rows, log = _reduced(core.transpose(0, 1).flatten(1), log)
-        for core, more in self._cores[start + 1 : stop]:
-            moved = torch.einsum("tab,bdc->tdac", rows.reshape(len(rows), width, -1), core)
-            rows, log = _reduced(moved.flatten(2).flatten(0, 1), log + more)
-        return rows.reshape(len(rows), width, -1), log
-
-
 def _cores(model: TensorTrain) -> list[Scaled]:
-    return [_reduced_scale(doubled(cast(Chain, chain))) for chain in model.chains]
+    return [_scaled(float64_weight(chain)) for chain in model.chains]
 
 
-def _reduced_scale(core: Tensor) -> Scaled:
-    values, log = scaled(core.reshape(1, 1, -1))
-    return values.reshape(core.shape), log
+def _scaled(values: Tensor) -> Scaled:
+    flat, log = scaled(values.reshape(1, -1))
+    return flat.reshape(values.shape), log
 
 
-def _reduced(matrix: Tensor, log: Tensor) -> Scaled:
-    triangle, more = scaled(reduced(matrix[None]))
+def _triangular(matrix: Tensor, log: Tensor) -> Scaled:
+    triangle, more = scaled(triangular(matrix[None]))
     return triangle[0], log + more
-
-
-def _unit(values: Tensor) -> Tensor:
-    return _reduced_scale(values)[0]
-
-
-def _interval(node: Node, order: int) -> tuple[int, int]:
-    """First mode and the one after the last, of a group or of its complement."""
-    for modes in (set(node), set(range(order)) - set(node)):
-        start, stop = min(modes), max(modes) + 1
-        if stop - start == len(modes):
-            return start, stop
-    raise ValueError(
-        f"tree has the node {node_name(node)}, and a tensor train is measured at groups of neighbouring modes only "
-        "(or their complements): leave the node out, or pass model.to_tensor()"
-    )

@@ -1,23 +1,16 @@
+"""Unbiased estimates from two-way tables against sums over all pairs and against exact expectations."""
+
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import permutations, product
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
-from lightning_locality.ranks.cuts import pair_moments, variance_components
-from lightning_locality.ranks.metrics import MeanSpectralQuantity, PooledCutShare, PooledParticipationRatio
-from lightning_locality.ranks.spectra import (
-    effective_rank,
-    entanglement_entropy,
-    participation_ratio,
-    stable_rank,
-)
+from lightning_locality.ranks.cuts import VarianceComponents, pair_moments, variance_components
+from lightning_locality.ranks.spectra import participation_ratio
 
 
 def slow_moments(matrix: Tensor) -> tuple[float, float]:
@@ -76,7 +69,7 @@ def test_moments_without_centring_by_the_formula_for_one_output() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (3, 2, 2), (2, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2, 2), (2, 2, 3)])
 def test_estimates_are_unbiased(shape: tuple[int, ...]) -> None:
     # all draws of four rows and four columns, each once: the mean is the expectation, exactly
     population = Population(*shape)
@@ -155,16 +148,13 @@ def cosine_kernel(rows: int, columns: int, generator: torch.Generator) -> Tensor
     return (2 * WEIGHTS * torch.cos(k * x) * torch.cos(k * y)).sum(-1)
 
 
-@pytest.mark.parametrize("size", [8, 16, 48])
+@pytest.mark.parametrize("size", [8, 32])
 @pytest.mark.parametrize("centred", [True, False])
 def test_cosine_kernel(size: int, centred: bool) -> None:
     generator = torch.Generator().manual_seed(size)
-    pooled, share = PooledParticipationRatio(centred=centred), PooledCutShare()
     moments, components, naive = [], [], []
     for _ in range(300):
         matrix = cosine_kernel(size, size, generator)
-        pooled.update(matrix)
-        share.update(matrix)
         moments.append(torch.stack(list(pair_moments(matrix, centred))))
         components.append(torch.stack(list(variance_components(matrix))))
         centre = matrix - matrix.mean(0) - matrix.mean(1, keepdim=True) + matrix.mean()
@@ -178,9 +168,8 @@ def test_cosine_kernel(size: int, centred: bool) -> None:
     means = torch.stack(moments).mean(0)
     ratio = float(truth[0] / truth[1])
     linear = torch.stack([m[0] / means[1] - m[1] * means[0] / means[1] ** 2 for m in moments])
-    assert abs(float(pooled.compute()) - ratio) < 4 * float(linear.std()) / 300**0.5
-    assert float(pooled.compute()) == pytest.approx(float(means[0] / means[1]), rel=1e-12)
-    assert abs(float(share.compute()) - 1) < 0.03
+    assert abs(float(means[0] / means[1]) - ratio) < 4 * float(linear.std()) / 300**0.5
+    assert abs(float(VarianceComponents(*torch.stack(components).mean(0)).share) - 1) < 0.03
     # the mean of ratios of finite matrices, which is what the estimate is for, is far below
     naive_error = float(torch.stack(naive).std()) / 300**0.5
     assert ratio - float(torch.stack(naive).mean()) > 10 * naive_error
@@ -189,73 +178,6 @@ def test_cosine_kernel(size: int, centred: bool) -> None:
 def within(drawn: list[Tensor], truth: Tensor) -> tuple[Tensor, Tensor]:
     stacked = torch.stack(drawn)
     return (stacked.mean(0) - truth).abs(), stacked.std(0) / len(drawn) ** 0.5
-
-
-QUANTITIES = [effective_rank, participation_ratio, stable_rank, entanglement_entropy]
-
-
-@pytest.mark.parametrize("function", QUANTITIES)
-def test_mean_of_a_quantity(function: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    metric = MeanSpectralQuantity(function.__name__).to(device)  # type: ignore[arg-type]
-    batches = [torch.rand(shape, device=device) for shape in [(3, 5), (7,), (2, 4, 3)]]
-    for batch in batches:
-        metric.update(batch)
-    every = [float(function(spectrum)) for batch in batches for spectrum in batch.reshape(-1, batch.shape[-1])]
-    assert len(every) == 12
-    assert float(metric.compute()) == pytest.approx(math.fsum(every) / 12, rel=1e-13)
-    assert metric.compute().dtype is torch.float64
-
-
-METRICS: list[tuple[Callable[..., Any], Callable[[], Tensor]]] = [
-    (MeanSpectralQuantity, lambda: torch.rand(5, 3)),
-    (PooledParticipationRatio, lambda: torch.einsum("ir,jrc->ijc", torch.randn(8, 2), torch.randn(7, 2, 3))),
-    (PooledCutShare, lambda: torch.randn(6, 5)),
-]
-
-
-@pytest.mark.parametrize(("make", "draw"), METRICS)
-def test_forward_gives_the_batch_and_keeps_the_whole(make: Callable[..., Any], draw: Callable[[], Tensor]) -> None:
-    whole, parts = make(), [make() for _ in range(3)]
-    batches = [draw() for _ in range(3)]
-    for part, batch in zip(parts, batches, strict=True):
-        part.update(batch)
-        assert float(whole(batch)) == pytest.approx(float(part.compute()), rel=1e-13)
-    again = make()
-    for batch in batches:
-        again.update(batch)
-    assert torch.equal(whole.compute(), again.compute())
-    whole.reset()
-    whole.update(batches[1])
-    assert torch.equal(whole.compute(), parts[1].compute())
-
-
-@pytest.mark.parametrize(("make", "draw"), METRICS)
-def test_devices_are_added_up(make: Callable[..., Any], draw: Callable[[], Tensor]) -> None:
-    batches = [draw() for _ in range(5)]
-    other, whole = make(), make()
-    for batch in batches[2:]:
-        other.update(batch)
-    for batch in batches:
-        whole.update(batch)
-    # states are gathered in the order in which they were added
-    states = iter([getattr(other, name) for name in other._defaults])
-    here = make(dist_sync_fn=lambda state, group=None: [state, next(states)], distributed_available_fn=lambda: True)
-    for batch in batches[:2]:
-        here.update(batch)
-    assert float(here.compute()) == pytest.approx(float(whole.compute()), rel=1e-12)
-
-
-@pytest.mark.parametrize(("make", "draw"), METRICS)
-def test_what_is_refused_leaves_the_value(make: Callable[..., Any], draw: Callable[[], Tensor]) -> None:
-    metric = make()
-    metric.update(draw())
-    states = {name: getattr(metric, name).clone() for name in metric._defaults}
-    bad = draw()
-    bad.view(-1)[3] = math.nan
-    with pytest.raises(ValueError, match=r"1 .*not finite"):
-        metric.update(bad)
-    for name, state in states.items():
-        assert torch.equal(getattr(metric, name), state)
 
 
 def test_the_default_device_does_not_matter() -> None:
@@ -280,27 +202,3 @@ def test_too_few_samples_for_a_ratio() -> None:
     ratios = torch.stack([pair_moments(torch.randn(4, 4)).participation_ratio for _ in range(100)])
     assert 20 < int(ratios.isnan().sum()) < 90
     assert not ratios.isinf().any()
-
-
-def test_unknown_quantity() -> None:
-    with pytest.raises(ValueError, match=r"quantity must be effective_rank, .* got 'rank'"):
-        MeanSpectralQuantity("rank")  # type: ignore[arg-type]
-
-
-def test_together_in_a_collection() -> None:
-    metrics = MetricCollection({"share": PooledCutShare(), "ratio": PooledParticipationRatio()}, prefix="half/")
-    matrix = torch.randn(8, 8)
-    metrics.update(matrix)
-    values = metrics.compute()
-    assert float(values["half/share"]) == pytest.approx(float(variance_components(matrix).share))
-    assert float(values["half/ratio"]) == pytest.approx(float(pair_moments(matrix).participation_ratio), nan_ok=True)
-
-
-def test_drawn() -> None:
-    import matplotlib.pyplot as plt
-
-    metric = MeanSpectralQuantity("stable_rank")
-    values = [metric(torch.rand(2, 3)) for _ in range(4)]
-    figure, axes = metric.plot(values)
-    assert axes.lines[0].get_ydata().tolist() == [float(value) for value in values]
-    plt.close(figure)

@@ -1,0 +1,140 @@
+"""Images spliced from blocks of pixels of others, and a network as a function of where its blocks come from."""
+
+from __future__ import annotations
+
+__all__ = ["Network"]
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_locality.ranks.evaluation import Evaluation, is_out_of_memory, row_too_large, scores
+
+Network = nn.Module | Callable[[Tensor], Tensor]
+
+
+def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
+    """Put images together from blocks of others.
+
+    Args:
+        images: ``(K, C, H, W)``.
+        labels: ``(H, W)``, the block that a pixel is in, 0 to P - 1.
+        choices: ``(n, P)``, the image that a block is taken from.
+
+    Returns:
+        ``(n, C, H, W)``.
+
+    Example:
+        >>> images = torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]])
+        >>> splice(images, torch.tensor([[0, 1]]), torch.tensor([[0, 1], [1, 1]])).flatten(1).tolist()
+        [[1.0, 4.0], [3.0, 4.0]]
+    """
+    source = choices[:, labels.flatten()]
+    channels = [channel.flatten(1).gather(0, source) for channel in images.unbind(1)]
+    return torch.stack(channels, dim=1).reshape(-1, *images.shape[1:])
+
+
+@contextmanager
+def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[SplicedNetwork]:
+    """Prepare a network (:meth:`Evaluation.prepared`) for evaluation on spliced images.
+
+    Args:
+        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``. A method of a module is
+            measured as the module is; networks inside any other function keep their mode.
+        images: ``(K, C, H, W)``; moved to the model's device and type.
+        labels: ``(H, W)``, the block that a pixel is in.
+        evaluation: None: the default.
+
+    Raises:
+        ValueError: No images, images that the model does not take, outputs of another shape, or outputs that depend on
+            the other images of a batch or on chance.
+    """
+    evaluation = Evaluation() if evaluation is None else evaluation
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
+    if not len(images):
+        raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
+    model = model if isinstance(model, nn.Module) else _Function(model)
+    # no inference mode: hidden state that a network keeps for its next call must be fit for training
+    with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
+        tensors = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point()]
+        dtype = tensors[0].dtype if tensors else evaluation.dtype or images.dtype
+        device = tensors[0].device if tensors else images.device
+        yield SplicedNetwork(network, images.to(device, dtype), labels.to(device), evaluation)
+
+
+@final
+class _Function(nn.Module):
+    """A function as a module; if it is a method of a module, with that module's state."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        owner = getattr(function, "__self__", None)
+        self.owner = owner if isinstance(owner, nn.Module) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@final
+class SplicedNetwork:
+    """A network in evaluation mode as a function of the images ``(K, C, H, W)`` that its blocks are taken from."""
+
+    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, evaluation: Evaluation) -> None:
+        self.network, self.images, self.labels, self.evaluation = network, images, labels, evaluation
+        self.device = images.device
+        # the coarser of what goes in and what comes out
+        self.eps = max(torch.finfo(dtype).eps for dtype in (images.dtype, self._first_outputs().dtype))
+
+    def map(self, choose: Callable[[Tensor], Tensor], count: int, rounding_seed: int | None = None) -> Tensor:
+        """Return outputs ``(count, C)`` in float64.
+
+        Args:
+            choose: Row numbers ``(n,)`` -> choices ``(n, P)``.
+            count: Number of rows.
+            rounding_seed: If given, the images are moved by one unit in the last place, randomly up or down, which
+                shows what rounding does.
+        """
+        images = self.images
+        if rounding_seed is not None:
+            up = torch.rand(images.shape, generator=torch.Generator().manual_seed(rounding_seed)).to(self.device) < 0.5
+            eps = torch.finfo(images.dtype).eps
+            images = torch.where(up, images * (1 + eps), images * (1 - eps))
+        function = lambda rows: scores(self.network(splice(images, self.labels, choose(rows))))
+        return self.evaluation.map(function, count, self.device, images[0].numel())
+
+    def _first_outputs(self) -> Tensor:
+        """Return the outputs for one image, after checking that they are the same in any company."""
+        pair = self.images[[0, -1]]
+        try:
+            # batches of one size are compared: the arithmetic for a single image differs
+            batches = (pair[:1], pair[[0, 0]], pair, pair)
+            alone, twice, both, again = (scores(self.network(batch)) for batch in batches)
+        except (RuntimeError, TypeError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise row_too_large(self.device) from error
+            raise ValueError(
+                f"model does not take images of shape {(1, *pair.shape[1:])} in {pair.dtype}: {error}"
+            ) from error
+        if len(alone) != 1 or len(both) != 2:
+            raise ValueError(
+                f"model must give one row of outputs per image, got {len(alone)} for 1 image and {len(both)} for 2"
+            )
+        tolerance = torch.finfo(both.dtype).eps ** 0.5 * both.abs().max()
+        if (again - both).abs().max() > tolerance:
+            raise ValueError(
+                "model gives an image different outputs every time, as dropout does: chance cannot be told from the "
+                "effect of splicing; remove it, or put a function's networks in evaluation mode with .eval()"
+            )
+        if (twice[0] - both[0]).abs().max() > tolerance:
+            raise ValueError(
+                "model gives an image different outputs in another batch, as batch normalisation without running "
+                "statistics does: effects of splicing cannot be told from those of the batch; give it fixed "
+                "statistics, or put a function's networks in evaluation mode with .eval()"
+            )
+        return alone

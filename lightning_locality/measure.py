@@ -209,7 +209,7 @@ def _run(
                 raise CancelledError
             progress.update(own, completed=done, total=total)
 
-        own, started = progress.add_task(f"{one.label}: {one.name}"), time.monotonic()
+        own, started = progress.add_task(f"{one.label}: {one.name}", total=None), time.monotonic()
         # devices have weights of their own
         model = (copy.deepcopy(one.model) if len(devices) > 1 else one.model).to(device)
         try:

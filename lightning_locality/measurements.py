@@ -107,8 +107,8 @@ def load_run(path: Path) -> TrainedRun:
     # torch raises a different type for every way in which a file can be something else
     except Exception as error:
         raise ValueError(
-            f"--checkpoint {path}: not a checkpoint with a state_dict that can be read safely "
-            f"({str(error).splitlines()[0][:100]}); pass a last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
+            f"--checkpoint {path}: not a checkpoint with a state_dict that can be read safely ({error!r:.100}); pass a "
+            f"last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
         ) from error
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level

@@ -15,7 +15,7 @@ from typing import Any, Protocol, final
 from rich.table import Table
 
 from lightning_locality.callbacks.history import written_whole
-from lightning_locality.plotting.style import read_metrics
+from lightning_locality.results import history
 
 Row = Mapping[str, Any]
 
@@ -213,13 +213,10 @@ def _last_epoch(metrics: Path) -> str:
             if key in last:
                 parts.append(f"{name} {last[key]:.3g}")
         return ", ".join(parts)
-    try:
-        history = read_metrics(metrics) if metrics.exists() else []
-    except ValueError:  # a number is being written
-        return ""
-    if not history:
+    rows = history(metrics.parent)
+    if rows.empty:
         return "starting"
-    last = history[-1]
+    last = {str(name): value for name, value in rows.reset_index().iloc[-1].dropna().items()}
     parts = [f"epoch {int(last['epoch']) + 1}"]
     for name, key in (("training", "train/accuracy"), ("validation", "val/accuracy")):
         if key in last:

@@ -37,11 +37,12 @@ import lightning_locality
 from lightning_locality.callbacks.history import MetricsFile, Stopwatch, use_atomic_checkpoints
 from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.datamodules.base import AbstractImageDataModule
-from lightning_locality.plotting.style import example_inputs, read_metrics, save_figure, training_curves
+from lightning_locality.plotting.recovery import component_curves, magnitude_groups
+from lightning_locality.plotting.style import save_figure
+from lightning_locality.plotting.training import example_inputs, training_curves
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.patches import AbstractPatches
-from lightning_locality.results import atomic_write, flatten, read_settings, write_json
-from lightning_locality.trajectories import component_curves, magnitude_groups, read_iterations
+from lightning_locality.results import atomic_write, flatten, history, last_metrics, read_settings, write_json
 
 _PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
@@ -250,7 +251,7 @@ class LocalityCLI(LightningCLI):
             scores |= {key: float(value) for key, value in results[0].items()}
         if self.trainer.is_global_zero and self.recorded:
             if own_summary is None:  # a run killed after its last epoch measures nothing again
-                scores = _last_values(self.run_dir / "metrics.csv") | scores
+                scores = last_metrics(self.run_dir) | scores
             _write_figures(self.run_dir, self.model, self.datamodule)
             self._write_summary(scores, counts)  # last: a run that has one is finished
             rank_zero_info(", ".join([*_in_words(scores, counts), f"run folder: {self.run_dir}"]))
@@ -306,16 +307,6 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v.rpartition(".")[2] if k.endswith("class_path") else v for k, v in given.items()}
 
 
-def _last_values(metrics: Path) -> dict[str, float]:
-    """Return the last value of every metric in a ``metrics.csv``."""
-    values: dict[str, float] = {}
-    if metrics.is_file():
-        with metrics.open(newline="") as file:
-            for row in csv.DictReader(file):
-                values |= {name: float(v) for name, v in row.items() if v and name not in ("epoch", "step")}
-    return values
-
-
 def _in_words(scores: dict[str, float], counts: dict[str, float]) -> list[str]:
     if "iterations" in counts:
         errors = [f"{name} {scores[name]:.3g}" for name in ("train/loss", "reconstruction_error") if name in scores]
@@ -344,13 +335,12 @@ def _write_predictions(path: Path, batches: Sequence[Any]) -> None:
 
 def _write_figures(folder: Path, model: LightningModule, data: LightningDataModule | None) -> None:
     """Draw the curves of a run, and inputs with the patches of its penalty outlined, into ``FOLDER/figures``."""
-    metrics = folder / "metrics.csv"
-    if metrics.exists():
-        measurements = read_iterations(metrics)
-        if magnitude_groups(measurements):
+    if (folder / "metrics.csv").exists():
+        measurements = history(folder, "iteration")
+        if magnitude_groups(measurements.columns):
             save_figure(component_curves({folder.name: measurements}), folder / "figures" / "dynamics")
         else:
-            save_figure(training_curves(read_metrics(metrics)), folder / "figures" / "training")
+            save_figure(training_curves(history(folder)), folder / "figures" / "training")
     if not isinstance(data, AbstractImageDataModule):
         return
     penalty = getattr(model, "penalty", None)

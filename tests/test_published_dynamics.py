@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 
 from lightning_locality.datamodules.unbounded import lower_bound
 from lightning_locality.runner import run
-from lightning_locality.trajectories import Rows, read_iterations
 
+Rows = list[dict[str, float]]
 CONFIGS = Path(__file__).parent.parent / "configs" / "recovery"
 
 
@@ -23,7 +24,8 @@ def single_precision() -> None:
 
 def fit(folder: Path, config: str, *options: str) -> Rows:
     run(["fit", f"--config={CONFIGS / config}.yaml", "--trainer.accelerator=cpu", *options, f"--run_dir={folder}"])
-    return read_iterations(folder / "metrics.csv")
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def staircase(rows: Rows, name: str, steps: int) -> list[float]:

@@ -17,9 +17,10 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "recovery"
 
 
 @pytest.fixture(autouse=True)
-def single_precision() -> None:
-    """As a user runs it."""
+def as_a_user_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, but without figures."""
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr("lightning_locality.runner._write_figures", lambda *_: None)
 
 
 def fit(folder: Path, config: str, *options: str) -> Rows:

@@ -30,7 +30,7 @@ class RandomBits(AbstractRecoveryDataModule):
         super().__init__()
         self.samples, self.order = samples, order
 
-    def draw(self) -> RecoveryBatch:
+    def build(self) -> RecoveryBatch:
         """The samples."""
         generator = torch.Generator().manual_seed(0)
         bits = torch.randint(2, (self.samples, self.order), generator=generator, dtype=torch.uint8)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lightning_locality.runner import run
-from lightning_locality.sweep import Sweep
+from lightning_locality.sweep_file import SweepFile
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # R is measured by the quick start
@@ -156,7 +156,7 @@ def test_gpu_overlay_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 def kind(arguments: Sequence[str]) -> tuple[str, ...]:
     """Configurations and options of a run, without the options whose value is a number."""
     files = [str(Path(one.partition("=")[2]).resolve()) for one in arguments if one.startswith("--config=")]
-    others = [one for one in arguments if not re.match(r"--(config|run_dir)=|.*=-?[\d.e+-]+$", one)]
+    others = [one for one in arguments if not re.match(r"--(config|run_dir|labels)=|.*=-?[\d.e+-]+$", one)]
     return (*files, *others)
 
 
@@ -177,8 +177,10 @@ def test_sweep_runs_are_known_to_the_command_line(
     if "pathfinder" in path.stem:
         options.append(f"--data.root={tmp_path}")
     base = yaml.safe_load(path.read_text()).get("base")
-    covered = COVERED | {kind(one.arguments) for one in Sweep.read(path.parent / base).runs} if base else set(COVERED)
-    variants = {one.variant: one.arguments for one in reversed(Sweep.read(path, tmp_path).runs)}
+    run_elsewhere = SweepFile.read(path.parent / base).runs() if base else ()
+    covered = COVERED | {kind(one.arguments) for one in run_elsewhere}
+    # reversed, so that the first run of a variant is the one kept
+    variants = {one.labels["variant"]: one.arguments for one in reversed(SweepFile.read(path, tmp_path).runs())}
     for number, arguments in enumerate(reversed(variants.values())):
         if number == 0 or kind(arguments) not in covered:
             covered.add(kind(arguments))

@@ -27,7 +27,7 @@ from lightning_locality.tensors import (
     Factorization,
     HierarchicalTensorFactorization,
     ModeTree,
-    RankOne,
+    RankOneMeasurements,
     RecoveryBatch,
 )
 
@@ -199,7 +199,7 @@ def test_sensing(tmp_path: Path) -> None:
     target = planted((3, 4, 5), 1, 10).target
     values = torch.einsum("abc,ma,mb,mc->m", target, *vectors)
     model = Recovery(cp(), steps=5, measure_every=5, max_iterations=5, tolerance=None)
-    fit(tmp_path, model, RecoveryBatch(RankOne(vectors, values), None, target))
+    fit(tmp_path, model, RecoveryBatch(RankOneMeasurements(vectors, values), None, target))
     start = cp()
     loss = ((torch.einsum("abc,ma,mb,mc->m", start.to_tensor(), *vectors) - values) ** 2).mean()
     row = rows_of(tmp_path)[0]
@@ -456,7 +456,11 @@ def test_bad_settings(setting: dict[str, Any], word: str) -> None:
         (planted((6, 6), 1, 10), {"optimizer": lambda p: GradientFlow(p), "batch_size": 3}, "gradient flow"),
         (RecoveryBatch(Entries(torch.tensor([[0, 6]]), torch.ones(1)), None, None), {}, "outside of a tensor"),
         (RecoveryBatch(Entries(torch.zeros(0, 2).long(), torch.ones(0)), None, None), {}, "no observations"),
-        (RecoveryBatch(RankOne((torch.ones(2, 6), torch.ones(2, 5)), torch.ones(2)), None, None), {}, r"\(6, 5\)"),
+        (
+            RecoveryBatch(RankOneMeasurements((torch.ones(2, 6), torch.ones(2, 5)), torch.ones(2)), None, None),
+            {},
+            r"\(6, 5\)",
+        ),
     ],
 )
 def test_problem_that_does_not_fit(batch: RecoveryBatch, settings: dict[str, Any], words: str) -> None:

@@ -158,13 +158,13 @@ class InteractionProfile:
         Returns:
             The axes.
         """
-        from lightning_locality.plotting.ranks import draw_profile
+        from lightning_locality.plotting.ranks import plot_profile
 
         if axes is None:
             from matplotlib.figure import Figure
 
             axes = Figure(layout="constrained").subplots()
-        draw_profile(axes, self)
+        plot_profile(axes, self)
         return axes
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 import yaml
 from pytorch_lightning import LightningModule
 
-from lightning_locality.callbacks.history import MetricsFile
+from lightning_locality.callbacks.history import MetricsFile, Stopwatch
 from lightning_locality.cli import main
 from lightning_locality.tasks.classification import Classification
 
@@ -203,6 +203,14 @@ def test_typed_settings_win_over_the_checkpoint_with_a_warning(longer: Path, tmp
     stored = torch.load(tmp_path / "kept" / "mine.ckpt", weights_only=True)
     assert stored["callbacks"]["Stopwatch"]["seconds"] > 10_000
     assert stored["callbacks"]["MetricsFile"]["rows"] == 1
+
+
+def test_seconds_of_a_checkpoint_that_is_tested_do_not_count() -> None:
+    watch = Stopwatch()
+    watch.load_state_dict({"seconds": 10_000.0})
+    assert watch.seconds < 1000
+    watch.on_fit_start(None, None)  # type: ignore[arg-type]
+    assert watch.seconds > 10_000
 
 
 class Killed(Exception):

@@ -32,7 +32,7 @@ from lightning_locality.ranks.nodes import node_spectra
 from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.results import read_settings
-from lightning_locality.tasks.classification import Classification, refuse_other_model
+from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree, node_name
 
@@ -118,7 +118,7 @@ def load_run(path: Path) -> TrainedRun:
             module, data = _build(config, given)
             _attach(module, data, stored.get("hyper_parameters", {}))
         module.on_load_checkpoint(stored)
-        refuse_other_model(module, weights)
+        check_state_dict(module, weights)
     except ValueError as error:
         raise ValueError(f"--checkpoint {path}: {error}") from error
     finally:

@@ -21,16 +21,15 @@ from torch import Tensor
 
 from lightning_locality.results import atomic_write
 
-written_whole = atomic_write  # until every module imports it from results
-
 
 @final
 class MetricsFile(Logger, Callback):
     """Write metrics to ``metrics.csv``; a resumed run continues exactly where its checkpoint was saved.
 
-    As a logger it writes one row per call, as a callback it keeps in every checkpoint the number of rows written so
-    far. On resume the file is cut back to them, so that a killed and resumed run leaves the file of an undisturbed
-    one. Pass the same object as ``logger`` and among the ``callbacks`` of the trainer.
+    As a logger it writes one row per call. As a callback it stores in every checkpoint the number of rows written so
+    far, and the row of the epoch that ends, which Lightning logs only after saving the checkpoint. On resume the file
+    is cut back to these rows, so that a killed and resumed run leaves the file of an undisturbed one. Pass the same
+    object as ``logger`` and among the ``callbacks`` of the trainer.
 
     Args:
         folder: Run directory.
@@ -76,7 +75,7 @@ class MetricsFile(Logger, Callback):
             self._write([*self._read(), row])
 
     def _read(self) -> list[dict[str, Any]]:
-        """Complete rows of the file, as text; a process killed while writing may leave half a row."""
+        """Read the complete rows as text; a process killed while writing may leave half a row."""
         text = self.path.read_text() if self.path.is_file() else ""
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
@@ -89,15 +88,12 @@ class MetricsFile(Logger, Callback):
             writer.writeheader()
             writer.writerows(rows)
 
-    # Lightning saves the checkpoint of an epoch before it logs the metrics of that epoch: a run killed in between
-    # would resume with the next epoch and lack a row, so the checkpoint holds that row.
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the previous epoch is over, whether or not it had metrics."""
         self._epoch_ends = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the metrics of the epoch are about to be logged."""
+        """Note that the metrics of the epoch are about to be logged, after its checkpoint has been saved."""
         self._epoch_ends = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

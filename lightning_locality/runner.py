@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LocalityCLI", "run"]
+__all__ = ["run"]
 
 import csv
 import difflib

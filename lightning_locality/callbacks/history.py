@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AtomicCheckpointIO", "MetricsFile", "Stopwatch", "use_atomic_checkpoints"]
+__all__ = ["AtomicCheckpointIO", "MetricsFile"]
 
 import csv
 import io

@@ -59,7 +59,7 @@ def gram_sweep(form: FactoredTree) -> GramSweep:
             gram, log = scaled(weight.mT @ weight)
             below.append(None)
         else:
-            inner, under = reduce(_times, form.gather(group, grams))
+            inner, under = reduce(times, form.gather(group, grams))
             below.append((inner.diagonal(dim1=1, dim2=2), under))
             gram, more = scaled(weight.mT @ inner @ weight)
             log = under + more
@@ -78,7 +78,7 @@ def gram_sweep(form: FactoredTree) -> GramSweep:
         log = log + 2 * sizes[k]
         log = log if k == last else log + outside[-1][1]
         above.append((front.diagonal(dim1=1, dim2=2), log))
-        for child, (back, more) in enumerate(all_but_one((front, log), form.gather(group, grams), _times)):
+        for child, (back, more) in enumerate(all_but_one((front, log), form.gather(group, grams), times)):
             handed.give(group, child, back)
             handed_logs.give(group, child, more[:, None, None])
     norm, log = grams[last]
@@ -97,7 +97,7 @@ def all_but_one(first: T, factors: Sequence[T], times: Callable[[T, T], T]) -> I
     yield prefix
 
 
-def _times(left: Scaled, right: Scaled) -> Scaled:
+def times(left: Scaled, right: Scaled) -> Scaled:
     values, more = scaled(left[0] * right[0])
     return values, left[1] + right[1] + more
 

@@ -35,8 +35,7 @@ def qr_spectra(form: FactoredTree) -> NodeSpectra:
     :math:`Q_c`, the Khatri-Rao product of the :math:`U_c` is that of the :math:`S_c` up to orthonormal columns
     (ours). The error of a value is below a small multiple of :math:`2^{-52} \kappa_\nu \sigma_1`,
     :math:`\kappa_\nu = \sum_r \|s_r\| \|z_r\| / \sigma_1` with the columns of :math:`S_\nu` and :math:`Z_\nu`. All
-    nodes of a group are one batched operation; the cost is linear in the order and proportional to the fourth power
-    of the widths.
+    nodes of a group are one batched operation; the cost is proportional to the fourth power of the widths.
     """
     groups, spectra, triangles = form.groups, GroupSpectra(form), _up(form)
     tops, talls, sizes = (Inheritance(groups) for _ in range(3))
@@ -115,15 +114,14 @@ def triangular(matrices: Tensor) -> Tensor:
     Square and wide matrices are decomposed too: if columns are nearly orthogonal, their small multiples then stay
     apart from large ones, and the next product knows the zeros.
     """
-    triangle: Tensor = torch.linalg.qr(matrices, mode="r")[1]
+    triangle: Tensor = torch.linalg.qr(matrices, mode="r").R
     return triangle
 
 
 def _khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None) -> Tensor:
     """Triangular factors of column-wise Kronecker products times matrices, in chunks of bounded size.
 
-    The factors are triangular, ``(n, p, R)`` and ``(n, q, R)``, ``last`` is ``(n, R, m)`` (None: identities), the
-    result ``(n, min(p q, m), m)``.
+    Of triangles ``(n, p, R)`` and ``(n, q, R)`` and ``last`` ``(n, R, m)`` (None: identities): ``(n, min(p q, m), m)``.
     """
     n, p, width = left.shape
     most = MOST_NUMBERS_ON_GPU if left.is_cuda else MOST_NUMBERS
@@ -145,18 +143,15 @@ def _khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None
 
 
 def _split_triangle(left: Tensor, right: Tensor) -> Tensor:
-    """The same for square triangles: row (i, j) of the product is zero before column max(i, j).
+    """The same for square triangles, in less than half the operations.
 
-    A quarter of the rows is decomposed in all columns, the rest in the second half of them: less than half the
-    operations.
+    Row (i, j) of the product is zero before column max(i, j): three quarters of them have the second half only.
     """
     half = left.shape[2] // 2
     top = triangular(_khatri_rao(left[:, :half], right[:, :half]))
-    rest = (
-        _khatri_rao(left[:, half:, half:], right[:, :, half:]),
-        _khatri_rao(left[:, :half, half:], right[:, half:, half:]),
-    )
-    bottom = triangular(torch.cat([part.mT for part in (top[:, half:, half:], *rest)], 2).mT)
+    below = _khatri_rao(left[:, half:, half:], right[:, :, half:])
+    beside = _khatri_rao(left[:, :half, half:], right[:, half:, half:])
+    bottom = triangular(torch.cat([part.mT for part in (top[:, half:, half:], below, beside)], 2).mT)
     return torch.cat([top[:, :half], F.pad(bottom, (half, 0))], 1)
 
 

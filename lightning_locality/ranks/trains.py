@@ -1,7 +1,4 @@
-"""Spectra and participation ratios of CP, tensor trains, Tucker and deep matrices at groups of modes.
-
-Participation ratios keep the graph of the weights.
-"""
+"""Spectra and participation ratios of CP, tensor trains, Tucker and deep matrices at groups of modes."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def spectra(model: Factorization, nodes: Sequence[Node]) -> NodeSpectra:
 
 @singledispatch
 def ratios(model: Factorization, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    """Participation ratios at groups of modes."""
+    """Participation ratios at groups of modes, with the graph of the weights."""
     raise _unknown(model)
 
 
@@ -56,11 +53,8 @@ def cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
     """At any groups of modes: from the products of the factors' Gramians on the two sides."""
     factors = [scaled(factor[None])[0] for factor in float64_factors(model)]
     grams = [scaled(factor.mT @ factor) for factor in factors]
-    found = {}
-    for node in nodes:
-        (inside, _), (outside, _) = (reduce(times, side) for side in _two_sides(grams, node))
-        found[node] = trace_ratio(inside @ outside)[0]
-    return found
+    sides = {node: [reduce(times, side)[0] for side in _two_sides(grams, node)] for node in nodes}
+    return {node: trace_ratio(inside @ outside)[0] for node, (inside, outside) in sides.items()}
 
 
 def _two_sides(parts: Sequence[Scaled], node: Node) -> tuple[list[Scaled], list[Scaled]]:

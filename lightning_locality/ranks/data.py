@@ -222,18 +222,14 @@ def data_entanglement(
 
     Before comparing two numbers, note (measured; ours):
 
-    - The value depends on ``theta``: small angles give nearly 0, large ones make samples orthogonal and give ln M
-      for any data. Compare at one angle, well below ln M.
+    - Small angles ``theta`` give nearly 0, large ones make samples orthogonal and give ln M for any data. Compare at
+      one angle, well below ln M.
     - It depends on M, and at most angles on noise more than on structure: independent white noise then scores
       highest, although the tensor of its whole population is a product. :func:`data_alignment` does not.
-    - Natural images have less of it than the same images with their pixels permuted, but the difference is small
-      compared with both.
+    - Natural images have only slightly less of it than the same images with their pixels permuted.
 
-    The arguments are those of :func:`data_spectra`, and ``order``: 1 for the entropy of the spectrum, 2 for the Rényi-2
-    entropy. The result is 0 for a product and for data that cancel, and at most ln min(M, dimensions).
-
-    Raises:
-        ValueError: As in :func:`data_spectra`, or if ``order`` is neither 1 nor 2.
+    The arguments and errors are those of :func:`data_spectra`, and ``order``: 1 for the entropy of the spectrum, 2 for
+    the Rényi-2 entropy. The result is 0 for a product and for data that cancel, and at most ln min(M, dimensions).
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.0], [1.0, 1.0]])

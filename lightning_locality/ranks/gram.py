@@ -7,6 +7,7 @@ __all__: list[str] = []
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import TypeVar, final
 
 import torch
@@ -80,17 +81,13 @@ def gram_sweep(form: FactoredTree) -> GramSweep:
 
 def all_but_one(first: T, factors: Sequence[T], times: Callable[[T, T], T]) -> Iterator[T]:
     """For every factor, the product of ``first`` and all others: from both ends, never by division."""
-    suffixes = list(factors[-1:])
-    for factor in reversed(factors[1:-1]):
-        suffixes.append(times(factor, suffixes[-1]))
-    prefix = first
-    for factor in factors[:-1]:
-        yield times(prefix, suffixes.pop())
-        prefix = times(prefix, factor)
-    yield prefix
+    suffixes = list(accumulate(factors[:0:-1], lambda product, factor: times(factor, product)))
+    for prefix in accumulate(factors[:-1], times, initial=first):
+        yield times(prefix, suffixes.pop()) if suffixes else prefix
 
 
 def times(left: Scaled, right: Scaled) -> Scaled:
+    """Entry-wise product."""
     values, more = scaled(left[0] * right[0])
     return values, left[1] + right[1] + more
 

@@ -85,13 +85,10 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
 
     Args:
         model: A factorisation.
-        tree: As in :func:`node_spectra`.
+        tree: As in :func:`node_spectra`, and so are the errors.
 
     Returns:
         Node -> scalar between 1 and the rank.
-
-    Raises:
-        ValueError: As in :func:`node_spectra`.
 
     Example:
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4), shape=3, widths=3, init_scale=1.0)

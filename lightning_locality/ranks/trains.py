@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.factored import Scaled, ScaledSpectra, assemble, float64_factors, float64_weight, scaled
 from lightning_locality.ranks.gram import times, trace_ratio
-from lightning_locality.ranks.qr import fold, triangular
+from lightning_locality.ranks.qr import join, triangular
 from lightning_locality.ranks.spectra import NodeSpectra, singular_values
 from lightning_locality.tensors import CP, DeepMatrix, Factorization, Node, TensorTrain, Tucker
 from lightning_locality.tensors.mode_tree import node_name
@@ -42,7 +42,7 @@ def cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
     parts = [scaled(triangular(factor[None])) for factor in float64_factors(model)]
     found: list[ScaledSpectra] = []
     for node in nodes:
-        (left, log), (right, more) = map(fold, _two_sides(parts, node))
+        (left, log), (right, more) = (reduce(join, side) for side in _two_sides(parts, node))
         spread = (left.norm(dim=1) * right.norm(dim=1)).sum(1)
         found.append(ScaledSpectra((node,), singular_values(left @ right.mT), log + more, spread))
     return assemble(found, nodes)

@@ -91,6 +91,6 @@ def _with_components(model: Factorization) -> HierarchicalTensorFactorization | 
     if isinstance(model, (HierarchicalTensorFactorization, CP)):
         return model
     raise ValueError(
-        f"model must be a HierarchicalTensorFactorization or CP, which have local components, "
+        "model must be a HierarchicalTensorFactorization or CP, which have local components, "
         f"got {type(model).__name__}: see its magnitudes"
     )

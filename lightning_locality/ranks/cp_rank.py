@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["CPRank", "CPRankNotFoundError", "cp_epsilon_ranks", "cp_rank"]
 
 from collections.abc import Iterable
+from functools import reduce
 from itertools import combinations
 from typing import NamedTuple, final
 
@@ -65,7 +66,7 @@ def cp_rank(
     max_steps: int = 500,
     seed: int = 0,
 ) -> CPRank:
-    r"""Smallest number of rank-one tensors whose sum is within a relative distance of a tensor.
+    r"""Smallest number of rank-one tensors whose sum is within a relative distance of a tensor; 0 for zeros.
 
     .. math:: \min \Bigl\{ R : \Bigl\lVert \mathcal{T} - \sum_{r=1}^R a_r^1 \otimes \dots \otimes a_r^N \Bigr\rVert
         \le \text{rtol} \cdot \lVert \mathcal{T} \rVert \Bigr\}
@@ -88,9 +89,6 @@ def cp_rank(
         starts: Fits side by side for every R.
         max_steps: Maximum steps of a fit.
         seed: Of the starts, which are the same on any device.
-
-    Returns:
-        The rank, its bound and the fit; rank 0 for a tensor of zeros.
 
     Raises:
         ValueError: If the tensor has no modes or entries or is not real or not finite, if ``rtol`` is not between 0 and
@@ -183,8 +181,7 @@ class _Search:
             # a little closer than required, since compression discards something as well
             fitted = self._fit(core.reshape([core.shape[n] for n in modes]), rank, 0.999 * rtol, generator)
             parts = dict(zip(modes, fitted, strict=True))
-            ones = core.new_ones(1, rank)
-            factors = [basis @ parts.get(n, ones) for n, basis in enumerate(bases)]
+            factors = [basis @ parts.get(n, core.new_ones(1, rank)) for n, basis in enumerate(bases)]
             if not modes:
                 factors[0] = factors[0] * core.reshape(())
             # from the whole tensor, including what compression discarded
@@ -192,8 +189,7 @@ class _Search:
             best = min(best, error)
             if error <= rtol:
                 norms = torch.stack([factor.norm(dim=0) for factor in factors]).prod(0)
-                share = self.scale ** (1 / len(factors))
-                scaled = tuple(share * factor for factor in factors)
+                scaled = tuple(self.scale ** (1 / len(factors)) * factor for factor in factors)
                 return CPRank(rank, bound, rank == bound, error, float(norms.sum() / norm), scaled)
         tried = f"the bound is {bound}" if bound > self.limit else f"the closest fit is at {best:.3g}"
         raise CPRankNotFoundError(
@@ -235,8 +231,7 @@ def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[T
 
     The core has the CP rank of the tensor; what is discarded is far below the relative distance.
     """
-    bases: list[Tensor] = []
-    core = target
+    bases, core = list[Tensor](), target
     discarded = max(1e-2 * rtol, 1e-15) / target.ndim**0.5
     for n in range(target.ndim):
         rows = target.movedim(n, 0).reshape(target.shape[n], -1)
@@ -249,7 +244,5 @@ def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[T
 
 def _outer_sum(factors: list[Tensor]) -> Tensor:
     """The sum of the components' outer products."""
-    rows = factors[0]
-    for factor in factors[1:]:
-        rows = (rows[:, None] * factor).reshape(-1, factor.shape[1])
+    rows = reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
     return rows.sum(1).reshape([len(factor) for factor in factors])

@@ -37,7 +37,7 @@ class FactoredTree:
     tree: ModeTree
     # children before parents, the root alone in the last one
     groups: tuple[NodeGroup, ...]
-    # of every group (n, R_node or D, R_parent), of the root (1, R, 1)
+    # (n, R_node or D, R_parent), of the root (1, R, 1)
     weights: tuple[Tensor, ...]
 
     def gather(self, group: NodeGroup, outputs: Sequence[Scaled]) -> list[Scaled]:
@@ -83,6 +83,8 @@ def check_finite(model: Factorization) -> None:
 
 def float64_weight(chain: nn.Module) -> Tensor:
     """The columns of a :class:`Chain`, cast to float64 before its factors are multiplied."""
+    if next(chain.parameters()).dtype == torch.float64:
+        return cast(Tensor, chain())
     return cast(Tensor, functional_call(chain, {name: w.double() for name, w in chain.named_parameters()}, ()))
 
 
@@ -115,8 +117,7 @@ def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
     if len(outputs) == 1:
         return outputs[0]
     rows = max(output.shape[1] for output in outputs)
-    short = [rows - output.shape[1] for output in outputs]
-    return torch.cat([F.pad(o, (0, 0, 0, n)) if n else o for o, n in zip(outputs, short, strict=True)])
+    return torch.cat([F.pad(output, (0, 0, 0, rows - output.shape[1])) for output in outputs])
 
 
 @final

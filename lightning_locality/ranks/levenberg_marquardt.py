@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__: list[str] = []
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -96,12 +97,9 @@ def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -
 
 def _sum(factors: Sequence[Tensor]) -> Tensor:
     """The sums of rank-one tensors (S, D_1, ..., D_N)."""
-    starts, rank = len(factors[0]), factors[0].shape[2]
     # Khatri-Rao product of all modes but the last, then one matrix product
-    rows = factors[0]
-    for factor in factors[1:-1]:
-        rows = (rows[:, :, None] * factor[:, None]).reshape(starts, -1, rank)
-    return (rows @ factors[-1].mT).reshape(starts, *(factor.shape[1] for factor in factors))
+    rows = reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1, 2), factors[:-1])
+    return (rows @ factors[-1].mT).reshape(len(rows), *(factor.shape[1] for factor in factors))
 
 
 def _normal_equations(factors: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:

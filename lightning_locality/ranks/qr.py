@@ -47,7 +47,8 @@ def qr_spectra(form: FactoredTree) -> NodeSpectra:
             folded, below = reduce(join, form.gather(group, triangles))
             triangle, log = scaled(triangular(folded @ weight))
             triangles.append((triangle, log + below))
-    spectra, (tops, talls, sizes) = GroupSpectra(form), (Inheritance(form.groups) for _ in range(3))
+    spectra = GroupSpectra(form)
+    tops, talls, sizes = (Inheritance(form.groups) for _ in range(3))
     end = scaled(form.weights[-1].mT)
     for k in reversed(range(len(form.groups))):
         group, weight = form.groups[k], form.weights[k]

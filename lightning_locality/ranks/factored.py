@@ -56,7 +56,7 @@ class FactoredTree:
 def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None = None) -> FactoredTree:
     """The form of a factorisation over its own tree or, for CP, any; keeps the graph of the parameters."""
     if isinstance(model, HierarchicalTensorFactorization):
-        groups = tuple(cast(NodeGroup, group) for group in model.groups)
+        groups = tuple(model.groups)
         own = (float64_weight(group.chain).expand(len(group.nodes), -1, -1) for group in groups)
         return FactoredTree(model.tree, groups, tuple(own))
     # the factors at the leaves, identities at the interior nodes, ones at the root
@@ -65,7 +65,7 @@ def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None 
     widths, depths = dict.fromkeys(tree.interior, model.rank), dict.fromkeys(tree.nodes, 1)
     # one matrix per group: the chains of these groups are not used
     made = node_groups(tree, model.shape, widths, depths, shared=True).to(factors[0].device)
-    groups = tuple(cast(NodeGroup, group) for group in made)
+    groups = tuple(made)
     identity = torch.eye(model.rank, dtype=torch.float64, device=factors[0].device)
     weights = []
     for group in groups[:-1]:

@@ -138,8 +138,7 @@ class RankMonitor(Callback):
         # a trial run of one batch ends early whatever the settings
         if last is None or last < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.epochs is not None and max(self.epochs) >= last:
-            late = [epoch for epoch in self.epochs if epoch >= last]
+        if late := [epoch for epoch in self.epochs or () if epoch >= last]:
             raise ValueError(f"epochs has {late}, but the last of max_epochs={last} epochs is {last - 1}, from 0")
         if self.epochs is None and self.every_n_epochs > last:
             raise ValueError(f"every_n_epochs={self.every_n_epochs} never comes in max_epochs={last} epochs: lower it")
@@ -177,9 +176,7 @@ class RankMonitor(Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=several)
 
     def _subject(self, module: LightningModule) -> What:
-        if self.what is not None:
-            return self.what
-        return "profile" if _factorization(module) is None else "nodes"
+        return self.what or ("profile" if _factorization(module) is None else "nodes")
 
     def _distances(self, what: What, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         images = self.buffer.chosen(trainer.strategy)
@@ -212,17 +209,14 @@ class RankMonitor(Callback):
 
 @final
 class _ImageBuffer:
-    """Copies of the first images of validation, or of training if validation has too few, fixed once they are chosen.
+    """Copies of the first ``wanted`` images of validation, or of training if validation has too few.
 
-    Args:
-        wanted: Number of images.
-        check: Takes their height and width, and raises a ValueError if they cannot be measured.
+    ``check`` takes their height and width, and raises a ValueError if they cannot be measured.
     """
 
     def __init__(self, wanted: int, check: Callable[[int, int], object]) -> None:
         self.wanted, self.check = wanted, check
-        # fixed from the first measurement on
-        self.images: Tensor | None = None
+        self.images: Tensor | None = None  # fixed from the first measurement on
         self._seen: dict[str, list[Tensor]] = {"validation": [], "training": []}
 
     def keep(self, source: Literal["validation", "training"], batch: Any, number: int) -> None:
@@ -251,7 +245,7 @@ class _ImageBuffer:
                     "(N, C, H, W)"
                 )
             self.images = images
-            self._seen = {"validation": [], "training": []}
+            self._seen.clear()
         return self.images
 
 
@@ -266,13 +260,12 @@ def _checked_images(images: Tensor, check: Callable[[int, int], object], name: s
 
 
 def _find_images(batch: Any) -> Tensor:
-    found = batch
-    if isinstance(batch, (tuple, list)) and batch:
+    found, form = batch, type(batch).__name__
+    if isinstance(batch, Mapping):
+        found, form = batch.get("image", batch.get("x")), str(sorted(map(str, batch)))
+    elif isinstance(batch, (tuple, list)) and batch:
         found = batch[0]
-    elif isinstance(batch, Mapping):
-        found = batch.get("image", batch.get("x"))
     if not isinstance(found, Tensor):
-        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping with 'image' or 'x': "
             "pass images=, a tensor (N, C, H, W)"

@@ -20,7 +20,7 @@ _CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of 
 
 
 class VarianceComponents(NamedTuple):
-    """Unbiased variance components of a function of two blocks, each ``()`` and possibly below zero.
+    """Unbiased variance components of a function of two blocks, of any shape and possibly below zero.
 
     Args:
         inside: Variance due to block I alone (the rows).
@@ -71,16 +71,13 @@ def variance_components(matrix: Tensor) -> VarianceComponents:
     :math:`\mathrm{MS}_{IJ} = \lVert H F H \rVert^2 / ((K - 1)(L - 1))`, H the centring.
 
     Args:
-        matrix: Values ``(K, L)`` or, for several outputs, ``(K, L, C)``; rows are samples of block I, columns
-            samples of block J, all independent.
+        matrix: Values ``(K, L)`` or ``(K, L, C)``; rows are samples of block I, columns of block J, all independent.
 
     Raises:
         ValueError: Another shape, fewer than two samples of a block, or values that are not finite.
 
     Example:
-        >>> variance_components(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).share.item()  # a sum of two functions
-        0.0
-        >>> float(variance_components(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).crossing)
+        >>> variance_components(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).crossing.item()
         4.0
     """
     values = _checked(matrix, 2)
@@ -109,13 +106,11 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     sums over equal and different indices are mixed, and unmixed again exactly (ours).
 
     Args:
-        matrix: Values ``(K, L)`` or, for several outputs, ``(K, L, C)``; rows are samples of block I, columns
-            samples of block J, all independent.
+        matrix: Values ``(K, L)`` or ``(K, L, C)``; rows are samples of block I, columns of block J, all independent.
         centred: Take the part of f that crosses the cut; a matrix that is already centred gives the same.
 
     Raises:
-        ValueError: Another shape, fewer than four samples of a block (two without ``centred``), or values that
-            are not finite.
+        ValueError: Another shape, fewer than four samples of a block (two if not centred), or values not finite.
 
     Example:
         >>> matrix = torch.tensor([1.0, 2.0, 3.0, 5.0])[:, None] * torch.tensor([1.0, -1.0, 2.0, 1.0])
@@ -153,8 +148,8 @@ def _checked(matrix: Tensor, least: int) -> Tensor:
     """Return the matrix in float64 and as (K, L, C)."""
     if matrix.ndim not in (2, 3) or min(matrix.shape[:2]) < least:
         raise ValueError(
-            f"matrix must be (K, L) or (K, L, C) with at least {least} samples of each block, "
-            f"got {tuple(matrix.shape)}: draw more samples"
+            f"matrix must be (K, L) or (K, L, C) with at least {least} samples of each block, got "
+            f"{tuple(matrix.shape)}: draw more samples"
         )
     if bad := int((~matrix.isfinite()).sum()):
         raise ValueError(f"matrix has {bad} of {matrix.numel()} values that are not finite: look at the network")
@@ -202,29 +197,24 @@ def two_way_table(
 
     .. math:: F_{ijc} = f_c \bigl( x_I^{(i)}, x_J^{(j)} \bigr)
 
-    If f is a sum of R products of a function of block I and one of block J, the rank of F is at most R, and R for
-    enough samples. F over the root of K L approaches the operator between functions of either block whose kernel is f.
+    in K L forward passes: ``(K, L, outputs)`` in float64, on the model's device. If f is a sum of R products of a
+    function of block I and one of block J, the rank of F is at most R, and R for enough samples. F over the root of K L
+    approaches the operator between functions of either block whose kernel is f.
 
     Args:
-        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left unchanged.
+        model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
         images_i: Where block I is taken from, ``(K, C, H, W)``.
         images_j: Where block J is taken from, ``(L, C, H, W)``.
         mask: ``(H, W)``, True in block I.
         evaluation: How the network is evaluated; None: the default.
 
-    Returns:
-        ``(K, L, outputs)`` in float64, on the model's device. It takes K L forward passes.
-
     Raises:
         ValueError: Images, mask and model that do not fit together, or outputs that are not finite.
 
     Example:
-        >>> class Product(torch.nn.Module):
-        ...     def forward(self, x):
-        ...         return x[:, 0, 0, 0] * x[:, 0, 0, 1]
+        >>> product = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1]
         >>> images = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None].expand(3, 1, 1, 2)
-        >>> two_way_table(Product(), images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
+        >>> two_way_table(product, images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
         [[1, 2, 3], [2, 4, 6], [3, 6, 9]]
     """
     mask = checked_mask(mask, images_i)
@@ -242,10 +232,8 @@ def _table(
     network: SplicedNetwork, first: int, second: int, rows: int, columns: int, rounding_seed: int | None = None
 ) -> Tensor:
     """Outputs ``(K, L, C)``: block 0 from images first, first + 1, ..., block 1 from images second, second + 1, ..."""
-    values = network.map(
-        lambda k: torch.stack([first + k // columns, second + k % columns], dim=1), rows * columns, rounding_seed
-    )
-    return values.reshape(rows, columns, -1)
+    choose = lambda k: torch.stack([first + k // columns, second + k % columns], dim=1)
+    return network.map(choose, rows * columns, rounding_seed).reshape(rows, columns, -1)
 
 
 @final
@@ -260,8 +248,8 @@ class CutShare:
         inside: Variance due to block I alone.
         outside: Variance due to block J alone.
         participation_ratio: Number of products of functions of either block that make up the crossing part: the
-            unbiased estimate of :math:`(\sum_k \sigma_k^2)^2 / \sum_k \sigma_k^4`. NaN if the crossing part cannot
-            be told from rounding, or if the images are too few for an estimate.
+            unbiased estimate of :math:`(\sum_k \sigma_k^2)^2 / \sum_k \sigma_k^4`. NaN if the crossing part may be
+            rounding, or if the images are too few.
         spectrum: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU; root mean
             squares over repetitions.
         noise: Level below which values of the spectrum may be rounding.
@@ -291,8 +279,7 @@ class CutShare:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, including the rank; NaN becomes None."""
         ratio = None if math.isnan(self.participation_ratio) else self.participation_ratio
-        spectrum = self.spectrum.tolist()
-        return {**vars(self), "participation_ratio": ratio, "spectrum": spectrum, "rank": self.rank}
+        return vars(self) | {"participation_ratio": ratio, "spectrum": self.spectrum.tolist(), "rank": self.rank}
 
 
 def cut_share(
@@ -319,19 +306,17 @@ def cut_share(
 
     The standard error is that of a jackknife over rows and over columns; with repetitions, the larger of this and of
     their spread, divided by the root of the number of repetitions that have images of their own (ours). A network whose
-    outputs do not vary beyond rounding has a share of 0. Rounding is estimated from images moved by one unit in the
-    last place.
+    outputs do not vary beyond rounding, estimated from images moved by one unit in the last place, has a share of 0.
 
     Args:
-        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left unchanged.
+        model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
         images: ``(B, C, H, W)``, from the distribution of interest.
         mask: ``(H, W)``, True in block I.
         size: Images K for either block, at least 4; None: 64, or half of all images.
         repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
-        evaluation: How the network is evaluated; None: the default. Every repetition takes ``size ** 2`` forward
-            passes, and the noise at most 256 more.
+        evaluation: How the network is evaluated, at ``size ** 2`` images for every repetition and at most 256 more for
+            the noise; None: the default.
 
     Raises:
         ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
@@ -344,8 +329,7 @@ def cut_share(
         0.0
     """
     mask = checked_mask(mask, images)
-    if size is None:
-        size = min(len(images) // 2, 64)
+    size = min(len(images) // 2, 64) if size is None else size
     if size < 4 or 2 * size > len(images):
         raise ValueError(
             f"size must be 4 or more images per block, and 2 x size at most as many as there are, got size={size} and "
@@ -371,7 +355,8 @@ def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> 
 
 def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> tuple[float, float]:
     """Singular values that rounding can give to the crossing part, and to the table less its mean."""
-    size, corner = len(table), min(_CORNER, len(table))
+    size = len(table)
+    corner = min(_CORNER, size)
     moved = _table(network, 0, size, corner, corner, rounding_seed=seed) - table[:corner, :corner]
     scale = table.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition
@@ -390,25 +375,23 @@ def _crossing(table: Tensor) -> Tensor:
 
 def _spectrum(table: Tensor) -> Tensor:
     rows, columns, _ = table.shape
-    values: Tensor = torch.linalg.svdvals(table.reshape(rows, -1).mT)
-    return torch.div(values, (rows * columns) ** 0.5)
+    return torch.div(torch.linalg.svdvals(table.reshape(rows, -1).mT), (rows * columns) ** 0.5)
 
 
 def _summary(tables: list[Tensor], noise: float, floor: float, own: float) -> CutShare:
     parts = [variance_components(table) for table in tables]
     pooled = VarianceComponents(*(torch.stack(part).mean() for part in zip(*parts, strict=True)))
     spectrum = torch.stack([_spectrum(_crossing(table)) for table in tables]).square().mean(0).sqrt()
-    varies = any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables)
     ratio, share, error = math.nan, 0.0, 0.0
-    if varies:
+    if any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables):
         share = float(pooled.share)
         variance = torch.stack([_jackknife(table) for table in tables]).mean()
         if len(tables) > 1:
             variance = torch.maximum(variance, torch.stack([part.share for part in parts]).var())
         error = float((variance / own).sqrt())
-    if varies and spectrum[0] > noise:
-        s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
-        ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
+        if spectrum[0] > noise:
+            s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
+            ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
     return CutShare(
         share=share,
         standard_error=error,
@@ -425,9 +408,8 @@ def _summary(tables: list[Tensor], noise: float, floor: float, own: float) -> Cu
 
 def _jackknife(table: Tensor) -> Tensor:
     """Variance of the share from leaving out rows, and columns."""
-    residual = _crossing(table)
-    row = table.mean(1) - table.mean((0, 1))
-    column = table.mean(0) - table.mean((0, 1))
+    residual, mean = _crossing(table), table.mean((0, 1))
+    row, column = table.mean(1) - mean, table.mean(0) - mean
     shares = (_without_each(residual, row, column), _without_each(residual.transpose(0, 1), column, row))
     return torch.stack([(len(share) - 1) ** 2 / len(share) * share.var() for share in shares]).sum()
 
@@ -438,11 +420,9 @@ def _without_each(residual: Tensor, row: Tensor, column: Tensor) -> Tensor:
     The parts stay the same except for means that are no longer zero, which move to the next larger part.
     """
     rows, columns = residual.shape[:2]
-    squares = residual.square().sum((1, 2))
+    squares, own = residual.square().sum((1, 2)), row.square().sum(1)
     crossing = (squares.sum() - squares * rows / (rows - 1)) / ((rows - 2) * (columns - 1))
-    own = row.square().sum(1)
     inside = (own.sum() - own * rows / (rows - 1)) / (rows - 2) - crossing / columns
     moved = torch.einsum("klc,lc->k", residual, column) / (rows - 1)
     outside = (column.square().sum() - 2 * moved + squares / (rows - 1) ** 2) / (columns - 1) - crossing / (rows - 1)
-    total = inside + outside + crossing
-    return torch.where(total == 0, 0.0, crossing / torch.where(total == 0, 1.0, total))
+    return VarianceComponents(inside, outside, crossing).share

@@ -9,15 +9,12 @@ from torch import Tensor
 
 
 def halves(height: int, width: int, axis: int = 1) -> Tensor:
-    """The first half of an image; for an odd number of rows or columns the smaller one.
+    """The first half of an image ``(H, W)``, True in block I; for an odd number of rows or columns the smaller one.
 
     Args:
         height: In pixels.
         width: In pixels.
         axis: 1: left of right, 0: top of bottom.
-
-    Returns:
-        ``(H, W)``, True in block I.
 
     Raises:
         ValueError: Another axis, or one along which there is only one pixel.
@@ -37,15 +34,12 @@ def halves(height: int, width: int, axis: int = 1) -> Tensor:
 
 
 def checkerboard(height: int, width: int, size: int) -> Tensor:
-    """Squares of alternating colour, the top left one in block I.
+    """Squares of alternating colour ``(H, W)``, True in block I, in which the top left one is.
 
     Args:
         height: In pixels.
         width: In pixels.
         size: Side of the squares, in pixels; those at the right and the lower edge may be cut off.
-
-    Returns:
-        ``(H, W)``, True in block I.
 
     Raises:
         ValueError: Squares below one pixel or as large as the image.
@@ -62,16 +56,13 @@ def checkerboard(height: int, width: int, size: int) -> Tensor:
 
 
 def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
-    """A grid of rectangles, row by row, as equal as the pixels allow.
+    """A grid of P = rows x columns rectangles, as equal as the pixels allow ``(P, H, W)``: each pixel is True in one.
 
     Args:
         height: In pixels.
         width: In pixels.
-        rows: Number of rows of rectangles.
+        rows: Number of rows of rectangles, by which they are numbered.
         columns: Number of columns of rectangles.
-
-    Returns:
-        ``(P, H, W)`` with P = rows x columns; every pixel is True in one of them.
 
     Raises:
         ValueError: More rectangles than pixels along an axis, or none.
@@ -98,7 +89,7 @@ def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
 
     Returns:
         Name -> ``(H, W)``, True in the part: ``"1/0"`` to ``"1/3"`` are the quadrants row by row, ``"2/0"`` to
-        ``"2/15"`` their quadrants row by row over the whole image, and so on.
+        ``"2/15"`` theirs, row by row over the whole image, and so on.
 
     Raises:
         ValueError: No levels, or parts smaller than a pixel.
@@ -109,15 +100,10 @@ def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
     """
     _check_size(height, width)
     if levels < 1 or 2**levels > min(height, width):
-        raise ValueError(
-            f"levels must be 1 to {min(height, width).bit_length() - 1} in an image of {height} x {width} pixels, "
-            f"got {levels}"
-        )
-    return {
-        f"{level}/{k}": part
-        for level in range(1, levels + 1)
-        for k, part in enumerate(blocks(height, width, 2**level, 2**level))
-    }
+        most = min(height, width).bit_length() - 1
+        raise ValueError(f"levels must be 1 to {most} in an image of {height} x {width} pixels, got {levels}")
+    parts = {level: blocks(height, width, 2**level, 2**level) for level in range(1, levels + 1)}
+    return {f"{level}/{k}": part for level, cut in parts.items() for k, part in enumerate(cut)}
 
 
 def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
@@ -161,11 +147,9 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
 
 def checked_mask(mask: Tensor, images: Tensor, name: str = "mask") -> Tensor:
     """Return a mask ``(H, W)`` on the device of images ``(B, C, H, W)``, or raise a ValueError if they do not fit."""
+    size, got = tuple(images.shape[2:]), tuple(images.shape)
     if images.ndim != 4:
-        raise ValueError(
-            f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {tuple(images.shape)}"
-        )
-    size = tuple(images.shape[2:])
+        raise ValueError(f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {got}")
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} must be boolean, True in block I, got {mask.dtype}: compare it, as in {name} > 0")
     if tuple(mask.shape) != size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["InteractionProfile"]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, final
 
@@ -24,23 +24,10 @@ _BOOTSTRAP_NUMBERS = 2**23  # float64 numbers that the bootstrap holds at a time
 
 @final
 class PatchGrid:
-    """Square patches that tile an image, numbered row by row.
+    """Square patches that tile an image, numbered row by row; ``patch`` is their side, which divides height and width.
 
-    Args:
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        patch: Side of a patch in pixels, which divides height and width. None: of the sides that give 2 to 64 patches
-            the one nearest to a seventh of the shorter side (ours), the smaller of two that are equally near.
-
-    Raises:
-        ValueError: A side that does not divide both or leaves fewer than two patches, or no side by default.
-
-    Example:
-        >>> grid = PatchGrid(4, 6, patch=2)
-        >>> grid.rows, grid.columns, grid.distances(torch.tensor([[0, 0, 0], [1, 2, 3]])).tolist()
-        (2, 3, [1, 2, 1])
-        >>> PatchGrid(8, 80).patch, PatchGrid(224, 224).patch
-        (4, 32)
+    None: of the sides that give 2 to 64 patches the one nearest to a seventh of the shorter side (ours), the smaller of
+    two that are equally near.
     """
 
     def __init__(self, height: int, width: int, patch: int | None = None) -> None:
@@ -90,9 +77,9 @@ class PatchGrid:
 class InteractionProfile:
     """Strength of interaction of image patches against their distance, made by ``interaction_profile``.
 
-    All tensors are float64 on the CPU unless said otherwise; D is the number of distances, m that of patches. Unknown
-    values are NaN: the shares, radii and mean distance of a network that is additive over the patches, bands without
-    bootstraps, the input-gradient change with the exact method.
+    Tensors are float64 on the CPU unless said otherwise, with D distances and m patches. Unknown values are NaN: the
+    shares, radii and mean distance of a network that is additive over the patches, bands without bootstraps, the
+    input-gradient change with the exact method.
 
     Args:
         distance: Chebyshev distance of the positions of two patches, in pixels ``(D,)``.
@@ -121,8 +108,7 @@ class InteractionProfile:
     Example:
         >>> from lightning_locality.ranks.profile import interaction_profile
         >>> product = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 2]
-        >>> images = torch.randn(8, 1, 1, 3, generator=torch.Generator().manual_seed(0))
-        >>> profile = interaction_profile(product, images, patch=1)
+        >>> profile = interaction_profile(product, torch.randn(8, 1, 1, 3), patch=1)
         >>> profile.share.tolist(), profile.mean_distance, profile.r50
         ([0.0, 1.0], 2.0, 2.0)
     """
@@ -152,11 +138,7 @@ class InteractionProfile:
         """Plot strength and its band against distance.
 
         Args:
-            axes: None: new ones, of a figure of their own: ``axes.figure``, which a notebook shows and
-                ``axes.figure.savefig(path)`` writes.
-
-        Returns:
-            The axes.
+            axes: None: new ones, of a figure of their own, ``axes.figure``, to be shown or saved.
         """
         from lightning_locality.plotting.ranks import draw_profile
 
@@ -169,14 +151,13 @@ class InteractionProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as lists and numbers that JSON knows; NaN becomes None."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        plain = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+        values = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return {name: _each(plain, value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Restore the profile that :meth:`to_dict` was called on, to the last bit.
-
-        Args:
-            values: The result of :meth:`to_dict`, also by way of JSON.
+        """Restore a profile, to the last bit, from the result of :meth:`to_dict`, also by way of JSON.
 
         Raises:
             ValueError: Missing or unknown names.
@@ -187,48 +168,30 @@ class InteractionProfile:
                 f"values are not of an InteractionProfile: missing {sorted(set(kinds) - set(values))}, unknown "
                 f"{sorted(set(values) - set(kinds))}; pass what to_dict() gave"
             )
-        restored = {name: _with_nan(value) for name, value in values.items()} | {"grid": tuple(values["grid"])}
+        restored = {name: _each(lambda x: math.nan if x is None else x, value) for name, value in values.items()}
+        restored["grid"] = tuple(values["grid"])
         for name in (name for name, kind in kinds.items() if kind == "Tensor"):
             restored[name] = torch.tensor(restored[name], dtype=torch.int64 if name == "pairs" else torch.float64)
         return cls(**restored)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_nan(one) for one in value]
-    return math.nan if value is None else value
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to a value, or to all values of nested sequences."""
+    return [_each(function, one) for one in value] if isinstance(value, list | tuple) else function(value)
 
 
 @final
 @dataclass(frozen=True)
 class PairwiseInteractions:
-    """Contributions of samples to the interaction of pairs of patches, float64.
-
-    Args:
-        grid: The patches.
-        pairs: The pairs that were measured ``(2, P)``, at least one at every distance.
-        interaction: Of every sample and pair ``(n, P)``.
-        effect: Total effect of every patch ``(n, m)``.
-        change: Input-gradient change of every sample and pair ``(n, P)``, or None.
-        noise: Interaction that rounding alone can give to a pair ``(P,)``.
-        effect_noise: Effect that rounding alone can give to a patch.
-    """
+    """Contributions of samples to the interaction of pairs of patches, float64."""
 
     grid: PatchGrid
-    pairs: Tensor
-    interaction: Tensor
-    effect: Tensor
-    change: Tensor | None
-    noise: Tensor
-    effect_noise: float
+    pairs: Tensor  # that were measured (2, P), at least one at every distance
+    interaction: Tensor  # (n, P)
+    effect: Tensor  # total effect of every patch (n, m)
+    change: Tensor | None  # of the input gradient (n, P)
+    noise: Tensor  # interaction that rounding alone can give to a pair (P,)
+    effect_noise: float  # effect that rounding alone can give to a patch
 
     def profile(self, method: Literal["linear", "exact"], bootstraps: int, seed: int) -> InteractionProfile:
         """Take means over samples, with 95 % bands (percentiles) from ``bootstraps`` resamples of the samples."""
@@ -238,12 +201,11 @@ class PairwiseInteractions:
         # averages over the pairs at a distance, as a matrix product
         average = (where[:, None] == distances).double().to(device)
         average /= average.sum(0)
-        distance, number = distances.double() * self.grid.patch, number.cpu()
-        weight = number.double().to(device)
-        alive = self.interaction.mean(0) > self.noise
-        effect, interaction = self.effect.mean(0), torch.where(alive, self.interaction.mean(0), 0.0)
-        strength, mass = self._by_distance(interaction[None], effect[None], average, weight)
-        mass = mass[0].cpu()
+        distance, weight = distances.double() * self.grid.patch, number.double().to(device)
+        interaction, effect = self.interaction.mean(0), self.effect.mean(0)
+        alive = interaction > self.noise
+        interaction = torch.where(alive, interaction, 0.0)
+        strength, mass = (x[0].cpu() for x in self._by_distance(interaction[None], effect[None], average, weight))
         total = float(mass.sum())
         share = mass / total if total > 0 else torch.full_like(mass, math.nan)
         cumulative, uniform = share.cumsum(0), (number.cumsum(0) / number.sum())
@@ -255,7 +217,7 @@ class PairwiseInteractions:
         matrix.diagonal().copy_(effect)
         return InteractionProfile(
             distance=distance,
-            strength=strength[0].cpu(),
+            strength=strength,
             low=low,
             high=high,
             share=share,
@@ -306,8 +268,7 @@ class PairwiseInteractions:
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
         low, high = torch.cat(strengths).quantile(ends, 0)
         # a resample may have no interaction at all
-        mean_low, mean_high = torch.cat(means).nanquantile(ends).tolist()
-        return low, high, mean_low, mean_high
+        return low, high, *torch.cat(means).nanquantile(ends).tolist()
 
 
 def _radius(distance: Tensor, cumulative: Tensor, share: float) -> float:

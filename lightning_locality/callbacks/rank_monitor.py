@@ -58,8 +58,8 @@ class RankMonitor(Callback):
         float64: Evaluate networks in float64, in a copy; factorisations always are.
 
     Raises:
-        ValueError: An unknown kind of measurement, epochs that never come, a module without a factorisation for
-            its nodes, no or too few images, patches that do not divide them, weights that are spread over devices.
+        ValueError: Another ``what``, epochs that never come, nodes of a module without a factorisation, no or too few
+            images, patches that do not divide them, weights that are spread over devices.
     """
 
     def __init__(
@@ -77,12 +77,8 @@ class RankMonitor(Callback):
     ) -> None:
         if what not in (None, "nodes", "profile", "cuts"):
             raise ValueError(f"what must be 'nodes', 'profile', 'cuts' or None, got {what!r}")
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("samples", samples, 2),
-            ("patch", patch, 1),
-            ("size", size, 4),
-        ):
+        numbers = {"every_n_epochs": every_n_epochs, "samples": samples, "patch": patch, "size": size}
+        for (name, value), least in zip(numbers.items(), (1, 2, 1, 4), strict=True):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if epochs is not None and (not epochs or min(epochs) < 0):
@@ -164,11 +160,10 @@ class RankMonitor(Callback):
             return
         what = self._subject(pl_module)
         values = _nodes(pl_module) if what == "nodes" else self._distances(what, trainer, pl_module)
-        logged = bool(trainer.loggers)
         iteration = getattr(pl_module, "iteration", None)
+        logged = bool(trainer.loggers) and not isinstance(iteration, int)
         if isinstance(iteration, int):
             # a module that counts iterations of its own, as Recovery: its rows are those of an iteration
-            logged = False
             for logger in trainer.loggers:
                 logger.log_metrics({"epoch": epoch, "iteration": iteration, **values}, step=iteration)
         # all processes have the same numbers; saying so keeps Lightning from warning
@@ -202,9 +197,10 @@ class RankMonitor(Callback):
         profile = interaction_profile(
             module, images, patch=self.patch, samples=samples, seed=self.seed, bootstraps=0, evaluation=self.evaluation
         )
-        values = {f"interaction/{name}": float(getattr(profile, name)) for name in ("mean_distance", "r50", "r90")}
+        values = {"mean_distance": profile.mean_distance, "r50": profile.r50, "r90": profile.r90}
         strengths = zip(profile.distance.tolist(), profile.strength.tolist(), strict=True)
-        return values | {f"interaction/strength_d{distance:g}": value for distance, value in strengths}
+        values |= {f"strength_d{distance:g}": value for distance, value in strengths}
+        return {f"interaction/{name}": value for name, value in values.items()}
 
 
 @final
@@ -224,12 +220,10 @@ class _ImageBuffer:
         if self.images is not None:
             return
         seen = self._seen[source]
-        missing = self.wanted - sum(map(len, seen))
-        if missing > 0 and number == 0:
+        if number == 0 and sum(map(len, seen)) < self.wanted:
             # a new pass repeats the images of the one before
             seen.clear()
-            missing = self.wanted
-        if missing > 0:
+        if missing := max(0, self.wanted - sum(map(len, seen))):
             images = _checked_images(_find_images(batch), self.check, f"the {source} batch")
             seen.append(images.detach()[:missing].clone().cpu())
 
@@ -241,8 +235,7 @@ class _ImageBuffer:
             images = strategy.broadcast(torch.cat(chosen) if chosen else None)
             if images is None or len(images) < 2:
                 raise ValueError(
-                    "RankMonitor has seen fewer than 2 images in the batches of this run: pass images=, a tensor "
-                    "(N, C, H, W)"
+                    "RankMonitor has seen fewer than 2 images in all batches: pass images=, a tensor (N, C, H, W)"
                 )
             self.images = images
             self._seen.clear()
@@ -285,13 +278,11 @@ def _nodes(module: LightningModule) -> dict[str, float]:
     table = spectra.table()
     if len(table) <= _MAX_NODES:
         return {f"{name}/node {row['node']}": float(row[key]) for row in table for key, name in _QUANTITIES.items()}
-    by_size: dict[int, list[dict[str, Any]]] = {}
+    columns: dict[str, list[float]] = {}
     for node, row in zip(spectra, table, strict=True):
-        by_size.setdefault(len(node), []).append(row)
-    values = {}
-    for size, rows in by_size.items():
         for key, name in _QUANTITIES.items():
-            column = [float(row[key]) for row in rows]
-            values[f"{name}/{size} modes median"] = median(column)
-            values[f"{name}/{size} modes largest"] = max(column)
+            columns.setdefault(f"{name}/{len(node)} modes", []).append(float(row[key]))
+    values: dict[str, float] = {}
+    for name, column in columns.items():
+        values |= {f"{name} median": median(column), f"{name} largest": max(column)}
     return values

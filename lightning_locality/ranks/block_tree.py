@@ -70,9 +70,9 @@ def tree_separation(
 
     .. math:: F_{ij} = f \bigl( x_I^{(i)}, x_{I^c}^{(j)} \bigr), \qquad i, j = 1, \dots, k
 
-    The rank of a submatrix is that of the matricisation (generically) if it is below k, else k: raise ``size`` until no
-    rank equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while
-    the grid tensor takes K^P. Several outputs of one column are put side by side.
+    The rank of a submatrix is that of the matricisation (generically) if it is below k: raise ``size`` until no rank
+    equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while the
+    grid tensor takes K^P. Several outputs of one column are put side by side.
 
     Args:
         model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
@@ -86,9 +86,9 @@ def tree_separation(
         evaluation: How the network is evaluated; None: the default.
 
     Returns:
-        For every node but the root its singular values, over the root of the number of rows and columns. Their
-        tolerance is three times the Frobenius norm of the change when the images move by one unit in the last place,
-        or of the outputs' own rounding.
+        For every node but the root its singular values, over the root of the number of entries. Their tolerance is
+        three times the Frobenius norm of the change when the images move by one unit in the last place, or of the
+        outputs' own rounding.
 
     Raises:
         ValueError: A tree or a model that does not fit, blocks that are not a partition, or a size below 2 or, with

@@ -20,39 +20,24 @@ _CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of 
 
 
 class VarianceComponents(NamedTuple):
-    """Unbiased variance components of a function of two blocks, of any shape and possibly below zero.
+    """Unbiased variance components of a function of two blocks, possibly below zero."""
 
-    Args:
-        inside: Variance due to block I alone (the rows).
-        outside: Variance due to block J alone (the columns).
-        crossing: Variance that neither block explains alone: what crosses the cut.
-    """
-
-    inside: Tensor
-    outside: Tensor
-    crossing: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Sum of the three."""
-        return self.inside + self.outside + self.crossing
+    inside: Tensor  # due to block I alone (the rows)
+    outside: Tensor  # due to block J alone (the columns)
+    crossing: Tensor  # what neither block explains alone: it crosses the cut
 
     @property
     def share(self) -> Tensor:
         """Share of the variance that crosses the cut; 0 for a constant."""
-        return torch.where(self.total == 0, 0.0, self.crossing / torch.where(self.total == 0, 1.0, self.total))
+        total = self.inside + self.outside + self.crossing
+        return torch.where(total == 0, 0.0, self.crossing / torch.where(total == 0, 1.0, total))
 
 
 class PairMoments(NamedTuple):
-    r"""Unbiased moments of the spectrum of a function of two blocks, each ``()``.
+    """Unbiased moments of the spectrum of a function of two blocks."""
 
-    Args:
-        s2_squared: :math:`(\sum_k \sigma_k^2)^2`.
-        s4: :math:`\sum_k \sigma_k^4`.
-    """
-
-    s2_squared: Tensor
-    s4: Tensor
+    s2_squared: Tensor  # (sum_k sigma_k^2)^2
+    s4: Tensor  # sum_k sigma_k^4
 
     @property
     def participation_ratio(self) -> Tensor:
@@ -71,7 +56,7 @@ def variance_components(matrix: Tensor) -> VarianceComponents:
     :math:`\mathrm{MS}_{IJ} = \lVert H F H \rVert^2 / ((K - 1)(L - 1))`, H the centring.
 
     Args:
-        matrix: Values ``(K, L)`` or ``(K, L, C)``; rows are samples of block I, columns of block J, all independent.
+        matrix: Values ``(K, L)`` or ``(K, L, C)`` at independent samples of block I (rows) and of block J (columns).
 
     Raises:
         ValueError: Another shape, fewer than two samples of a block, or values that are not finite.
@@ -106,8 +91,8 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     sums over equal and different indices are mixed, and unmixed again exactly (ours).
 
     Args:
-        matrix: Values ``(K, L)`` or ``(K, L, C)``; rows are samples of block I, columns of block J, all independent.
-        centred: Take the part of f that crosses the cut; a matrix that is already centred gives the same.
+        matrix: Values ``(K, L)`` or ``(K, L, C)`` at independent samples of block I (rows) and of block J (columns).
+        centred: Take the part of f that crosses the cut.
 
     Raises:
         ValueError: Another shape, fewer than four samples of a block (two if not centred), or values not finite.
@@ -245,11 +230,9 @@ class CutShare:
         share: Crossing over all variance, between 0 and 1 up to the error of sampling.
         standard_error: Of the share, over the choice of images.
         crossing: Variance that neither block explains alone, summed over the outputs.
-        inside: Variance due to block I alone.
-        outside: Variance due to block J alone.
-        participation_ratio: Number of products of functions of either block that make up the crossing part: the
-            unbiased estimate of :math:`(\sum_k \sigma_k^2)^2 / \sum_k \sigma_k^4`. NaN if the crossing part may be
-            rounding, or if the images are too few.
+        inside, outside: Variance due to block I, and to block J, alone.
+        participation_ratio: Number of products of functions of either block that make up the crossing part, estimated
+            as in :func:`pair_moments`. NaN if the crossing part may be rounding, or if the images are too few.
         spectrum: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU; root mean
             squares over repetitions.
         noise: Level below which values of the spectrum may be rounding.
@@ -299,14 +282,13 @@ def cut_share(
 
     with v the variances of these parts, block I of one image beside block J of another: 0 if and only if the network
     adds a function of either block. Interactions inside a block do not count. This is the second-order Sobol' index of
-    the two blocks taken as two factors: the total index of either block less its closed index, or 1 less the closed
-    indices of both ("Global sensitivity indices for nonlinear mathematical models and their Monte Carlo estimates",
-    Sobol', 2001). Variances are summed over outputs; they are the unbiased ones of two crossed random factors,
-    :func:`variance_components`, of a table made by :func:`two_way_table`.
+    the two blocks: the total index of either less its closed index ("Global sensitivity indices for nonlinear
+    mathematical models and their Monte Carlo estimates", Sobol', 2001). Variances are the :func:`variance_components`
+    of a :func:`two_way_table`, summed over outputs.
 
     The standard error is that of a jackknife over rows and over columns; with repetitions, the larger of this and of
-    their spread, divided by the root of the number of repetitions that have images of their own (ours). A network whose
-    outputs do not vary beyond rounding, estimated from images moved by one unit in the last place, has a share of 0.
+    their spread, divided by the root of the number of repetitions that have images of their own (ours). Outputs that do
+    not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of 0.
 
     Args:
         model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
@@ -315,8 +297,8 @@ def cut_share(
         size: Images K for either block, at least 4; None: 64, or half of all images.
         repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
-        evaluation: How the network is evaluated, at ``size ** 2`` images for every repetition and at most 256 more for
-            the noise; None: the default.
+        evaluation: How the network is evaluated, ``size ** 2`` times for every repetition and at most 256 times for the
+            noise; None: the default.
 
     Raises:
         ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
@@ -324,8 +306,7 @@ def cut_share(
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
-        >>> images = torch.randn(100, 1, 1, 4, generator=torch.Generator().manual_seed(0))
-        >>> round(float(cut_share(near, images, torch.tensor([[True, True, False, False]]))), 6)
+        >>> round(float(cut_share(near, torch.randn(100, 1, 1, 4), torch.tensor([[True, True, False, False]]))), 6)
         0.0
     """
     mask = checked_mask(mask, images)
@@ -341,7 +322,21 @@ def cut_share(
     with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation) as network:
         tables = [_table(network, start, start + size, size, size) for start in range(0, len(chosen), 2 * size)]
         noise, floor = _noise(network, tables[0], seed)
-    return _summary(tables, noise, floor, own)
+    parts = [variance_components(table) for table in tables]
+    pooled = VarianceComponents(*(torch.stack(part).mean() for part in zip(*parts, strict=True)))
+    inside, outside, crossing = map(float, pooled)
+    spectrum = torch.stack([_spectrum(_crossing(table)) for table in tables]).square().mean(0).sqrt()
+    ratio, share, error = math.nan, 0.0, 0.0
+    if any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables):
+        share = float(pooled.share)
+        variance = torch.stack([_jackknife(table) for table in tables]).mean()
+        if repetitions > 1:
+            variance = torch.maximum(variance, torch.stack([part.share for part in parts]).var())
+        error = float((variance / own).sqrt())
+        if spectrum[0] > noise:
+            s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
+            ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
+    return CutShare(share, error, crossing, inside, outside, ratio, spectrum.cpu(), noise, size, repetitions)
 
 
 def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
@@ -378,34 +373,6 @@ def _spectrum(table: Tensor) -> Tensor:
     return torch.div(torch.linalg.svdvals(table.reshape(rows, -1).mT), (rows * columns) ** 0.5)
 
 
-def _summary(tables: list[Tensor], noise: float, floor: float, own: float) -> CutShare:
-    parts = [variance_components(table) for table in tables]
-    pooled = VarianceComponents(*(torch.stack(part).mean() for part in zip(*parts, strict=True)))
-    spectrum = torch.stack([_spectrum(_crossing(table)) for table in tables]).square().mean(0).sqrt()
-    ratio, share, error = math.nan, 0.0, 0.0
-    if any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables):
-        share = float(pooled.share)
-        variance = torch.stack([_jackknife(table) for table in tables]).mean()
-        if len(tables) > 1:
-            variance = torch.maximum(variance, torch.stack([part.share for part in parts]).var())
-        error = float((variance / own).sqrt())
-        if spectrum[0] > noise:
-            s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
-            ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
-    return CutShare(
-        share=share,
-        standard_error=error,
-        crossing=float(pooled.crossing),
-        inside=float(pooled.inside),
-        outside=float(pooled.outside),
-        participation_ratio=ratio,
-        spectrum=spectrum.cpu(),
-        noise=noise,
-        size=len(tables[0]),
-        repetitions=len(tables),
-    )
-
-
 def _jackknife(table: Tensor) -> Tensor:
     """Variance of the share from leaving out rows, and columns."""
     residual, mean = _crossing(table), table.mean((0, 1))
@@ -415,10 +382,8 @@ def _jackknife(table: Tensor) -> Tensor:
 
 
 def _without_each(residual: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The share without row i, for all i, from the parts of the full table (K, L, C), (K, C) and (L, C).
-
-    The parts stay the same except for means that are no longer zero, which move to the next larger part.
-    """
+    """The share without row i, for all i, from the parts of the full table (K, L, C), (K, C) and (L, C)."""
+    # the parts stay the same except for means that are no longer zero, which move to the next larger part
     rows, columns = residual.shape[:2]
     squares, own = residual.square().sum((1, 2)), row.square().sum(1)
     crossing = (squares.sum() - squares * rows / (rows - 1)) / ((rows - 2) * (columns - 1))

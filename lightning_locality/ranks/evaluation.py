@@ -109,8 +109,8 @@ class Evaluation:
     """How a network is evaluated at thousands of inputs.
 
     Args:
-        chunk: Rows per call, halved when memory runs out; None: a default that depends on the number and the size of
-            the rows and on the kind of device alone. Another chunk changes results by rounding only.
+        chunk: Rows per call, halved when memory runs out; None: by the number and the size of the rows and the kind of
+            device. Another chunk changes results by rounding only.
         dtype: Type of weights and images during the evaluation; None: the model's own, or float32 for 16-bit models,
             whose rounding would drown what is measured. If it differs from the model's, a copy is evaluated.
         progress: Called after every chunk with the number of rows done and the number of all rows.
@@ -154,7 +154,10 @@ class Evaluation:
         """
         if count < 1:
             raise ValueError(f"count must be at least one row, got {count}")
-        chunk = self.chunk or _default_chunk(count, numbers, device)
+        budget = _NUMBERS_CPU if torch.device(device).type == "cpu" else _NUMBERS
+        most = max(1, min(max(_MIN_ROWS, count // _PARTS), budget // numbers))
+        # a power of two by default
+        chunk = self.chunk or 1 << (most.bit_length() - 1)
         values, done = torch.empty(0), 0
         while done < count:
             rows = torch.arange(done, min(done + chunk, count), device=device)
@@ -178,13 +181,6 @@ class Evaluation:
                 "evaluate it in float64 with Evaluation(dtype=torch.float64)"
             )
         return values
-
-
-def _default_chunk(count: int, numbers: int, device: torch.device) -> int:
-    """Return a power of two."""
-    budget = _NUMBERS_CPU if torch.device(device).type == "cpu" else _NUMBERS
-    rows = max(1, min(max(_MIN_ROWS, count // _PARTS), budget // numbers))
-    return 1 << (rows.bit_length() - 1)
 
 
 def _attempt(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 __all__ = ["InteractionProfile"]
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,18 +86,14 @@ class InteractionProfile:
         distance: Chebyshev distance of the positions of two patches, in pixels ``(D,)``.
         strength: Mean normalised interaction of the pairs at a distance ``(D,)``, 0 none. With the exact method at most
             1, up to sampling; the linear one may exceed it if the network is far from affine in a patch.
-        low: Lower end of its 95 % band over samples ``(D,)``.
-        high: Upper end ``(D,)``.
-        share: Share of all interaction that is at a distance ``(D,)``.
-        cumulative: Share up to a distance ``(D,)``.
+        low, high: Ends of its 95 % band over samples ``(D,)``.
+        share, cumulative: Share of all interaction that is at, and up to, a distance ``(D,)``.
         uniform: What ``cumulative`` would be if all pairs interacted equally ``(D,)``.
         gradient_change: Mean change of direction of a patch's input gradient ``(D,)``: 0 none, 1 orthogonal.
         pairs: Number of pairs at a distance, int64 ``(D,)``.
         mean_distance: Of the interaction, in pixels.
-        mean_distance_low: Lower end of its 95 % band over samples.
-        mean_distance_high: Upper end.
-        r50: Smallest distance up to which half of the interaction lies, in pixels; nothing is interpolated.
-        r90: Likewise for nine tenths.
+        mean_distance_low, mean_distance_high: Ends of its 95 % band over samples.
+        r50, r90: Smallest distances, in pixels, up to which half and nine tenths of the interaction lie.
         uniform_mean_distance: Mean distance if all pairs interacted equally, in pixels.
         patch: Side of a patch, in pixels.
         grid: Rows and columns of patches.
@@ -135,11 +132,7 @@ class InteractionProfile:
     matrix: Tensor
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Plot strength and its band against distance.
-
-        Args:
-            axes: None: new ones, of a figure of their own, ``axes.figure``, to be shown or saved.
-        """
+        """Plot strength and its band against distance on ``axes``, or on those of a new ``axes.figure``."""
         from lightning_locality.plotting.ranks import draw_profile
 
         if axes is None:
@@ -151,33 +144,28 @@ class InteractionProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as lists and numbers that JSON knows; NaN becomes None."""
-        plain = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-        values = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return {name: _each(plain, value) for name, value in values.items()}
+        return {name: _plain(np.asarray(value)) for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Restore a profile, to the last bit, from the result of :meth:`to_dict`, also by way of JSON.
-
-        Raises:
-            ValueError: Missing or unknown names.
-        """
-        kinds = {field.name: str(field.type) for field in fields(cls)}
-        if set(values) != set(kinds):
+        """Restore a profile, to the last bit, from the result of :meth:`to_dict`, also by way of JSON."""
+        types = {field.name: field.type for field in fields(cls)}
+        missing, unknown = sorted(set(types) - set(values)), sorted(set(values) - set(types))
+        if missing or unknown:
             raise ValueError(
-                f"values are not of an InteractionProfile: missing {sorted(set(kinds) - set(values))}, unknown "
-                f"{sorted(set(values) - set(kinds))}; pass what to_dict() gave"
+                f"values are not of an InteractionProfile: missing {missing}, unknown {unknown}; pass what to_dict() "
+                "gave"
             )
-        restored = {name: _each(lambda x: math.nan if x is None else x, value) for name, value in values.items()}
+        restored: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
         restored["grid"] = tuple(values["grid"])
-        for name in (name for name, kind in kinds.items() if kind == "Tensor"):
-            restored[name] = torch.tensor(restored[name], dtype=torch.int64 if name == "pairs" else torch.float64)
+        for name in (name for name, kind in types.items() if kind == "Tensor"):
+            # NumPy reads None as NaN
+            restored[name] = torch.from_numpy(np.array(values[name], np.int64 if name == "pairs" else np.float64))
         return cls(**restored)
 
 
-def _each(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to a value, or to all values of nested sequences."""
-    return [_each(function, one) for one in value] if isinstance(value, list | tuple) else function(value)
+def _plain(value: np.ndarray) -> Any:
+    return value.tolist() if value.dtype.kind == "U" else np.where(np.isfinite(value), value, np.array(None)).tolist()
 
 
 @final
@@ -206,11 +194,11 @@ class PairwiseInteractions:
         alive = interaction > self.noise
         interaction = torch.where(alive, interaction, 0.0)
         strength, mass = (x[0].cpu() for x in self._by_distance(interaction[None], effect[None], average, weight))
-        total = float(mass.sum())
-        share = mass / total if total > 0 else torch.full_like(mass, math.nan)
-        cumulative, uniform = share.cumsum(0), (number.cumsum(0) / number.sum())
+        # NaN if there is no interaction at all
+        share = mass / torch.where(mass.sum() > 0, mass.sum(), math.nan)
+        cumulative = share.cumsum(0)
         low, high, mean_low, mean_high = self._bands(alive, average, weight, distance, bootstraps, seed)
-        change = torch.full_like(distance, math.nan) if self.change is None else (self.change.mean(0) @ average).cpu()
+        unknown = torch.full_like(distance, math.nan)
         matrix = torch.full((len(self.grid), len(self.grid)), math.nan, dtype=torch.float64)
         first, second = self.pairs.cpu()
         matrix[first, second] = matrix[second, first] = interaction.cpu()
@@ -222,8 +210,8 @@ class PairwiseInteractions:
             high=high,
             share=share,
             cumulative=cumulative,
-            uniform=uniform,
-            gradient_change=change,
+            uniform=number.cumsum(0) / number.sum(),
+            gradient_change=unknown if self.change is None else (self.change.mean(0) @ average).cpu(),
             pairs=number,
             mean_distance=float(share @ distance),
             mean_distance_low=mean_low,
@@ -238,15 +226,13 @@ class PairwiseInteractions:
             matrix=matrix,
         )
 
-    def _by_distance(
-        self, interaction: Tensor, effect: Tensor, average: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _by_distance(self, interaction: Tensor, effect: Tensor, average: Tensor, weight: Tensor) -> list[Tensor]:
         """Strength and mass ``(K, D)`` of K means over samples."""
         # the root first: a product of two small effects may underflow
         root = torch.where(effect > self.effect_noise, effect, 0.0).sqrt()
         norm = root[:, self.pairs[0]] * root[:, self.pairs[1]]
-        strength = torch.where(norm > 0, interaction / torch.where(norm > 0, norm, 1.0), 0.0) @ average
-        return strength, (interaction @ average) * weight
+        strength = torch.where(norm > 0, interaction / torch.where(norm > 0, norm, 1.0), 0.0)
+        return [strength @ average, (interaction @ average) * weight]
 
     def _bands(
         self, alive: Tensor, average: Tensor, weight: Tensor, distance: Tensor, bootstraps: int, seed: int

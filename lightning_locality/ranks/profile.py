@@ -102,7 +102,7 @@ def interaction_profile(
             f"samples must be 2 to the number of images, got {samples} of {len(images)}: give more images or fewer "
             "samples"
         )
-    grid = PatchGrid(*images.shape[2:], patch)
+    grid = PatchGrid(images.shape[2], images.shape[3], patch)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     # on a circle, donors precede their samples: the two are disjoint if there are enough images
@@ -136,7 +136,7 @@ class _Measurement:
         self.total = self.samples * (1 + patches)
         for group in self._groups(pixels + patches * (2 * patches + self.outputs)):
             base = self._map(partial(self._gradient_rows, group), len(group))
-            gradient = base[:, :pixels].view(len(group), *self.images.shape[1:])
+            gradient = base[:, :pixels].view(-1, *self.images.shape[1:])
             found = self._map(partial(self._change_rows, group, gradient), len(group), patches)
             # (n, B, A): what replacing B does to A
             moved, cosine, outputs = torch.split(found, [patches, patches, self.outputs], 2)
@@ -194,8 +194,7 @@ class _Measurement:
 
     def _gradient_rows(self, group: Tensor, rows: Tensor) -> Tensor:
         """Gradient and outputs of samples ``(n, C H W + K)``."""
-        gradient, outputs = self._gradient(self.images[group[rows]], group[rows])
-        return torch.cat([gradient.flatten(1), outputs], 1)
+        return torch.cat([part.flatten(1) for part in self._gradient(self.images[group[rows]], group[rows])], 1)
 
     def _change_rows(self, group: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
         """With one patch replaced: change of the gradient at every patch, cosines, outputs ``(n, 2m + K)``."""

@@ -18,12 +18,10 @@ Network = nn.Module | Callable[[Tensor], Tensor]
 
 
 def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
-    """Put images together from blocks of others.
+    """Put images together from blocks of images ``(K, C, H, W)``.
 
-    Args:
-        images: ``(K, C, H, W)``.
-        labels: ``(H, W)``, the block that a pixel is in, 0 to P - 1.
-        choices: ``(n, P)``, the image that a block is taken from.
+    ``labels`` ``(H, W)`` are the block, 0 to P - 1, that a pixel is in; ``choices`` ``(n, P)`` the image that a block
+    is taken from.
     """
     source = choices[:, labels.flatten()]
     channels = [channel.flatten(1).gather(0, source) for channel in images.unbind(1)]
@@ -34,8 +32,7 @@ def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
 def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[SplicedNetwork]:
     """Prepare a network (:meth:`Evaluation.prepared`) for spliced images, which are moved to its device and type.
 
-    A method of a module is measured as the module is; networks inside any other function keep their mode. Images that
-    the model does not take, and outputs that depend on the other images of a batch or on chance, raise a ValueError.
+    A method of a module is measured as the module is; networks inside any other function keep their mode.
     """
     evaluation = Evaluation() if evaluation is None else evaluation
     if not images.is_floating_point():
@@ -57,12 +54,8 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = function
         owner = getattr(function, "__self__", None)
-        self.owner = owner if isinstance(owner, nn.Module) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        self.forward, self.owner = function, owner if isinstance(owner, nn.Module) else None
 
 
 @final
@@ -76,13 +69,10 @@ class SplicedNetwork:
         self.eps = max(torch.finfo(dtype).eps for dtype in (images.dtype, self._first_outputs().dtype))
 
     def map(self, choose: Callable[[Tensor], Tensor], count: int, rounding_seed: int | None = None) -> Tensor:
-        """Return outputs ``(count, C)`` in float64 for choices ``(n, P)`` by row numbers ``(n,)``.
-
-        With a ``rounding_seed`` the images are moved by one unit in the last place, randomly up or down, which shows
-        what rounding does.
-        """
+        """Return outputs ``(count, C)`` in float64 for choices ``(n, P)`` by row numbers ``(n,)``."""
         images = self.images
         if rounding_seed is not None:
+            # all moved by one unit in the last place, randomly up or down, which shows what rounding does
             up = torch.rand(images.shape, generator=torch.Generator().manual_seed(rounding_seed)).to(self.device) < 0.5
             eps = torch.finfo(images.dtype).eps
             images = torch.where(up, images * (1 + eps), images * (1 - eps))

@@ -93,7 +93,7 @@ class RankMonitor(Callback):
         self.buffer = _ImageBuffer(wanted, check)
         if images is not None:
             least = 2 * (size or 4) if what == "cuts" else samples or 2
-            self.buffer.images = _checked_images(images, check, "images").detach()
+            self.buffer.images = _find_images(images, check, "images")
             if len(images) < least:
                 raise ValueError(
                     f"images must be {least} or more for this measurement, got {len(images)}: give more, or lower "
@@ -205,10 +205,7 @@ class RankMonitor(Callback):
 
 @final
 class _ImageBuffer:
-    """Copies of the first ``wanted`` images of validation, or of training if validation has too few.
-
-    ``check`` takes their height and width, and raises a ValueError if they cannot be measured.
-    """
+    """Copies of the first ``wanted`` images of validation, or of training if validation has too few."""
 
     def __init__(self, wanted: int, check: Callable[[int, int], object]) -> None:
         self.wanted, self.check = wanted, check
@@ -224,13 +221,13 @@ class _ImageBuffer:
             # a new pass repeats the images of the one before
             seen.clear()
         if missing := max(0, self.wanted - sum(map(len, seen))):
-            images = _checked_images(_find_images(batch), self.check, f"the {source} batch")
-            seen.append(images.detach()[:missing].clone().cpu())
+            images = _find_images(batch, self.check, f"the {source} batch")
+            seen.append(images[:missing].clone().cpu())
 
     def chosen(self, strategy: Strategy) -> Tensor:
         """Return the images, on the CPU: the same at every call and, broadcast by the strategy, in every process."""
         if self.images is None:
-            validation, training = (sum(map(len, self._seen[source])) for source in ("validation", "training"))
+            validation, training = (sum(map(len, images)) for images in self._seen.values())
             chosen = self._seen["validation" if validation >= min(self.wanted, training) else "training"]
             images = strategy.broadcast(torch.cat(chosen) if chosen else None)
             if images is None or len(images) < 2:
@@ -242,17 +239,8 @@ class _ImageBuffer:
         return self.images
 
 
-def _checked_images(images: Tensor, check: Callable[[int, int], object], name: str) -> Tensor:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating-point images (B, C, H, W), got {images.dtype} {tuple(images.shape)}: pass "
-            "images= as the module takes them"
-        )
-    check(*images.shape[-2:])
-    return images
-
-
-def _find_images(batch: Any) -> Tensor:
+def _find_images(batch: Any, check: Callable[[int, int], object], name: str) -> Tensor:
+    """Return the images of a batch, detached, once ``check`` has accepted their height and width."""
     found, form = batch, type(batch).__name__
     if isinstance(batch, Mapping):
         found, form = batch.get("image", batch.get("x")), str(sorted(map(str, batch)))
@@ -263,7 +251,13 @@ def _find_images(batch: Any) -> Tensor:
             f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping with 'image' or 'x': "
             "pass images=, a tensor (N, C, H, W)"
         )
-    return found
+    if found.ndim != 4 or not found.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating-point images (B, C, H, W), got {found.dtype} {tuple(found.shape)}: pass images= "
+            "as the module takes them"
+        )
+    check(*found.shape[-2:])
+    return found.detach()
 
 
 def _factorization(module: LightningModule) -> Factorization | None:

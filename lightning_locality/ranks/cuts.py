@@ -348,7 +348,7 @@ def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> 
     return torch.cat(samples), available / needed
 
 
-def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> tuple[float, float]:
+def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> list[float]:
     """Singular values that rounding can give to the crossing part, and to the table less its mean."""
     size = len(table)
     corner = min(_CORNER, size)
@@ -356,9 +356,8 @@ def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> tuple[float, fl
     scale = table.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition
     least = scale * max(2 * network.eps / size**0.5, ROUNDING)
-    floors = (3 * _spectrum(part)[0] for part in (_crossing(moved), moved - moved.mean((0, 1))))
-    noise, floor = (float(torch.maximum(value, least)) for value in floors)
-    return noise, floor
+    parts = _crossing(moved), moved - moved.mean((0, 1))
+    return [float(torch.maximum(3 * _spectrum(part)[0], least)) for part in parts]
 
 
 def _crossing(table: Tensor) -> Tensor:

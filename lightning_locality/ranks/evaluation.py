@@ -141,12 +141,8 @@ class Evaluation:
     def map(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device, numbers: int = 1) -> Tensor:
         """Evaluate a function of row numbers at 0, ..., count - 1: ``(count, ...)`` in float64 on ``device``.
 
-        Args:
-            function: Takes row numbers ``(n,)``, int64 on ``device``, and gives real numbers ``(n, ...)``; the value
-                of a row must not depend on the other rows of the call.
-            count: Number of rows.
-            device: Where the function works.
-            numbers: Size of a row's input, which bounds the default chunk.
+        The function takes row numbers ``(n,)``, int64 on ``device``, and gives real numbers ``(n, ...)``; the value of
+        a row must not depend on the other rows of the call. ``numbers``, its size, bounds the default chunk.
 
         Raises:
             ValueError: No rows, results of another shape, or results that are not finite.

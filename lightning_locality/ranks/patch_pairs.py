@@ -101,13 +101,6 @@ class InteractionProfile:
         samples: Number of images, each with a donor.
         matrix: Interaction of patches A and B ``(m, m)``, patches row by row; NaN for pairs that were left out. The
             diagonal holds a patch's total effect.
-
-    Example:
-        >>> from lightning_locality.ranks.profile import interaction_profile
-        >>> product = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 2]
-        >>> profile = interaction_profile(product, torch.randn(8, 1, 1, 3), patch=1)
-        >>> profile.share.tolist(), profile.mean_distance, profile.r50
-        ([0.0, 1.0], 2.0, 2.0)
     """
 
     distance: Tensor
@@ -197,8 +190,12 @@ class PairwiseInteractions:
         # NaN if there is no interaction at all
         share = mass / torch.where(mass.sum() > 0, mass.sum(), math.nan)
         cumulative = share.cumsum(0)
-        low, high, mean_low, mean_high = self._bands(alive, average, weight, distance, bootstraps, seed)
+        # 1e-12: sums that are the share up to rounding
+        r50, r90 = (next(iter(distance[cumulative >= part - 1e-12].tolist()), math.nan) for part in (0.5, 0.9))
         unknown = torch.full_like(distance, math.nan)
+        low, high, mean_low, mean_high = unknown, unknown, math.nan, math.nan
+        if bootstraps:
+            low, high, mean_low, mean_high = self._bands(alive, average, weight, distance, bootstraps, seed)
         matrix = torch.full((len(self.grid), len(self.grid)), math.nan, dtype=torch.float64)
         first, second = self.pairs.cpu()
         matrix[first, second] = matrix[second, first] = interaction.cpu()
@@ -216,8 +213,8 @@ class PairwiseInteractions:
             mean_distance=float(share @ distance),
             mean_distance_low=mean_low,
             mean_distance_high=mean_high,
-            r50=_radius(distance, cumulative, 0.5),
-            r90=_radius(distance, cumulative, 0.9),
+            r50=r50,
+            r90=r90,
             uniform_mean_distance=float(number.double() @ distance / number.sum()),
             patch=self.grid.patch,
             grid=(self.grid.rows, self.grid.columns),
@@ -238,9 +235,6 @@ class PairwiseInteractions:
         self, alive: Tensor, average: Tensor, weight: Tensor, distance: Tensor, bootstraps: int, seed: int
     ) -> tuple[Tensor, Tensor, float, float]:
         """Bands of strength and of mean distance."""
-        if not bootstraps:
-            missing = torch.full_like(distance, math.nan)
-            return missing, missing, math.nan, math.nan
         device, samples = self.interaction.device, len(self.interaction)
         chosen = torch.randint(samples, (bootstraps, samples), generator=torch.Generator().manual_seed(seed))
         counts = torch.zeros(bootstraps, samples, dtype=torch.float64)
@@ -255,9 +249,3 @@ class PairwiseInteractions:
         low, high = torch.cat(strengths).quantile(ends, 0)
         # a resample may have no interaction at all
         return low, high, *torch.cat(means).nanquantile(ends).tolist()
-
-
-def _radius(distance: Tensor, cumulative: Tensor, share: float) -> float:
-    # 1e-12: sums that are the share up to rounding
-    reached = distance[cumulative >= share - 1e-12]
-    return float(reached[0]) if len(reached) else math.nan

@@ -82,8 +82,8 @@ def interaction_profile(
     Example:
         >>> neighbours = lambda x: (x[:, 0, 0, 1:] * x[:, 0, 0, :-1]).sum(1)
         >>> profile = interaction_profile(neighbours, torch.randn(50, 1, 1, 4), patch=1)
-        >>> profile.distance.tolist(), profile.share.tolist(), profile.gradient_change[2].item()
-        ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0], 0.0)
+        >>> profile.distance.tolist(), profile.share.tolist(), profile.mean_distance, profile.r90
+        ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0], 1.0, 1.0)
     """
     if method not in ("linear", "exact"):
         raise ValueError(f"method must be 'linear' or 'exact', got {method!r}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_locality.datamodules.tensor_recovery import AbstractRecoveryDataModule, TensorRecovery
 from lightning_locality.optim import GroupRMSprop
 from lightning_locality.tasks.recovery import Recovery
-from lightning_locality.tasks.recovery_loss import Objective, Observed
+from lightning_locality.tasks.recovery_loss import Objective, TrainingSet
 from lightning_locality.tensors import CP, DeepMatrix, Entries, Factorization, RecoveryBatch
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree
@@ -30,7 +30,7 @@ class RandomBits(AbstractRecoveryDataModule):
         super().__init__()
         self.samples, self.order = samples, order
 
-    def draw(self) -> RecoveryBatch:
+    def build(self) -> RecoveryBatch:
         """The samples."""
         generator = torch.Generator().manual_seed(0)
         bits = torch.randint(2, (self.samples, self.order), generator=generator, dtype=torch.uint8)
@@ -107,7 +107,9 @@ def binary_twin(model: Factorization, indices: Tensor, values: Tensor, task: Rec
     assert task.batch_size is not None
     factors = torch.stack([factor.detach() for factor in model.factors])
     # the minibatches of the task, pass by pass
-    objective = Objective(Observed(model, Entries(indices, values)), task.loss, task.route, task.batch_size, task.seed)
+    objective = Objective(
+        TrainingSet(model, Entries(indices, values)), task.loss, task.route, task.batch_size, task.seed
+    )
     batches = -(-len(values) // task.batch_size)
 
     def order(number: int) -> Tensor:

@@ -1,17 +1,17 @@
-"""Convolutional arithmetic circuit: the hierarchical tensor factorisation as a network."""
+"""Networks: a small residual network, the hierarchical tensor factorisation as one, and adapting existing ones."""
 
 from __future__ import annotations
 
 __all__ = ["ConvolutionalArithmeticCircuit", "SmallResNet", "adapt"]
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast, final
+from typing import Any, Self, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_locality.tensors.contraction import NodeGroup, RankOneQuery, answer, node_groups, per_node
+from lightning_locality.tensors.contraction import RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree, node_name
 
@@ -37,25 +37,24 @@ class _Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Ordinary residual network small enough for a CPU: a 3x3 stem, basic blocks, average pooling, linear head.
+    """An ordinary residual network small enough for a CPU: 3x3 stem, basic blocks, average pooling, linear head.
 
-    Block design: Deep residual learning for image recognition (He, Zhang, Ren, Sun, 2016), figure 2.
-    The sizes are ours.
+    Block design: Deep residual learning for image recognition (He, Zhang, Ren, Sun, 2016), figure 2. The sizes are
+    ours.
 
     Args:
         in_channels: Channels of the images.
         outputs: Number of logits; 1 for two classes.
         widths: Channels of the stem and of every block.
         strides: Strides of the stem and of every block.
-        dropout: Probability with which a value after a block is dropped in training, 0 to 1.
+        dropout: Probability of dropping a value after a block in training, 0 to 1.
 
     Raises:
-        ValueError: Widths and strides of different lengths, values below 1, or such a probability.
+        ValueError: Widths and strides of different lengths, values below 1, or a probability out of range.
 
     Example:
-        >>> import torch
         >>> network = SmallResNet()
-        >>> network(torch.zeros(2, 1, 8, 80, dtype=torch.float32)).shape
+        >>> network(torch.zeros(2, 1, 8, 80)).shape
         torch.Size([2, 1])
         >>> network.receptive_field
         95
@@ -75,8 +74,7 @@ class SmallResNet(nn.Module):
                 f"widths and strides must have the same, positive length, got widths={list(widths)} and "
                 f"strides={list(strides)}: one of each for the stem and for every block"
             )
-        numbers = (in_channels, outputs, *widths, *strides)
-        if min(numbers) < 1:
+        if min(in_channels, outputs, *widths, *strides) < 1:
             raise ValueError(
                 f"in_channels, outputs, widths and strides must be at least 1, got in_channels={in_channels}, "
                 f"outputs={outputs}, widths={list(widths)}, strides={list(strides)}"
@@ -87,28 +85,23 @@ class SmallResNet(nn.Module):
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(),
         )
-        self.blocks = nn.Sequential(
-            *(
-                _Block(before, after, stride)
-                for before, after, stride in zip(widths[:-1], widths[1:], strides[1:], strict=True)
-            )
-        )
+        self.blocks = nn.Sequential(*map(_Block, widths[:-1], widths[1:], strides[1:]))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(widths[-1], outputs)
 
     @property
     def receptive_field(self) -> int:
-        """Side of the window of pixels that reaches one position of the last feature map, in pixels.
+        """Side in pixels of the window that one position of the last feature map sees.
 
-        Two images further apart than this never meet before the average pooling, which adds: the network is
-        then additive over them and no training can make it compare them.
+        Two images further apart than this do not meet before the average pooling, which adds: the network is then
+        additive over them and no training can make it compare them.
         """
+        # one 3x3 convolution in the stem, two in every block
+        steps = [self.strides[0], *(step for stride in self.strides[1:] for step in (stride, 1))]
         field, jump = 1, 1
-        for position, stride in enumerate(self.strides):
-            convolutions = (stride,) if position == 0 else (stride, 1)
-            for step in convolutions:
-                field += 2 * jump
-                jump *= step
+        for step in steps:
+            field += 2 * jump
+            jump *= step
         return field
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,11 +119,10 @@ def _place(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
-    """Give a convolutional network another number of input channels and of outputs, in place.
+    """Change the number of input channels and of outputs of a convolutional network, in place.
 
-    The first convolution and the last linear layer (in order of registration, which in torchvision and timm
-    is the order of use) are replaced by freshly initialised ones with the same other settings; a layer that
-    already fits is left as it is.
+    The first convolution and the last linear layer (in order of registration, which in torchvision and timm is the
+    order of use) are replaced by freshly initialised ones that differ in nothing else; a layer that fits is kept.
 
     Args:
         network: Any convolutional network that ends in a linear layer or a 1x1 convolution.
@@ -153,7 +145,7 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
     if not convolutions:
         raise ValueError(
             f"network {type(network).__name__} has no Conv2d to adapt to {in_channels} channels: pass a network "
-            "that already takes them, with num_classes and in_channels left out"
+            "that already takes them, and omit num_classes and in_channels"
         )
     name, first = convolutions[0]
     if first.in_channels != in_channels:
@@ -182,23 +174,15 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
 
 
 def _convolution_like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_channels,
-        out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    settings: dict[str, Any] = {name: getattr(conv, name) for name in names}
+    settings |= {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    return nn.Conv2d(in_channels, out_channels, **settings)
 
 
 @final
 class ConvolutionalArithmeticCircuit(nn.Module):
-    r"""1x1 linear layers and product pooling over the windows of a mode tree; no other non-linearity.
+    r"""1x1 linear layers and product pooling over the windows of a mode tree, without other non-linearities.
 
     .. math::
         h^{(\{n\})} = W^{(\{n\}) \top} x^{(n)}, \qquad
@@ -215,17 +199,17 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         shape: Length of the vector at every position, or one length for all. For images it is channels times
             ``patch`` squared, plus one with ``constant``.
         widths: Channels R of the layer below every pooling: as in :class:`HierarchicalTensorFactorization`.
-        outputs: Logits.
-        shared: One linear layer for all positions of a level (of equal height, children and widths), as in a
-            convolution; otherwise every position has its own.
-        patch: Side in pixels of the patches that images ``(B, C, H, W)`` are cut into, row by row; None where the
-            input is already ``(B, N, D)``.
-        constant: Append a 1 to every vector: without it an empty patch makes every output zero.
-        seed: Of the weights: normal, of variance one over the number of inputs, so that outputs for inputs of
-            variance 1 have variance 1 as well.
+        outputs: Number of logits.
+        shared: Whether all positions of a level (of equal height, children and widths) share one linear layer, as in
+            a convolution.
+        patch: Side in pixels of the patches that images ``(B, C, H, W)`` are cut into, row by row; None if the input
+            is already ``(B, N, D)``.
+        constant: Whether to append a 1 to every vector: without it an empty patch makes every output zero.
+        seed: Seed of the weights, which are normal with the reciprocal of the number of inputs as variance, so that
+            inputs of variance 1 give outputs of variance 1.
 
     Raises:
-        ValueError: Lengths that do not match the tree or the input, or no outputs.
+        ValueError: Lengths that do not match the tree or the input, or numbers below 1.
 
     Example:
         >>> tree = ModeTree.perfect(order=16, pattern="quadrant")
@@ -261,8 +245,8 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in self.parameters():
-                draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-                weight.copy_(draw / weight.shape[1] ** 0.5)
+                sample = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                weight.copy_(sample / weight.shape[1] ** 0.5)
         self.to(dtype=torch.get_default_dtype(), device=torch.get_default_device())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,36 +263,29 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         return self.combine(x.unbind(1))
 
     def combine(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Logits ``(B, outputs)`` of one ``(B, D_n)`` per position, where lengths may differ."""
-        return answer(self._each_group(), RankOneQuery(vectors))
+        """Logits ``(B, outputs)`` of one ``(B, D_n)`` per position; lengths may differ."""
+        return contract(self.groups, RankOneQuery(vectors))
 
     @classmethod
     def from_factorization(cls, factorization: HierarchicalTensorFactorization) -> Self:
-        """The network with one output whose outputs are the inner products with the factorisation's tensor."""
+        """Build the network whose single output is the inner product with the factorisation's tensor."""
         network = cls(factorization.tree, factorization.shape, factorization.widths)
         network.to(next(factorization.parameters()))
         with torch.no_grad():
-            for group in network._each_group():
+            for group in network.groups:
                 group.chain.vectors.copy_(torch.stack([factorization.weight(node) for node in group.nodes]))
         return network
 
     def to_factorization(self, output: int = 0) -> HierarchicalTensorFactorization:
-        """The factorisation of the tensor behind one output, with weights of its own.
-
-        Args:
-            output: Which one.
-        """
+        """Build a factorisation of the tensor that one output, counted from 0, contracts; weights are copied."""
         factorization = HierarchicalTensorFactorization(self.tree, self.shape, self.widths)
         factorization.to(next(self.parameters()))
-        weights = {node: w for group in self._each_group() for node, w in zip(group.nodes, group.weight(), strict=True)}
+        weights = {node: w for group in self.groups for node, w in zip(group.nodes, group.weight(), strict=True)}
         root = self.tree.root
         with torch.no_grad():
             for node, weight in weights.items():
                 factorization.weight(node).copy_(weight[:, [output]] if node == root else weight)
         return factorization
-
-    def _each_group(self) -> list[NodeGroup]:
-        return [cast(NodeGroup, group) for group in self.groups]
 
     def _cut(self, x: Tensor, patch: int) -> Tensor:
         if x.ndim != 4 or x.shape[2] % patch or x.shape[3] % patch:

@@ -20,7 +20,6 @@ import pandas as pd
 import yaml
 
 COUNTS = ("epochs", "iterations", "seconds")
-STATISTICS = ("mean", "std", "sem", "median", "min", "max", "n", "runs")
 
 
 @contextmanager
@@ -227,8 +226,8 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
         y: Column of numbers; values that are not finite are left out.
 
     Returns:
-        The keys and ``mean``, ``std`` (division by n), ``sem`` (from the unbiased variance), ``median``, ``min``,
-        ``max``, ``n`` (number of values) and ``runs`` (the largest number of runs of a group, finished or not).
+        The keys and ``mean``, ``std`` (division by n), ``sem`` (from the unbiased variance), ``median``, ``least``,
+        ``greatest``, ``n`` (number of values) and ``runs`` (the largest number of runs of a group, finished or not).
     """
     frame = frame.dropna(subset=keys[-1]).reset_index(drop=True)
     places = {key: {value: place for place, value in enumerate(ordered(frame[key]))} for key in keys}
@@ -238,12 +237,23 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
     if "finished" in frame:
         values = values.where(frame["finished"])
     groups = frame[list(keys)].assign(value=values).groupby(list(keys), sort=False, dropna=False)["value"]
-    table = groups.agg(["mean", "sem", "median", "min", "max", "count", "size"])
-    table = table.rename(columns={"count": "n", "size": "runs"})
-    # one run has no spread
-    table.insert(1, "std", groups.std(ddof=0).where(table["n"] > 1))
+    table: pd.DataFrame = groups.agg(  # type: ignore[assignment]
+        mean=lambda own: own.mean(),
+        std=lambda own: own.std(ddof=0) if own.count() > 1 else np.nan,
+        sem=lambda own: own.sem(),
+        median=lambda own: own.median(),
+        least=lambda own: own.min(),
+        greatest=lambda own: own.max(),
+        n="count",
+        runs="size",
+    )
     table["runs"] = table["runs"].max()
-    return table.reset_index()
+    table = table.reset_index()
+    for key in keys:
+        # a grid of 0, 0.3 and 3 is written as such
+        whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in table[key]]
+        table[key] = pd.Series(whole, dtype=object)
+    return table
 
 
 def history(run: Path, by: str = "epoch") -> pd.DataFrame:

@@ -1,157 +1,354 @@
-"""A grid of runs, each a process of its own on submitit."""
+"""Sweeps: a grid of runs from a YAML file, each in its own process here or on SLURM, collected in ``results.csv``."""
 
 from __future__ import annotations
 
-__all__ = ["Run", "Sweep", "sweep"]
+__all__ = ["sweep"]
 
+import itertools
 import json
+import os
+import queue
 import shlex
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
+import pandas as pd
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.live import Live
+from rich.table import Table
 
-from lightning_locality.callbacks.history import written_whole
-from lightning_locality.claim import Claim
-from lightning_locality.interrupts import delayed_interrupts, terminated_like_interrupted
-from lightning_locality.jobs import Jobs, LocalJobs, SlurmJobs, Submitted
-from lightning_locality.old_results import Progress, collect, progress_table, result_table
-from lightning_locality.sweep_plan import Run, Sweep
+from lightning_locality.results import atomic_write, read_runs, write_results
+from lightning_locality.sweep_file import Cluster, Run, SweepFile
 
+Outcome = Literal["finished", "failed", "stopped", "held"]
+Submit = Callable[[Sequence[Run]], Sequence[Any]]  # returns something with done(), result() and exception() per run
+
+_POLL = {"local": 0.2, "slurm": 5.0}  # seconds between looks at the runs
+_COMMAND = (sys.executable, "-m", "lightning_locality")
+_HELD = 75  # EX_TEMPFAIL, the exit status of a fit whose directory another process writes to
+_PATIENCE = 10.0  # seconds that an interrupted run has to end by itself
+_REQUEUES = 50  # times that SLURM may requeue a job that has run out of time
+_LOG_LINES = 6
 _TABLE_WIDTH = 130
+# left by a run that was killed before its first checkpoint; they would stop the next attempt
+_TRACES = ("config*.yaml", "metrics.csv", "best.ckpt", "last.ckpt")
+# heading, column, factor and format of the closing table
+_ACCURACY = [
+    ("training", "train/accuracy", 100.0, ".1f"),
+    ("test", "test/accuracy", 100.0, ".1f"),
+    ("R on test", "test/regularizer", 1.0, ".2f"),
+]
+_RECOVERY = [
+    ("training loss", "train/loss", 1.0, ".2g"),
+    ("test loss", "test/loss", 1.0, ".2g"),
+    ("error", "reconstruction_error", 1.0, ".2g"),
+    ("iterations", "iterations", 1.0, ".0f"),
+]
 
 
 def sweep(
     grid: Path,
     out: Path | None = None,
     parallel: int | None = None,
-    cluster: Literal["local", "slurm"] | None = None,
+    cluster: Cluster | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Run every point of a grid in a process of its own, and collect the results.
+    """Run every point of a grid in its own process, and collect the results.
 
-    A run that has finished is skipped, one that was killed continues from its last checkpoint, one that another
-    sweep works on is left to it, and one that fails is reported with the last lines of its log and does not stop the
-    others.
+    Finished runs are skipped, killed ones continue from their last checkpoint, and a run that another sweep is working
+    on is left to it. A failed run is reported with the end of its log and does not stop the others.
 
     Args:
         grid: YAML file that describes the runs (see configs/sweeps/quickstart.yaml for an example).
-        out: Folder for the runs and their results.csv; the file's own if not given.
-        parallel: Runs at a time on this machine; if not given the file's own, or one per GPU (per group of
-            devices_per_run GPUs), or per core where there are no GPUs. The cores are shared out; so are the GPUs.
-        cluster: This machine (local) or SLURM (slurm), where the runs are the jobs of one array; the file's own if
-            not given.
+        out: Folder for the runs and their results.csv (default: the file's own).
+        parallel: Runs at a time on this machine (default: the file's own, or one per group of devices_per_run GPUs, or
+            per core without GPUs). The runs share the cores and the GPUs.
+        cluster: This machine (local) or SLURM (slurm), which runs them as one array of jobs (default: the file's own).
         dry_run: Print the commands instead of running them.
     """
-    plan = Sweep.read(grid, out)
+    plan = SweepFile.read(grid, out)
+    runs = plan.runs()
     if dry_run:
-        for run in plan.runs:
+        for run in runs:
             print(shlex.join(["lightning-locality", *run.arguments]) + ("  # finished" if run.finished else ""))
         return
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel must be at least 1, got {parallel}")
-    jobs: Jobs = SlurmJobs(plan) if (cluster or plan.cluster) == "slurm" else LocalJobs(plan, parallel or plan.parallel)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    # one sweep at a time: two may begin or end together
-    alone = plan.folder / ".collect"
-    with Claim(alone, wait=True):
-        _report_other_settings(plan, console)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    for run in runs:
+        if changes := _changed_settings(run):
+            now = "is kept" if run.finished else "continues with the new ones"
+            console.print(
+                f"{run.folder.name} was started with other settings ({changes}) and {now}: remove its folder to run "
+                "it anew"
+            )
+    where = cluster or plan.cluster
+    workers = _slurm(plan) if where == "slurm" else _this_machine(plan, parallel or plan.parallel)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminated like interrupted
     try:
-        failed = _run_all(plan, jobs, console)
+        with workers as submit:
+            failed = _run_all(runs, submit, console, _POLL[where])
     except KeyboardInterrupt:
-        done = sum(run.finished for run in plan.runs)
-        console.print(
-            f"interrupted: {done} of {len(plan.runs)} runs are finished; the same command goes on from there",
-            soft_wrap=True,
-            highlight=False,
-        )
+        done = sum(run.finished for run in runs)
+        console.print(f"interrupted: {done} of {len(runs)} runs are finished; re-run the same command to resume")
         raise SystemExit(130) from None
-    with Claim(alone, wait=True):
-        rows = collect(plan.runs, plan.folder / "results.csv")
-    # where there is no terminal rich would wrap the table at 80 columns
-    wide = console if console.is_terminal else Console(width=_TABLE_WIDTH)
-    wide.print(result_table(plan.runs, rows))
-    for run, log in failed:
-        console.print(f"failed: {run.folder.name}\n{log}", soft_wrap=True, markup=False)
-    with Claim(alone, wait=True):
-        picture = plan.figure.save(plan.runs, plan.folder)
-    shown = f", {picture.name}" if picture else ""
-    folders = "a folder for every run, with figures of its own (figures/*.png)"
-    console.print(f"In {plan.folder}: results.csv{shown}, and {folders}.", soft_wrap=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    from lightning_locality.plotting.command import draw_sweep_figure  # here because matplotlib takes a second
+
+    labels = {run.folder: run.labels for run in runs}
+    with FileLock(plan.folder / ".lock"):  # another sweep of this folder may end at the same time
+        write_results(plan.folder / "results.csv", labels)
+        # without a terminal rich would wrap the table at 80 columns
+        wide = Console(width=None if console.is_terminal else _TABLE_WIDTH)
+        frame = read_runs(list(labels), labels)
+        wide.print(_result_table(frame))
+        for folder, log in failed.items():
+            console.print(f"failed: {folder.name}\n{log}")
+        picture = draw_sweep_figure(plan.figure, frame, plan.folder)
+    files = ", ".join(["results.csv", *([picture.name] if picture else [])])
+    console.print(f"In {plan.folder}: {files}, and a folder for every run, with its own figures (figures/*.png).")
     if failed:
         raise ValueError(
-            f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again and skips the rest"
+            f"{len(failed)} of {len(runs)} runs failed; re-run the same command to try them again and skip the rest"
         )
 
 
-def _run_all(plan: Sweep, jobs: Jobs, console: Console) -> list[tuple[Run, str]]:
-    """Run what has not finished; returns the failed runs with the ends of their logs."""
-    waiting = [run for run in plan.runs if not run.finished]
-    running = jobs.found(waiting)
-    known = {submitted.run.folder for submitted in running}
-    waiting = [run for run in waiting if run.folder not in known]
-    failed: list[tuple[Run, str]] = []
-    progress = Progress(plan.runs, jobs.at_once)
-    with ExitStack() as stack:
-        stack.enter_context(terminated_like_interrupted())
-        live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
-        stack.callback(lambda: jobs.interrupted(running) if running else None)
-        while waiting or running:
+def _run_all(runs: Sequence[Run], submit: Submit, console: Console, poll: float) -> dict[Path, str]:
+    """Run what has not finished; return the ends of the logs of the failed runs by directory."""
+    waiting, jobs, failed = list(runs), list[tuple[Run, Any]](), dict[Path, str]()
+    started, before = time.monotonic(), sum(run.finished for run in runs)
+
+    def progress() -> str:
+        done, seconds = sum(run.finished for run in runs), time.monotonic() - started
+        left = len(runs) - done - len(failed)
+        rest = f", about {_duration(seconds / (done - before) * left)} left" if done > before else ""
+        return f"{done} done, {len(failed)} failed, {left} to go; {_duration(seconds)}{rest}"
+
+    with console.status("") as status:
+        while True:
             waiting = [run for run in waiting if not run.finished]
-            held = {run.folder for run in waiting if Claim.held(run.claim)}
-            free = [run for run in waiting if run.folder not in held][: max(0, jobs.places - len(running))]
-            if free:
-                with delayed_interrupts():
-                    running += jobs.submit(free)
-                submitted = {run.folder for run in free}
-                waiting = [run for run in waiting if run.folder not in submitted]
-            elsewhere = [(run, "running elsewhere") for run in waiting if run.folder in held]
-            states = [*elsewhere, *_states(jobs, running, failed)]
-            progress.update(states)
+            if free := [run for run in waiting if not run.held]:
+                waiting = [run for run in waiting if run not in free]
+                jobs += zip(free, submit(free), strict=True)
+            if not (waiting or jobs):
+                return failed
             if console.is_terminal:
-                live.update(progress_table(plan.runs, states, progress), refresh=True)
-            if not (waiting or running):
-                break
-            time.sleep(jobs.poll)
-            for one in [one for one in running if jobs.done(one)]:
-                running.remove(one)
-                outcome = one.outcome()
-                if outcome == "taken":
-                    waiting.append(one.run)
+                status.update(progress())
+            time.sleep(poll)
+            for run, job in [(run, job) for run, job in jobs if job.done()]:
+                jobs.remove((run, job))
+                error = None if run.finished else job.exception()
+                outcome = "finished" if run.finished else "failed" if error else job.result()
+                if outcome == "held":
+                    waiting.append(run)
                     continue
                 if outcome == "failed":
-                    failed.append((one.run, one.end_of_log()))
+                    log = str(error) if error else (run.folder / "log.txt").read_text(errors="replace")
+                    failed[run.folder] = "\n".join(log.strip().splitlines()[-_LOG_LINES:]) or "no log"
                 if outcome == "stopped" or not console.is_terminal:
-                    progress.update([*elsewhere, *_states(jobs, running, failed)])
-                    console.print(f"{outcome}: {one.run.folder.name} ({progress})", soft_wrap=True, markup=False)
-    return failed
+                    console.print(f"{outcome}: {run.folder.name} ({progress()})")
 
 
-def _states(jobs: Jobs, running: Sequence[Submitted], failed: Sequence[tuple[Run, str]]) -> list[tuple[Run, str]]:
-    return [*((one.run, jobs.state(one)) for one in running), *((run, "failed") for run, _ in failed)]
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _report_other_settings(plan: Sweep, console: Console) -> None:
-    """Say which runs have begun with other settings than the sweep now has; note the settings of the others."""
-    for run in plan.runs:
-        settings = [word for word in run.arguments[1:] if not word.startswith(("--config=", "--run_dir="))]
-        path = run.folder / ".settings.json"
-        if run.finished or (run.folder / "last.ckpt").exists():
-            stored = json.loads(path.read_text()) if path.is_file() else settings
-            if changed := ", ".join(sorted(set(stored) ^ set(settings))):
-                now = "is kept" if run.finished else "goes on with the new ones"
-                console.print(
-                    f"{run.folder.name} was started with other settings ({changed}) and {now}: remove its folder "
-                    "to run it anew",
-                    soft_wrap=True,
-                    markup=False,
-                )
-        else:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as file:
-                file.write(json.dumps(settings))
+@contextmanager
+def _this_machine(plan: SweepFile, parallel: int | None) -> Iterator[Submit]:
+    """Run in threads, each with one subprocess at a time on a group of devices; at the end, end what still runs."""
+    groups, size = _device_groups(plan), plan.devices_per_run
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    places = parallel or len(groups) or max(1, cores // size)
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // (places * size)))}
+    free: queue.Queue[tuple[str, ...]] = queue.Queue()
+    for group in itertools.islice(itertools.cycle(groups or [()]), places):
+        free.put(group)
+    stopped = False
+
+    def fit(run: Run) -> Outcome:
+        group = free.get()
+        try:
+            variables = {"CUDA_VISIBLE_DEVICES": ",".join(group)} if group else {}
+            return _fit(run, variables if "OMP_NUM_THREADS" in os.environ else variables | threads, lambda: stopped)
+        finally:
+            free.put(group)
+
+    pool = ThreadPoolExecutor(places)
+    try:
+        yield lambda runs: [pool.submit(fit, run) for run in runs]
+    finally:
+        stopped = True
+        pool.shutdown(cancel_futures=True)
+
+
+def _device_groups(plan: SweepFile) -> list[tuple[str, ...]]:
+    """Group the GPUs that this process may use by ``devices_per_run``; those that fill no group stay idle."""
+    if plan.devices is not None:
+        names = [str(device) for device in plan.devices]
+    else:
+        import torch  # here because it takes a second or two; counting creates no CUDA context
+
+        count = torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = [name.strip() for name in visible.split(",")][:count] if visible else [str(n) for n in range(count)]
+    size = plan.devices_per_run
+    if len({*names}) < len(names):
+        raise ValueError(f"devices must be named once each, got {', '.join(names)}")
+    if names and len(names) < size:
+        raise ValueError(f"devices_per_run is {size}, but there are {len(names)} devices ({', '.join(names)})")
+    return [tuple(names[start : start + size]) for start in range(0, len(names) - size + 1, size)]
+
+
+@contextmanager
+def _slurm(plan: SweepFile) -> Iterator[Submit]:
+    """Run as the jobs of an array on SLURM, which do not end with this process."""
+    import submitit
+
+    options = {"job_name": plan.folder.name, **plan.slurm}
+    if plan.devices_per_run > 1 and not options.keys() & {"gpus_per_node", "gpus_per_task", "gres"}:
+        options["gpus_per_node"] = plan.devices_per_run
+    try:
+        executor = submitit.SlurmExecutor(plan.folder / "log", max_num_timeout=_REQUEUES)
+        executor.update_parameters(**options)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"slurm: {error}") from error
+    jobs: list[Any] = []
+
+    def submit(runs: Sequence[Run]) -> Sequence[Any]:
+        new = executor.map_array(_SlurmJob(), runs)
+        jobs.extend(new)
+        return list(new)
+
+    try:
+        yield submit
+    except KeyboardInterrupt:
+        numbers = sorted({str(job.job_id).split("_")[0] for job in jobs})
+        if numbers:
+            print(f"jobs {', '.join(numbers)} stay with SLURM: squeue shows them, scancel ends them")
+        raise
+
+
+class _SlurmJob:
+    """A run as a job; when its time is up submitit requeues it, and it continues from its last checkpoint."""
+
+    def __call__(self, run: Run) -> Outcome:
+        # SLURM sends the signal that time is up to the run as well, which leaves it to the job
+        return _fit(run, {}, prefix=("sh", "-c", "trap '' USR2; exec \"$@\"", "sh"))
+
+    def checkpoint(self, run: Run) -> Any:
+        """Requeue the same job."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, run)
+
+
+def _fit(
+    run: Run, variables: Mapping[str, str], stopped: Callable[[], bool] = lambda: False, prefix: Sequence[str] = ()
+) -> Outcome:
+    """Fit in a subprocess, continuing from the last checkpoint of a run that was killed.
+
+    The standard input of the subprocess is a pipe from here, at whose end it exits: it does not outlive this process,
+    even if that is killed.
+    """
+    try:
+        # the run locks its directory itself, but only seconds after its start
+        with run.lock(".claim"):
+            with run.lock():
+                if run.finished:
+                    return "finished"
+                resumed = _prepare(run)
+            with (run.folder / "log.txt").open("ab") as log:
+                code = _call([*prefix, *_COMMAND, *run.arguments, *resumed], variables, log, stopped)
+                if code < 0:
+                    log.write(f"ended by signal {-code} ({signal.strsignal(-code)})\n".encode())
+            return "finished" if run.finished else "held" if code == _HELD else "failed" if code else "stopped"
+    except Timeout:
+        return "held"
+
+
+def _call(command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], stopped: Callable[[], bool]) -> int:
+    """Run a command to its end, or until it is stopped; return its exit status."""
+    # inside a job a run starts its own processes; SLURM's variables would keep Lightning from it
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    ours = {"PYTHONUNBUFFERED": "1", "LIGHTNING_LOCALITY_PARENT_PIPE": "1"}
+    process = subprocess.Popen(
+        command, env={**inherited, **ours, **variables}, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        while process.poll() is None and not stopped():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()  # closes the pipe
+    return process.returncode
+
+
+def _prepare(run: Run) -> list[str]:
+    """Return the option that continues a killed run; for any other, clear what a killed start left."""
+    last = run.folder / "last.ckpt"
+    # writing it may have been cut off if the directory is not on the file system of the temporary files
+    if zipfile.is_zipfile(last):
+        return [f"--ckpt_path={last}"]
+    for path in itertools.chain.from_iterable(run.folder.glob(pattern) for pattern in _TRACES):
+        path.unlink()
+    with atomic_write(run.folder / ".settings.json") as file:
+        json.dump(run.settings, file)
+    return []
+
+
+def _changed_settings(run: Run) -> str:
+    """Describe the options of a started run that differ from the sweep's; empty if none does."""
+    path = run.folder / ".settings.json"
+    if not path.is_file() or not (run.finished or (run.folder / "last.ckpt").exists()):
+        return ""
+    old, new = (dict(a[2:].split("=", 1) for a in own) for own in (json.loads(path.read_text()), run.settings))
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name}: was {old.get(name, 'not set')}, now {new.get(name, 'not set')}" for name in names)
+
+
+def _result_table(runs: pd.DataFrame) -> Table:
+    """Tabulate how the runs ended, by everything that varied but seeds: mean, and range over several runs.
+
+    Accuracies if the runs have them, otherwise loss, reconstruction error and iterations.
+    """
+    if "iterations" in runs and "test/accuracy" not in runs:
+        title = "loss and reconstruction error, last measurement: mean (lowest to highest)"
+        columns = [column for column in _RECOVERY if column[1] in runs]
+    else:
+        title, columns = "accuracy in %, last epoch: mean (lowest to highest)", _ACCURACY
+    table = Table("run", title=title)
+    for heading in ("finished", *(heading for heading, *_ in columns), "seconds"):
+        table.add_column(heading, justify="right")
+    varied = [name for name in runs.attrs["varied"] if not name.endswith(("seed", "seed_everything"))]
+    keys = [name for name in varied if runs[name].nunique(dropna=False) > 1] or ["variant"]
+    for point, group in runs.groupby(keys, sort=False, dropna=False):
+        name = ", ".join(str(v) if key == "variant" else f"{key}={v}" for key, v in zip(keys, point, strict=True))
+        done = group[group["finished"]]
+        cells = [_spread(done, key, scale, digits) for _, key, scale, digits in columns]
+        seconds = _spread(done, "seconds", 1, ".0f").partition(" ")[0]
+        table.add_row(name, f"{len(done)} of {len(group)}", *cells, seconds)
+    return table
+
+
+def _spread(runs: pd.DataFrame, key: str, scale: float, digits: str) -> str:
+    if key not in runs or runs[key].isna().all():
+        return "-"
+    values = scale * runs[key]
+    mean = f"{values.mean(skipna=False):{digits}}"
+    return mean if len(values) == 1 else f"{mean} ({values.min():{digits}} to {values.max():{digits}})"

@@ -15,19 +15,19 @@ CASES: dict[str, tuple[ModeTree, Any, Any]] = {
     "binary": (ModeTree.perfect(4), 3, [4, 2]),
     "interleaved": (ModeTree.perfect(8, pattern="interleaved"), 2, [2, 3, 4]),
     "ternary": (ModeTree.perfect(9, 3), 2, [3, 2]),
-    "quadrant": (ModeTree.perfect(16, pattern="quadrant"), 2, [3, 4]),
+    "quadrant": (ModeTree.perfect(16, pattern="quadrant"), [2, 2, 1, 2] * 4, [3, 4]),
     "uneven": (ModeTree.nested([[0, 6], [5, [3, 4, 2]], 1]), [2, 3, 2, 1, 3, 2, 2], 4),
     "one layer": (ModeTree.perfect(3, 3), [2, 3, 4], 5),
 }
 cases = pytest.mark.parametrize(("tree", "shape", "widths"), CASES.values(), ids=CASES)
 
 
-def grid_tensor(network: Circuit, output: int = 0) -> Tensor:
-    """The outputs for all combinations of one-hot vectors."""
+def grid_tensors(network: Circuit) -> Tensor:
+    """The outputs for all combinations of one-hot vectors, ``(outputs, D_1, ..., D_N)``."""
     indices = torch.tensor(list(itertools.product(*map(range, network.shape))))
     vectors = [torch.eye(size)[indices[:, mode]] for mode, size in enumerate(network.shape)]
     with torch.no_grad():
-        return network.combine(vectors)[:, output].reshape(network.shape)
+        return network.combine(vectors).T.reshape(-1, *network.shape)
 
 
 @cases
@@ -35,7 +35,7 @@ def test_grid_tensor_of_a_factorisation(tree: ModeTree, shape: Any, widths: Any)
     factorization = HTF(tree, shape, widths, init_scale=0.7)
     network = Circuit.from_factorization(factorization)
     tensor = factorization.to_tensor().detach()
-    assert (grid_tensor(network) - tensor).abs().max() <= 1e-12 * tensor.abs().max()
+    assert (grid_tensors(network)[0] - tensor).abs().max() <= 1e-12 * tensor.abs().max()
     back = network.to_factorization()
     assert torch.equal(back.to_tensor(), tensor)
 
@@ -43,22 +43,24 @@ def test_grid_tensor_of_a_factorisation(tree: ModeTree, shape: Any, widths: Any)
 def test_chains_become_their_products() -> None:
     factorization = HTF(ModeTree.perfect(4), 2, 3, depth=3, init_scale=0.7)
     tensor = factorization.to_tensor().detach()
-    assert (grid_tensor(Circuit.from_factorization(factorization)) - tensor).abs().max() <= 1e-12 * tensor.abs().max()
+    found = grid_tensors(Circuit.from_factorization(factorization))[0]
+    assert (found - tensor).abs().max() <= 1e-12 * tensor.abs().max()
 
 
 @cases
 @pytest.mark.parametrize("shared", [False, True])
 def test_outputs_are_factorisations(tree: ModeTree, shape: Any, widths: Any, shared: bool) -> None:
     network = Circuit(tree, shape, widths, outputs=3, shared=shared, seed=4)
+    grids = grid_tensors(network)
     for output in range(3):
         tensor = network.to_factorization(output).to_tensor().detach()
-        assert (grid_tensor(network, output) - tensor).abs().max() <= 1e-12 * tensor.abs().max()
-    assert not torch.equal(grid_tensor(network, 0), grid_tensor(network, 1))
+        assert (grids[output] - tensor).abs().max() <= 1e-12 * tensor.abs().max()
+    assert not torch.equal(grids[0], grids[1])
 
 
 def slow_forward(network: Circuit, x: Tensor) -> Tensor:
     """Layer by layer, position by position."""
-    weights = {node: w for group in network._each_group() for node, w in zip(group.nodes, group.weight(), strict=True)}
+    weights = {node: w for group in network.groups for node, w in zip(group.nodes, group.weight(), strict=True)}
     hidden = {}
     for node in network.tree:
         if len(node) == 1:
@@ -119,9 +121,8 @@ def test_same_seed_same_network_and_state() -> None:
     assert torch.equal(other(x), network(x))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "x", "message"),
-    [
+def test_errors() -> None:
+    cases: list[tuple[dict[str, Any], tuple[int, ...] | None, str]] = [
         ({"shape": [2, 2]}, None, r"shape must be 4 lengths of at least 1, as the tree has, got \(2, 2\)"),
         ({"outputs": 0}, None, "outputs must be at least 1, got 0"),
         ({"patch": 0}, None, "patch must be at least 1, got 0"),
@@ -129,8 +130,7 @@ def test_same_seed_same_network_and_state() -> None:
         ({}, (3, 4, 5), r"x must give a vector for each of 4 positions, of lengths \[2\], and gives \(3, 4, 5\)"),
         ({"patch": 2}, (3, 1, 5, 4), r"multiples of patch, 2, got \(3, 1, 5, 4\)"),
         ({"patch": 2}, (3, 1, 8, 8), r"gives \(3, 16, 4\)"),
-    ],
-)
-def test_errors(arguments: dict[str, Any], x: tuple[int, ...] | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Circuit(**({"tree": ModeTree.perfect(4), "shape": 2, "widths": 3} | arguments))(torch.zeros(x or (1,)))
+    ]
+    for arguments, x, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Circuit(**({"tree": ModeTree.perfect(4), "shape": 2, "widths": 3} | arguments))(torch.zeros(x or (1,)))

@@ -228,6 +228,12 @@ def test_stop_once_fitted(tmp_path: Path) -> None:
     fresh = StopOnceFitted()
     fresh.load_state_dict(stop.state_dict())
     assert fresh.count == 3
+    # a run that had stopped has no epoch to go when it is resumed
+    for count, stopped in ((2, False), (3, True)):
+        resumed, callback = trainer(tmp_path), StopOnceFitted(checks=3)
+        callback.load_state_dict({"count": count})
+        callback.on_train_start(resumed, Classification(Net(), num_classes=2, in_channels=1))
+        assert resumed.should_stop == stopped
     never = StopOnceFitted(threshold=1.1, checks=1)
     run = trainer(tmp_path, max_epochs=2, callbacks=[never])
     run.fit(Classification(Net(), num_classes=2, in_channels=1), Images())

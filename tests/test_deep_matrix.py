@@ -58,8 +58,8 @@ def test_balanced_product_is_normal(depth: int) -> None:
     """The entries of the product have the given deviation, as drawn: not scaled to it one by one."""
     draws = torch.stack(
         [
-            DeepMatrix((2, 2), depth=depth, init="balanced", init_of="product", init_scale=1e-3, seed=s).to_tensor()
-            for s in range(500)
+            DeepMatrix((4, 4), depth=depth, init="balanced", init_of="product", init_scale=1e-3, seed=s).to_tensor()
+            for s in range(125)
         ]
     ).detach()
     assert abs(draws.std() / 1e-3 - 1) < 5 / (2 * 2000) ** 0.5
@@ -71,20 +71,17 @@ def test_balanced_product_is_normal(depth: int) -> None:
 
 
 def test_standard_deviation_of_the_product_of_normal_layers() -> None:
-    """2^((L-1)/2) s^L for 2x2 layers."""
-    products = torch.stack(
-        [DeepMatrix((2, 2), depth=3, init_scale=8e-3, seed=s).to_tensor() for s in range(2000)]
-    ).detach()
-    # the relative standard error of a root mean square with the large fourth moment of a product of three
-    assert products.square().mean().sqrt().item() == pytest.approx(2 * (8e-3) ** 3, rel=0.15)
+    """n^((L-1)/2) s^L for n x n layers."""
+    products = torch.stack([DeepMatrix((8, 8), depth=3, init_scale=8e-3, seed=s).to_tensor() for s in range(200)])
+    assert products.detach().square().mean().sqrt().item() == pytest.approx(8 * (8e-3) ** 3, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["normal", "balanced"])
 @pytest.mark.parametrize("of", ["weights", "product"])
 def test_sign_of_the_determinant(kind: Any, of: Any) -> None:
     arguments: dict[str, Any] = {"shape": (2, 2), "depth": 3, "init": kind, "init_of": of, "init_scale": 1e-3}
-    free = [DeepMatrix(**arguments, seed=s).scalars()["determinant"] > 0 for s in range(40)]
-    assert 8 < sum(free) < 32
+    free = [DeepMatrix(**arguments, seed=s).scalars()["determinant"] > 0 for s in range(24)]
+    assert 4 < sum(free) < 20
     for seed, positive in enumerate(free):
         drawn = DeepMatrix(**arguments, seed=seed).to_tensor()
         for sign, wanted in (("positive", True), ("negative", False)):
@@ -151,11 +148,11 @@ def test_determinant_keeps_its_sign_along_the_flow() -> None:
         w = model.to_tensor()
         return 0.5 * ((w[0, 1] - 1) ** 2 + (w[1, 0] - 1) ** 2 + w[1, 1] ** 2)
 
-    for _ in range(2000):
+    for _ in range(1000):
         gradients = torch.autograd.grad(loss(), list(model.parameters()))
         with torch.no_grad():
             for weight, gradient in zip(model.parameters(), gradients, strict=True):
-                weight -= 1e-2 * gradient
+                weight -= 2e-2 * gradient
     value = loss().item()
     assert value < 0.05
     assert model.scalars()["determinant"] > 0
@@ -166,9 +163,8 @@ def test_determinant_keeps_its_sign_along_the_flow() -> None:
 # bad input
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_arguments() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"shape": (3, 2, 4)}, "rows and columns"),
         ({"shape": (3,)}, "rows and columns"),
         ({"shape": (3, 0)}, "shape"),
@@ -182,8 +178,7 @@ def test_determinant_keeps_its_sign_along_the_flow() -> None:
         ({"shape": (2, 2), "init": "identity", "determinant": "negative"}, "exclude"),
         ({"shape": (3, 3), "init": "identity", "init_scale": 0.0}, "init_scale"),
         ({"shape": (3, 3), "init": "balanced", "init_of": "product", "init_scale": -1.0}, "init_scale"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DeepMatrix(**arguments)
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            DeepMatrix(**arguments)

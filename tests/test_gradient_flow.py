@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def run(flow: GradientFlow, loss: Callable[[], Tensor]) -> None:
 @pytest.mark.parametrize("method", ["RK23", "RK45", "DOP853", "Radau"])
 def test_growth_of_a_product(depth: int, method: str) -> None:
     """sigma = w^depth under the loss -sigma: d sigma/dt = depth * sigma^(2 - 2 / depth)."""
-    start, end = 0.05, {2: 1.0, 3: 1.0, 4: 2.0}[depth]
+    start, end = 0.05, 1.0
     weights = [torch.nn.Parameter(torch.tensor([start ** (1 / depth)])) for _ in range(depth)]
     rtol = 1e-6 if method == "RK23" else 1e-9
     flow = GradientFlow(weights, method=method, rtol=rtol, atol=1e-3 * rtol, end_time=end)
@@ -87,8 +88,7 @@ def test_crosses_a_plateau_in_few_evaluations() -> None:
 
 
 @pytest.mark.parametrize("method", ["RK45", "DOP853", "Radau"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("end", [math.inf, 4.0])
+@pytest.mark.parametrize(("dtype", "end"), [(torch.float32, math.inf), (torch.float64, 4.0)])
 def test_continues_exactly_from_a_checkpoint(method: str, dtype: torch.dtype, end: float) -> None:
     def fresh() -> tuple[list[torch.nn.Parameter], GradientFlow]:
         weights = [torch.nn.Parameter(torch.tensor([[0.1, 0.3], [0.2, 0.1]], dtype=dtype)) for _ in range(3)]
@@ -98,8 +98,8 @@ def test_continues_exactly_from_a_checkpoint(method: str, dtype: torch.dtype, en
         return (weights[0] @ weights[1] @ weights[2] - torch.eye(2, dtype=dtype)).square().sum()
 
     (straight, a), (resumed, b) = fresh(), fresh()
-    for step in range(20):
-        if step == 7:
+    for step in range(12):
+        if step == 5:
             state, kept = copy.deepcopy(b.state_dict()), [w.detach().clone() for w in resumed]
             resumed, b = fresh()
             b.load_state_dict(state)
@@ -129,14 +129,14 @@ def test_weights_changed_from_outside() -> None:
 def test_blow_up_is_an_error_that_names_the_time() -> None:
     """d w/dt = w^2 has no solution from t = 1 on."""
     weight = torch.nn.Parameter(torch.tensor([1.0]))
-    flow = GradientFlow([weight])
+    flow = GradientFlow([weight], rtol=1e-6)
     closure = closure_of(flow, lambda: -(weight**3).sum() / 3)
 
     def go_on() -> None:
         for _ in range(10_000):
             flow.step(closure)
 
-    with pytest.raises(IntegrationError, match=r"time 1\b.*rtol=1e-08.*Radau") as error:
+    with pytest.raises(IntegrationError, match=r"time 1\b.*rtol=1e-06.*Radau") as error:
         go_on()
     assert isinstance(error.value, ValueError)
     assert flow.time == pytest.approx(1.0, abs=1e-6)
@@ -158,20 +158,18 @@ def test_float32_weights_are_integrated_in_float64() -> None:
     assert weight.item() == pytest.approx(math.exp(-2), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
+def test_bad_settings() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "Euler"}, "RK45"),
         ({"rtol": 0.0}, "rtol must be positive"),
         ({"rtol": 1e-16}, "rtol must be at least"),
         ({"atol": -1.0}, "atol"),
         ({"max_step": 0.0}, "max_step"),
         ({"end_time": 0.0}, "end_time"),
-    ],
-)
-def test_bad_settings(setting: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        GradientFlow([torch.nn.Parameter(torch.ones(2))], **setting)
+    ]
+    for setting, words in cases:
+        with pytest.raises(ValueError, match=words):
+            GradientFlow([torch.nn.Parameter(torch.ones(2))], **setting)
 
 
 def test_refuses_what_cannot_work() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,20 +18,22 @@ import yaml
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_locality import (
+    ConvolutionalArithmeticCircuit,
+    HierarchicalTensorFactorization,
+    ModeTree,
+    SameClass,
+    SmallResNet,
+    cut_share,
+    interaction_profile,
+    measure,
+    measurements,
+)
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import seeded_generator
-from lightning_locality.datamodules.pair_tasks import SameClass
-from lightning_locality.measuring import records
-from lightning_locality.measuring.command import gathered
-from lightning_locality.measuring.progress import RankProgress
-from lightning_locality.measuring.trained import Trained
-from lightning_locality.networks import ConvolutionalArithmeticCircuit, SmallResNet
-from lightning_locality.ranks.components import contribution_norms
-from lightning_locality.ranks.cuts import cut_share
-from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.masks import standard_cuts
-from lightning_locality.ranks.profile import interaction_profile
-from lightning_locality.tensors import HierarchicalTensorFactorization, ModeTree
+from lightning_locality.measure import gathered
+from lightning_locality.measurements import load_run, sample_images
+from lightning_locality.ranks import contribution_norms, dense_spectra, standard_cuts
 from lightning_locality.tensors.mode_tree import node_name
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -68,8 +70,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rank(*args: object) -> None:
-    main(["rank", *QUICK, *map(str, args)])
+def rank(*args: object, figures: bool = False) -> None:
+    # figures, which take most of the time and have tests of their own, are written only on request
+    with nullcontext() if figures else patch.object(measure, "save_figure"):
+        main(["rank", *QUICK, *map(str, args)])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -87,19 +91,23 @@ def table(folder: Path) -> dict[tuple[str, str, str], dict[str, str]]:
     return found
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, name: str, stop_at: int | None = None) -> list[int]:
-    """Calls of a function of records, the given one of which is interrupted."""
-    calls: list[int] = []
-    original: Callable[..., Any] = getattr(records, name)
+def parts(folder: Path) -> dict[str, int]:
+    """Cached measurements, and when they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "parts").iterdir()}
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(calls))
-        if len(calls) - 1 == stop_at:
-            raise KeyboardInterrupt
+
+def before_each_cut(monkeypatch: pytest.MonkeyPatch, hook: Callable[[int], object]) -> None:
+    """Call a hook with the number of the call before every measurement of a cut."""
+    original, calls, lock = measurements.cut_share, [0], threading.Lock()
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            number = calls[0]
+            calls[0] += 1
+        hook(number)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(records, name, counting)
-    return calls
+    monkeypatch.setattr(measurements, "cut_share", wrapped)
 
 
 def test_two_networks_side_by_side_as_written_in_the_readme(
@@ -108,7 +116,7 @@ def test_two_networks_side_by_side_as_written_in_the_readme(
     before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
     state = torch.random.get_rng_state()
     out = tmp_path / "figures"
-    rank("--checkpoint", runs / "a/last.ckpt", "--checkpoint", runs / "b/last.ckpt", "--out", out)
+    rank("--checkpoint", runs / "a/last.ckpt", "--checkpoint", runs / "b/last.ckpt", "--out", out, figures=True)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
     names = {path.name for path in out.iterdir()}
@@ -146,7 +154,7 @@ def test_two_networks_side_by_side_as_written_in_the_readme(
 
 
 def test_a_factorisation_is_measured_exactly(runs: Path, tmp_path: Path) -> None:
-    rank("--checkpoint", runs / "htf/last.ckpt", "--out", tmp_path)
+    rank("--checkpoint", runs / "htf/last.ckpt", "--out", tmp_path, figures=True)
     assert {path.name for path in tmp_path.glob("*.png")} == {"spectra.png", "tree.png"}
     rows, everything = table(tmp_path), json.loads((tmp_path / "ranks.json").read_text())
     model = HierarchicalTensorFactorization(ModeTree.perfect(4), 3, [4, 5])
@@ -171,52 +179,70 @@ def test_a_factorisation_is_measured_exactly(runs: Path, tmp_path: Path) -> None
     assert float(rows["htf", "balanced_component_norm", "0-1/0"]["value"]) == pytest.approx(norms, rel=1e-8)
 
 
-def test_what_is_done_is_not_done_again(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_measurements_are_not_repeated(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "a", tmp_path / "a")
-    args = ("--checkpoint", tmp_path / "a/last.ckpt", "--what", "cuts", "--out", tmp_path / "out")
-    calls = counted(monkeypatch, "cut_share")
+    out, cuts = tmp_path / "out", len(standard_cuts(8, 80))
+    args = ("--checkpoint", tmp_path / "a/last.ckpt", "--what", "cuts", "--out", out)
     rank(*args)
-    first, cuts = (tmp_path / "out/ranks.csv").read_bytes(), len(calls)
-    assert cuts == len(standard_cuts(8, 80))
-    rank(*args)
-    assert len(calls) == cuts
-    assert (tmp_path / "out/ranks.csv").read_bytes() == first
+    table_before, parts_before = (out / "ranks.csv").read_bytes(), parts(out)
+    assert len(parts_before) == cuts
     rank(*args, "--label", "renamed")
-    assert len(calls) == cuts
-    assert {key[0] for key in table(tmp_path / "out")} == {"renamed"}
-    next((tmp_path / "out/parts").glob("cut_top-*")).unlink()
+    assert parts(out) == parts_before
+    assert {key[0] for key in table(out)} == {"renamed"}
+    next((out / "parts").glob("cut_top-*")).unlink()
     rank(*args)
-    assert len(calls) == cuts + 1
-    assert (tmp_path / "out/ranks.csv").read_bytes() == first
+    assert {name for name, time in parts(out).items() if parts_before[name] != time} == {
+        name for name in parts_before if name.startswith("cut_top-")
+    }
+    assert (out / "ranks.csv").read_bytes() == table_before
+    # new settings, and another file under the same path, are measured
     rank(*args, "--seed=1")
-    assert len(calls) == 2 * cuts + 1
-    # another file under the same path is measured anew
+    assert len(parts(out)) == 2 * cuts
     shutil.copy(runs / "b/last.ckpt", tmp_path / "a/last.ckpt")
     rank(*args)
-    assert len(calls) == 3 * cuts + 1
-    assert (tmp_path / "out/ranks.csv").read_bytes() != first
+    assert len(parts(out)) == 3 * cuts
+    assert (out / "ranks.csv").read_bytes() != table_before
 
 
-def test_an_interruption_loses_one_measurement(
+def test_an_interrupted_command_is_resumed(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ("--checkpoint", runs / "a/last.ckpt", "--what", "cuts", "--out")
     rank(*args, tmp_path / "whole")
-    total = len(standard_cuts(8, 80))
-    with monkeypatch.context() as patch:
-        counted(patch, "cut_share", stop_at=2)
+    whole, total = (tmp_path / "whole/ranks.csv").read_bytes(), len(standard_cuts(8, 80))
+
+    def interrupt(number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    for devices in (1, 2):
+        part = tmp_path / f"part_{devices}"
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            rank(*args, tmp_path / "part")
+        with monkeypatch.context() as context:
+            before_each_cut(context, interrupt)
+            with pytest.raises(SystemExit) as stop:
+                rank(*args, part, f"--devices={devices}")
         assert stop.value.code == 130
-    message = capsys.readouterr().out.replace("\n", " ")
-    assert f"interrupted: 2 of {total} measurements are done" in message
-    assert "the same command goes on from there" in message
-    assert not (tmp_path / "part/ranks.csv").exists()
-    calls = counted(monkeypatch, "cut_share")
-    rank(*args, tmp_path / "part")
-    assert len(calls) == total - 2
-    assert (tmp_path / "part/ranks.csv").read_bytes() == (tmp_path / "whole/ranks.csv").read_bytes()
+        done = parts(part)
+        # with two devices, the other measurement that is under way may be lost as well
+        assert len(done) == 2 if devices == 1 else 1 <= len(done) <= 3
+        message = capsys.readouterr().out.replace("\n", " ")
+        assert f"interrupted: {len(done)} of {total} measurements are done" in message
+        assert "re-run the same command to resume" in message
+        assert not (part / "ranks.csv").exists()
+        rank(*args, part)
+        assert parts(part).items() > done.items()
+        assert (part / "ranks.csv").read_bytes() == whole
+
+
+def test_devices_share_the_measurements(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = ("--checkpoint", runs / "a/last.ckpt", runs / "htf/last.ckpt")
+    rank(*checkpoints, "--out", tmp_path / "one")
+    both = threading.Barrier(2, timeout=60)
+    # the first two cuts are measured at the same time, or the barrier breaks
+    before_each_cut(monkeypatch, lambda number: both.wait() if number < 2 else None)
+    rank(*checkpoints, "--devices=2", "--out", tmp_path / "two")
+    assert (tmp_path / "two/ranks.csv").read_bytes() == (tmp_path / "one/ranks.csv").read_bytes()
 
 
 def test_the_results_of_one_checkpoint_go_into_its_run(runs: Path, tmp_path: Path) -> None:
@@ -232,35 +258,32 @@ def test_labels_tell_checkpoints_apart(runs: Path, tmp_path: Path) -> None:
     (runs / "htf/other.ckpt").unlink()
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--checkpoint", "RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "there is no such file"]),
-        (["--checkpoint", "RUNS/a"], ["RUNS/a", "is a folder"]),
-        (["--checkpoint", "RUNS/a/config.yaml"], ["config.yaml", "not a checkpoint", "pass a last.ckpt"]),
-        (["--checkpoint", "RUNS/alone/last.ckpt"], ["there is no RUNS/alone/config.yaml", "cut_share(model"]),
-        (["--checkpoint", "RUNS/mixed/last.ckpt"], ["does not fit this model", "config.yaml of the run"]),
-        (["--checkpoint", "RUNS/tensor/last.ckpt"], ["no state_dict", "cut_share(model"]),
-        (["--checkpoint", "RUNS/empty/last.ckpt"], ["RUNS/empty/config.yaml names no model"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--images=61"], ["--images 61", "has 60"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--images=24", "--size=13"], ["--size 13", "there are 24", "--images"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--size=3"], ["--size 3", "4 images at least"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--images=24", "--samples=25"], ["--samples 25", "2 to 24"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--patch=3"], ["--patch 3", "8 x 80"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--pairs=3"], ["--pairs 3", "--method exact"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--what=nodes"], ["--what nodes", "cuts, profile"]),
-        (["--checkpoint", "RUNS/htf/last.ckpt", "--what=cuts"], ["--what cuts", "nodes, components"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--memory=0"], ["--memory", "got 0"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--rtol=1"], ["--rtol", "got 1"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "--devices=0"], ["--devices", "got 0"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "RUNS/b/last.ckpt", "--label", "x", "x"], ["--label", "'x'"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "RUNS/b/last.ckpt", "--label", "x"], ["names 1", "there are 2"]),
-        (["--checkpoint", "RUNS/a/last.ckpt", "RUNS/a/last.ckpt"], ["given 2 times"]),
-    ],
-    ids=lambda value: " ".join(value[1:]).replace("RUNS/", "") if value[0] == "--checkpoint" else "",
-)
+BAD = [
+    (["RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "there is no such file"]),
+    (["RUNS/a"], ["RUNS/a", "is a folder"]),
+    (["RUNS/a/config.yaml"], ["config.yaml", "not a checkpoint", "pass a last.ckpt"]),
+    (["RUNS/alone/last.ckpt"], ["there is no RUNS/alone/config.yaml", "cut_share(model"]),
+    (["RUNS/mixed/last.ckpt"], ["does not fit this model", "config.yaml of the run"]),
+    (["RUNS/tensor/last.ckpt"], ["state_dict", "cut_share(model"]),
+    (["RUNS/empty/last.ckpt"], ["there is no RUNS/empty/config.yaml that names a model"]),
+    (["RUNS/a/last.ckpt", "--images=61"], ["--images 61", "has 60"]),
+    (["RUNS/a/last.ckpt", "--images=24", "--size=13"], ["--size 13", "there are 24", "--images"]),
+    (["RUNS/a/last.ckpt", "--size=3"], ["--size 3", "at least 4 images"]),
+    (["RUNS/a/last.ckpt", "--images=24", "--samples=25"], ["--samples 25", "2 to 24"]),
+    (["RUNS/a/last.ckpt", "--patch=3"], ["--patch 3", "8 x 80"]),
+    (["RUNS/a/last.ckpt", "--pairs=3"], ["--pairs 3", "--method exact"]),
+    (["RUNS/a/last.ckpt", "--what=nodes"], ["--what nodes", "cuts, profile"]),
+    (["RUNS/htf/last.ckpt", "--what=cuts"], ["--what cuts", "nodes, components"]),
+    (["RUNS/a/last.ckpt", "--rtol=1"], ["--rtol", "got 1"]),
+    (["RUNS/a/last.ckpt", "--devices=0"], ['"devices"', "0 does not conform to restriction v>0"]),
+    (["RUNS/a/last.ckpt", "RUNS/b/last.ckpt", "--label", "x", "x"], ["--label", "'x'"]),
+    (["RUNS/a/last.ckpt", "RUNS/b/last.ckpt", "--label", "x"], ["names 1", "there are 2"]),
+    (["RUNS/a/last.ckpt", "RUNS/a/last.ckpt"], ["given 2 times"]),
+]
+
+
 def test_bad_input_is_named_and_earlier_results_stay(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = tmp_path / "runs"
     for name in ("a", "b", "htf"):
@@ -276,9 +299,13 @@ def test_bad_input_is_named_and_earlier_results_stay(
     out = tmp_path / "out"
     out.mkdir()
     (out / "ranks.csv").write_text("earlier")
-    message = refused(capsys, *(arg.replace("RUNS", str(made)) for arg in args), f"--out={out}")
-    for word in words:
-        assert word.replace("RUNS", str(made)) in message
+    for args, words in BAD:
+        given = (arg.replace("RUNS", str(made)) for arg in args)
+        message = refused(capsys, "--checkpoint", *given, f"--out={out}")
+        for word in words:
+            assert word.replace("RUNS", str(made)) in message, args
+    message = refused(capsys, "--checkpoint", made / "a/last.ckpt", "--checkpoint", made / "b/last.ckpt")
+    assert "--out: name the folder" in message
     assert [path.name for path in out.iterdir()] == ["ranks.csv"]
     assert (out / "ranks.csv").read_text() == "earlier"
 
@@ -295,19 +322,16 @@ def test_a_measurement_that_fails_is_named_and_the_others_are_kept(
     assert "a, cut left: model gave" in message
     assert "not finite" in message
     assert len(list((tmp_path / "out/parts").iterdir())) == len(standard_cuts(8, 80)) + 1
-    out = tmp_path / "other"
-    message = refused(capsys, "--checkpoint", runs / "b/last.ckpt", "--out", out, "--memory=1e-7", "--images=24")
-    assert "b, cut left: " in message
-    assert "memory" in message
 
 
 def test_weights_keep_the_type_that_they_were_trained_in(runs: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "double"
-    main(["fit", f"--config={runs / 'htf.yaml'}", "--trainer.precision=64-true", f"--run_dir={folder}"])
-    stored = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
-    assert {value.dtype for value in stored.values()} == {torch.float64}
-    state = Trained(folder / "last.ckpt").module.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in stored.items())
+    shutil.copytree(runs / "htf", tmp_path / "double")
+    stored = torch.load(tmp_path / "double/last.ckpt", weights_only=True)
+    # as --trainer.precision=64-true leaves them: no float32 has these values
+    stored["state_dict"] = {name: value.double() / 3 for name, value in stored["state_dict"].items()}
+    torch.save(stored, tmp_path / "double/last.ckpt")
+    state = load_run(tmp_path / "double/last.ckpt").module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in stored["state_dict"].items())
 
 
 def test_an_exact_profile_of_drawn_pairs(runs: Path, tmp_path: Path) -> None:
@@ -319,12 +343,6 @@ def test_an_exact_profile_of_drawn_pairs(runs: Path, tmp_path: Path) -> None:
     matrix = torch.tensor([[float("nan") if value is None else value for value in row] for row in profile["matrix"]])
     known = matrix.triu(1).isfinite() & torch.ones(40, 40).triu(1).bool()
     assert int(known.sum()) == 2 * len(profile["distance"])
-
-
-def test_several_checkpoints_need_a_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--out: say in which folder" in refused(
-        capsys, "--checkpoint", runs / "a/last.ckpt", "--checkpoint", runs / "b/last.ckpt"
-    )
 
 
 class Images(LightningDataModule):
@@ -369,14 +387,15 @@ def foreign(tmp_path: Path) -> Path:
 def test_somebody_elses_module_and_data(foreign: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rank("--checkpoint", foreign / "last.ckpt", "--patch=2", "--out", out)
-    trained = Trained(foreign / "last.ckpt")
+    trained = load_run(foreign / "last.ckpt")
     data = Images()
     data.setup("test")
-    assert torch.equal(trained.images(24, 0), data.images[:24])
+    assert torch.equal(sample_images(trained, 24, 0), data.images[:24])
     with pytest.raises(ValueError, match=r"--images 33: the test split of .* has 32"):
-        trained.images(33, 0)
+        sample_images(trained, 33, 0)
     rows = table(out)
-    circuit = trained.circuits["net"]
+    circuit = trained.module.net
+    assert isinstance(circuit, ConvolutionalArithmeticCircuit)
     for output in range(2):
         tensor = circuit.to_factorization(output).double().to_tensor()
         content = json.loads(next((out / "parts").glob(f"nodes_of_net_output_{output}-*")).read_text())["content"]
@@ -389,29 +408,13 @@ def test_somebody_elses_module_and_data(foreign: Path, tmp_path: Path) -> None:
     assert ("foreign", "mean_distance", "") in rows
 
 
-def test_ranks_between_blocks(runs: Path, tmp_path: Path) -> None:
+def test_ranks_between_blocks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rank("--checkpoint", runs / "a/last.ckpt", "--what=cuts", "--tree=strips", "--float64=true", "--out", tmp_path)
     rows = table(tmp_path)
     nodes = {key[2] for key in rows if key[1] == "block_rank"}
     assert nodes >= {"0-1", "0-1-2-3"}
     assert all(1 <= float(rows["a", "block_rank", node]["value"]) <= 4 for node in nodes)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"cuts.png", "block_spectra.png", "block_tree.png"}
-
-
-def test_two_processes_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    checkpoints = ("--checkpoint", str(runs / "a/last.ckpt"), str(runs / "htf/last.ckpt"))
-    rank(*checkpoints, "--out", tmp_path / "one")
-    command = [sys.executable, "-m", "lightning_locality", "rank", *QUICK, *checkpoints]
-    subprocess.run(
-        [*command, "--devices=2", f"--out={tmp_path / 'two'}"],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert (tmp_path / "two/ranks.csv").read_bytes() == (tmp_path / "one/ranks.csv").read_bytes()
-    everything = json.loads((tmp_path / "two/ranks.json").read_text())
-    measured = everything["checkpoints"]["a"]["measurements"]
-    assert {record["processes"] for record in measured.values()} == {2}
+    assert "ranks.csv, ranks.json, block_spectra.png, block_tree.png, cuts.png." in capsys.readouterr().out
 
 
 def test_options_that_occur_several_times() -> None:
@@ -423,23 +426,10 @@ def test_options_that_occur_several_times() -> None:
     ]
 
 
-def test_progress_never_passes_a_measurement_that_costs_more_than_thought() -> None:
-    progress = RankProgress([10.0, 30.0], shown=False)
-    with progress:
-        progress.start("first")
-        for done in (4, 8, 8, 4, 8):  # two evaluations, the second one in chunks
-            progress.advance(done, 8)
-        assert progress.share == 0.25
-        progress.finish()
-        progress.start("second", cost=3.0)
-        progress.advance(5, 60)
-        assert progress.share == 0.625
-
-
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["rank", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--checkpoint", "--out", "--what", "--tree", "--memory", "--devices", "exactly"):
+    for option in ("--checkpoint", "--out", "--what", "--tree", "--chunk", "--devices", "exactly"):
         assert option in shown

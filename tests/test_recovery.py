@@ -19,7 +19,7 @@ from lightning_locality.datamodules.tensor_recovery import RepeatedBatch
 from lightning_locality.optim import GradientFlow, GroupRMSprop
 from lightning_locality.tasks.classification import NonFiniteLossError
 from lightning_locality.tasks.recovery import Recovery
-from lightning_locality.tasks.recovery_loss import Iterations, Loss, Objective, Observed
+from lightning_locality.tasks.recovery_loss import InnerLoop, Loss, Objective, TrainingSet
 from lightning_locality.tensors import (
     CP,
     DeepMatrix,
@@ -27,7 +27,7 @@ from lightning_locality.tensors import (
     Factorization,
     HierarchicalTensorFactorization,
     ModeTree,
-    RankOne,
+    RankOneMeasurements,
     RecoveryBatch,
 )
 
@@ -74,13 +74,14 @@ def planted(shape: tuple[int, ...], rank: int, observed: int, seed: int = 0) -> 
 
 
 def trainer(folder: Path | None = None, **settings: Any) -> Trainer:
-    callbacks = []
+    callbacks: list[Any] = []
     if folder is not None:
-        callbacks = [ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)]
+        keep_last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        callbacks = [MetricsFile(folder), keep_last]
     settings = {"max_epochs": -1, "callbacks": callbacks, "enable_checkpointing": folder is not None, **settings}
     return Trainer(
         accelerator="cpu",
-        logger=False if folder is None else MetricsFile(str(folder)),
+        logger=callbacks[0] if callbacks else False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **settings,
@@ -154,13 +155,13 @@ def plain_losses(model: Factorization, batch: RecoveryBatch, name: str, iteratio
 def test_losses_equal_a_plain_loop(tmp_path: Path, kind: str, name: Any) -> None:
     batch = planted(SHAPES[kind], 2, 20)
     model = Recovery(
-        MODELS[kind](), loss=name, huber_delta=0.7, steps=7, measure_every=1, max_iterations=400, tolerance=None,
+        MODELS[kind](), loss=name, huber_delta=0.7, steps=7, measure_every=1, max_iterations=150, tolerance=None,
         effective_ranks=False,
     )  # fmt: skip
     fit(tmp_path, model, batch)
     losses = [row["train/loss"] for row in rows_of(tmp_path)]
     torch.testing.assert_close(
-        torch.tensor(losses), torch.tensor(plain_losses(MODELS[kind](), batch, name, 400)), rtol=1e-10, atol=1e-12
+        torch.tensor(losses), torch.tensor(plain_losses(MODELS[kind](), batch, name, 150)), rtol=1e-10, atol=1e-12
     )
 
 
@@ -170,7 +171,7 @@ def test_every_route_gives_the_gradient(name: Any) -> None:
     expected = torch.autograd.grad(
         plain_loss(name, model.entries(batch.train.indices) - batch.train.values), list(model.parameters())
     )
-    observed, loss = Observed(model, batch.train), Loss(name, 0.7)
+    observed, loss = TrainingSet(model, batch.train), Loss(name, 0.7)
     masked = Objective(observed, loss, "auto", None, 0)
     assert masked._mask is not None
     scattered = Objective(observed, loss, "auto", None, 0)
@@ -179,7 +180,7 @@ def test_every_route_gives_the_gradient(name: Any) -> None:
     assert direct._mask is None
     assert direct._slope is None
     twice = Entries(batch.train.indices.repeat(2, 1), batch.train.values.repeat(2))
-    repeated = Objective(Observed(model, twice), loss, "auto", None, 0)
+    repeated = Objective(TrainingSet(model, twice), loss, "auto", None, 0)
     assert repeated._repeated
     for objective in (masked, scattered, direct, repeated):
         factor = 2.0 if objective is repeated and name == "half_sse" else 1.0
@@ -198,7 +199,7 @@ def test_sensing(tmp_path: Path) -> None:
     target = planted((3, 4, 5), 1, 10).target
     values = torch.einsum("abc,ma,mb,mc->m", target, *vectors)
     model = Recovery(cp(), steps=5, measure_every=5, max_iterations=5, tolerance=None)
-    fit(tmp_path, model, RecoveryBatch(RankOne(vectors, values), None, target))
+    fit(tmp_path, model, RecoveryBatch(RankOneMeasurements(vectors, values), None, target))
     start = cp()
     loss = ((torch.einsum("abc,ma,mb,mc->m", start.to_tensor(), *vectors) - values) ** 2).mean()
     row = rows_of(tmp_path)[0]
@@ -210,7 +211,7 @@ def test_sensing(tmp_path: Path) -> None:
 
 def test_minibatches_cover_every_observation_once_a_pass() -> None:
     batch, model = planted((3, 4, 5), 2, 23), cp()
-    objective = Objective(Observed(model, batch.train), Loss(), "auto", 5, seed=4)
+    objective = Objective(TrainingSet(model, batch.train), Loss(), "auto", 5, seed=4)
     passes = []
     for number in range(3):
         rows = [objective._rows(5 * number + place) for place in range(5)]
@@ -219,7 +220,7 @@ def test_minibatches_cover_every_observation_once_a_pass() -> None:
         assert sorted(passes[-1].tolist()) == list(range(23))
     assert not torch.equal(passes[0], passes[1])
     # the order follows from the iteration alone
-    again = Objective(Observed(model, batch.train), Loss(), "auto", 5, seed=4)
+    again = Objective(TrainingSet(model, batch.train), Loss(), "auto", 5, seed=4)
     assert torch.equal(again._rows(12), objective._rows(12))
     rows = objective._rows(7)
     expected = torch.autograd.grad(
@@ -455,7 +456,11 @@ def test_bad_settings(setting: dict[str, Any], word: str) -> None:
         (planted((6, 6), 1, 10), {"optimizer": lambda p: GradientFlow(p), "batch_size": 3}, "gradient flow"),
         (RecoveryBatch(Entries(torch.tensor([[0, 6]]), torch.ones(1)), None, None), {}, "outside of a tensor"),
         (RecoveryBatch(Entries(torch.zeros(0, 2).long(), torch.ones(0)), None, None), {}, "no observations"),
-        (RecoveryBatch(RankOne((torch.ones(2, 6), torch.ones(2, 5)), torch.ones(2)), None, None), {}, r"\(6, 5\)"),
+        (
+            RecoveryBatch(RankOneMeasurements((torch.ones(2, 6), torch.ones(2, 5)), torch.ones(2)), None, None),
+            {},
+            r"\(6, 5\)",
+        ),
     ],
 )
 def test_problem_that_does_not_fit(batch: RecoveryBatch, settings: dict[str, Any], words: str) -> None:
@@ -472,9 +477,9 @@ def test_precision_that_would_round() -> None:
 
 
 def test_graphs_are_for_full_batches_on_cuda() -> None:
-    observed = Observed(matrix(), planted((6, 6), 1, 10).train)
+    observed = TrainingSet(matrix(), planted((6, 6), 1, 10).train)
     objective = Objective(observed, Loss(), "auto", None, 0)
-    assert not Iterations(objective, GroupRMSprop(objective.weights), "auto", 5).graphed
+    assert not InnerLoop(objective, GroupRMSprop(objective.weights), "auto", 5).graphed
 
 
 @pytest.mark.gpu
@@ -484,9 +489,9 @@ def test_graph_equals_single_iterations(tmp_path: Path, make: Any) -> None:
     for graph in ("auto", "never"):
         batch = planted((6, 6), 2, 20)
         model = matrix(device="cuda")
-        observed = Observed(model, batch.train._replace(values=batch.train.values.cuda()))
+        observed = TrainingSet(model, batch.train._replace(values=batch.train.values.cuda()))
         objective = Objective(observed, Loss(), "auto", None, 0)
-        iterations = Iterations(objective, make(objective.weights), graph, 5)
+        iterations = InnerLoop(objective, make(objective.weights), graph, 5)
         assert iterations.graphed == (graph == "auto")
         own = []
         for start in range(0, 100, 10):

@@ -20,7 +20,7 @@ from lightning_locality.datamodules.tensor_recovery import (
     planted_tensor,
 )
 from lightning_locality.tensors.cp import CP
-from lightning_locality.tensors.factorization import Entries, RankOne, RecoveryBatch
+from lightning_locality.tensors.factorization import Entries, RankOneMeasurements, RecoveryBatch
 from lightning_locality.tensors.mode_tree import ModeTree
 
 FORMATS: tuple[TargetFormat, ...] = ("matrix", "cp", "tucker", "tt", "ht")
@@ -148,8 +148,8 @@ def test_sensing_measures_with_rank_one_tensors(target: TargetFormat) -> None:
     shape = (30, 40) if target == "matrix" else (5, 6, 8, 5)
     data = TensorRecovery(target, shape, rank=2, task="sensing", observations=700)
     train, test, tensor = data.problem
-    assert isinstance(train, RankOne)
-    assert isinstance(test, RankOne)
+    assert isinstance(train, RankOneMeasurements)
+    assert isinstance(test, RankOneMeasurements)
     assert tensor is not None
     for k in range(5):
         outer = torch.ones(())
@@ -224,7 +224,7 @@ def test_a_tensor_too_large_to_be_written_out() -> None:
 
 
 def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_locality.datamodules.tensor_recovery._WRITTEN_OUT", 10)
+    monkeypatch.setattr("lightning_locality.datamodules.tensor_recovery._MAX_DENSE", 10)
     data = TensorRecovery("cp", (6, 8), rank=1, observations=6)
     train, test = entries(data.problem)
     rows = torch.cat([train.indices, test.indices]).long()
@@ -236,9 +236,8 @@ def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: py
     assert len(test.values) == 8
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_makes_no_sense_is_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"observations": 5000}, "observations=5000 are more than the 4096 entries"),
         ({"target": "cp", "shape": (2,) * 60}, "observations must be given: half of the 1.15e.18 entries"),
         ({"observations": 0}, "observations must be at least 1, got 0"),
@@ -267,11 +266,10 @@ def test_large_tensors_give_distinct_entries_where_draws_collide(monkeypatch: py
         ({"target": "ht", "rank": (5, 5, 5)}, "or 2 of them"),
         ({"target": "ht", "tree": ModeTree.perfect(8)}, "tree has 8 modes, shape has 4 sizes"),
         ({"target": "cp", "tree": ModeTree.perfect(3)}, "tree belongs to target 'ht'"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TensorRecovery(**options)
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            TensorRecovery(**options)
 
 
 class Recorder(LightningModule):
@@ -365,7 +363,7 @@ def test_the_problem_is_drawn_when_it_is_needed() -> None:
     class Counting(AbstractRecoveryDataModule):
         drawn = 0
 
-        def draw(self) -> RecoveryBatch:
+        def build(self) -> RecoveryBatch:
             self.drawn += 1
             return RecoveryBatch(Entries(torch.zeros(1, 1), torch.zeros(1)), None, None)
 

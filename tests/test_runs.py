@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pytest
 import torch
 import yaml
 from pytorch_lightning import LightningModule
 
+from lightning_locality.callbacks.history import MetricsFile, Stopwatch
 from lightning_locality.cli import main
-from lightning_locality.plotting.style import read_metrics
+from lightning_locality.tasks.classification import Classification
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
 SMALL = (
     "--data.train=64",
     "--data.validation=40",
@@ -37,7 +48,10 @@ class Foreign(LightningModule):
         return self.net(x)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("entropy", loss, on_step=True, on_epoch=True)
+        self.log("shown", loss, on_step=True, logger=False)
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters())
@@ -49,8 +63,33 @@ def single_precision() -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def fit(folder: Path, *extra: str) -> None:
-    main(["fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={folder}", *extra])
+def fit(folder: Path, *extra: str, figures: bool = False) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr("lightning_locality.runner._write_figures", lambda *_: None)
+        main(["fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={folder}", *extra])
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Bit for bit: every row, the final scores, every weight."""
+    assert (folder / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    a, b = summary_of(folder), summary_of(other)
+    for name in ("metrics", "epochs", "steps", "iterations"):
+        assert a.get(name) == b.get(name)
+    states: list[Mapping[str, Any]] = []
+    for path in (folder, other):
+        states.append(torch.load(path / "last.ckpt", weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -64,7 +103,16 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("runs") / "a"
-    fit(folder)
+    fit(folder, '--labels={"data.distance": 80}', "--labels.variant=far", figures=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 4 epochs."""
+    torch.set_default_dtype(torch.float32)
+    folder = tmp_path_factory.mktemp("whole") / "a"
+    fit(folder, "--trainer.max_epochs=4")
     return folder
 
 
@@ -79,13 +127,16 @@ def test_fit_leaves_everything(trained: Path) -> None:
     }
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["data"]["init_args"]["train"] == 64
-    rows = read_metrics(trained / "metrics.csv")
-    expected = {f"{stage}/{name}" for stage in ("train", "val") for name in ("loss", "accuracy", "regularizer")}
-    assert [row["epoch"] for row in rows[:2]] == [0, 1]
-    assert all(expected <= row.keys() for row in rows[:2])
-    summary = json.loads((trained / "summary.json").read_text())
+    rows = rows_of(trained)
+    expected = [{f"{stage}/{name}" for name in ("loss", "accuracy", "regularizer")} for stage in ("val", "train")]
+    assert [row["epoch"] for row in rows] == [0, 0, 1, 1, 2]
+    assert [row["step"] for row in rows] == [3, 3, 7, 7, 8]
+    assert [row.keys() - {"epoch", "step"} for row in rows[:4]] == expected * 2
+    summary = summary_of(trained)
     assert summary["epochs"] == 2
     assert summary["steps"] == 8
+    assert summary["labels"] == {"data.distance": 80, "variant": "far"}
+    assert summary["seeds"] == {"seed_everything": 0, "model.penalty.seed": 0, "data.seed": 0}
     assert 0 <= summary["metrics"]["test/accuracy"] <= 1
 
 
@@ -119,49 +170,127 @@ def test_an_earlier_run_is_never_overwritten(trained: Path, capsys: pytest.Captu
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
 
-def test_resume_appends_and_equals_an_uninterrupted_run(tmp_path: Path) -> None:
-    fit(tmp_path / "part")
-    first = (tmp_path / "part" / "metrics.csv").read_text().splitlines()[1:3]
-    stored = torch.load(tmp_path / "part" / "last.ckpt", weights_only=True)
+@pytest.fixture
+def longer(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, whose checkpoint counts 10,000 seconds more."""
+    folder = tmp_path / "part"
+    shutil.copytree(trained, folder)
+    stored = torch.load(folder / "last.ckpt", weights_only=True)
     stored["callbacks"]["Stopwatch"]["seconds"] += 10_000
-    torch.save(stored, tmp_path / "part" / "last.ckpt")
-    fit(tmp_path / "part", "--trainer.max_epochs=4", "--ckpt_path=last")
-    fit(tmp_path / "whole", "--trainer.max_epochs=4")
-    rows = read_metrics(tmp_path / "part" / "metrics.csv")
-    whole = read_metrics(tmp_path / "whole" / "metrics.csv")
-    for name in ("train/loss", "train/regularizer", "val/loss", "val/regularizer"):
-        assert [row[name] for row in rows[:4]] == [row[name] for row in whole[:4]]
-    assert (tmp_path / "part" / "metrics.csv").read_text().splitlines()[1:3] == first
-    assert (tmp_path / "part" / "config.0.yaml").exists()
-    for name, least in (("part", 10_000), ("whole", 0)):
-        assert least < json.loads((tmp_path / name / "summary.json").read_text())["seconds"] < least + 1000
-    a, b = (torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("part", "whole"))
-    for name in a:
-        if isinstance(a[name], torch.Tensor):
-            assert torch.equal(a[name], b[name]), name
+    torch.save(stored, folder / "last.ckpt")
+    return folder
 
 
-def test_seconds_count_all_parts_with_a_checkpoint_callback_of_the_users(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(longer: Path, whole: Path) -> None:
+    fit(longer, "--trainer.max_epochs=4", "--ckpt_path=last")
+    assert_same_run(longer, whole)
+    assert (longer / "config.0.yaml").exists()
+    for folder, least in ((longer, 10_000), (whole, 0)):
+        assert least < summary_of(folder)["seconds"] < least + 1000
+
+
+def test_typed_settings_win_over_the_checkpoint_with_a_warning(longer: Path, tmp_path: Path) -> None:
+    """Into another folder, with a checkpoint callback of the user's."""
     own = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'kept'}"]
     own += ["--trainer.callbacks.filename=mine", "--trainer.callbacks.enable_version_counter=false"]
-    fit(tmp_path / "run", *own)
-    stored = torch.load(tmp_path / "kept" / "mine.ckpt", weights_only=True)
-    stored["callbacks"]["Stopwatch"]["seconds"] += 10_000
-    torch.save(stored, tmp_path / "longer.ckpt")
-    fit(tmp_path / "run", *own, "--trainer.max_epochs=3", f"--ckpt_path={tmp_path / 'longer.ckpt'}")
-    assert 10_000 < json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] < 11_000
-
-
-def test_typed_settings_win_over_the_checkpoint_with_a_warning(trained: Path, tmp_path: Path) -> None:
+    more = ("--model.weight=0.5", f"--ckpt_path={longer / 'last.ckpt'}", "--trainer.max_epochs=3")
     with pytest.warns(UserWarning, match=r"weight: .* was trained with 3.0, the command line says 0.5"):
-        fit(
-            tmp_path / "b",
-            "--model.weight=0.5",
-            f"--ckpt_path={trained / 'last.ckpt'}",
-            "--trainer.max_epochs=3",
-        )
+        fit(tmp_path / "b", *own, *more)
     config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
     assert config["model"]["init_args"]["weight"] == 0.5
+    assert 10_000 < summary_of(tmp_path / "b")["seconds"] < 11_000
+    assert [row["epoch"] for row in rows_of(tmp_path / "b") if "test/loss" not in row] == [2, 2]
+    stored = torch.load(tmp_path / "kept" / "mine.ckpt", weights_only=True)
+    assert stored["callbacks"]["Stopwatch"]["seconds"] > 10_000
+    assert stored["callbacks"]["MetricsFile"]["rows"] == 1
+
+
+def test_seconds_of_a_checkpoint_that_is_tested_do_not_count() -> None:
+    watch = Stopwatch()
+    watch.load_state_dict({"seconds": 10_000.0})
+    assert watch.seconds < 1000
+    watch.on_fit_start(None, None)  # type: ignore[arg-type]
+    assert watch.seconds > 10_000
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("row", [3, 7])
+def test_a_run_that_ends_between_its_checkpoint_and_the_row_of_the_epoch(
+    row: int, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle, and after its last epoch, when nothing is left to train."""
+    write = MetricsFile.log_metrics
+
+    def stops(self: MetricsFile, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if len(rows_of(tmp_path)) == row if (tmp_path / "metrics.csv").exists() else False:
+            raise Killed
+        write(self, metrics, step)
+
+    monkeypatch.setattr(MetricsFile, "log_metrics", stops)
+    with pytest.raises(Killed):
+        fit(tmp_path, "--trainer.max_epochs=4")
+    monkeypatch.undo()
+    assert len(rows_of(tmp_path)) == row
+    fit(tmp_path, "--trainer.max_epochs=4", "--ckpt_path=last")
+    assert_same_run(tmp_path, whole)
+
+
+def start(folder: Path, *args: str, **more: Any) -> subprocess.Popen[bytes]:
+    """A fit in a process of its own, once it has written a checkpoint."""
+    command = [sys.executable, "-m", "lightning_locality", "fit", *args, f"--run_dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
+    while not (folder / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2 * random.random())
+    return process
+
+
+def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, whole: Path) -> None:
+    args = [f"--config={QUICKSTART}", *SMALL, "--trainer.max_epochs=4"]
+    process = start(tmp_path / "killed", *args)
+    process.kill()
+    process.wait()
+    fit(tmp_path / "killed", "--trainer.max_epochs=4", "--ckpt_path=last")
+    assert_same_run(tmp_path / "killed", whole)
+
+
+def test_a_run_ends_with_its_parent(tmp_path: Path) -> None:
+    """And a recovery run, too, goes on from there as if nothing had happened."""
+    args = [f"--config={CONFIGS / 'recovery' / 'matrix.yaml'}", "--data.epoch_length=4", "--model.max_iterations=2000"]
+    pipe = {"stdin": subprocess.PIPE, "env": {**os.environ, "LIGHTNING_LOCALITY_PARENT_PIPE": "1"}}
+    process = start(tmp_path / "killed", *args, **pipe)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(30) == 1
+    main(["fit", *args, f"--run_dir={tmp_path / 'killed'}", "--ckpt_path=last"])
+    main(["fit", *args, f"--run_dir={tmp_path / 'whole'}"])
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_one_process_trains_in_a_directory(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "config.yaml").stat().st_mtime_ns
+    with filelock.FileLock(trained / ".lock"):
+        for more in ((), ("--ckpt_path=last",)):
+            with pytest.raises(SystemExit) as stop:
+                fit(trained, *more)
+            assert stop.value.code == 75
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if "lightning-locality" in line]
+            assert str(trained) in line
+    assert (trained / "config.yaml").stat().st_mtime_ns == before
+
+
+def test_checkpoints_rebuild_what_the_command_line_built(trained: Path) -> None:
+    """Settings from the command line are plain values in a checkpoint; objects from Python are not stored."""
+    module = Classification.load_from_checkpoint(trained / "last.ckpt", map_location="cpu")
+    stored = torch.load(trained / "last.ckpt", weights_only=True)
+    assert module.penalty is not None
+    assert module.penalty.seed == stored["hyper_parameters"]["penalty"]["init_args"]["seed"]
+    torch.testing.assert_close(module.network.state_dict()["head.weight"], stored["state_dict"]["network.head.weight"])
+    assert "network" not in Classification(torch.nn.Linear(2, 2), weight=0.0).hparams
 
 
 def test_measuring_random_weights_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,16 +346,15 @@ def overflowing(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def test_non_finite_loss_keeps_what_was_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    longer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(tmp_path / "a")
-    before = (tmp_path / "a" / "last.ckpt").read_bytes()
+    before = (longer / "last.ckpt").read_bytes()
     loss = "lightning_locality.tasks.classification.F.binary_cross_entropy_with_logits"
     monkeypatch.setattr(loss, overflowing)
-    resume = (f"--run_dir={tmp_path / 'a'}", "--trainer.max_epochs=4", "--ckpt_path=last")
+    resume = (f"--run_dir={longer}", "--trainer.max_epochs=4", "--ckpt_path=last")
     message = refused(capsys, "fit", f"--config={QUICKSTART}", *SMALL, *resume)
     assert "not finite at step" in message
-    assert (tmp_path / "a" / "last.ckpt").read_bytes() == before
+    assert (longer / "last.ckpt").read_bytes() == before
 
 
 def test_help_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,6 +382,10 @@ def test_any_module_with_the_callback(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(config))
     data = ("--data=SameClass", "--data.source=digits", "--data.image_size=8", "--data.canvas=[8,24]")
     main(["fit", f"--config={path}", *data, "--data.distance=8", *SMALL, f"--run_dir={tmp_path / 'run'}"])
-    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    rows = rows_of(tmp_path / "run")
+    names = {"epoch", "step", "train/regularizer", "entropy_epoch"}
+    assert [row.keys() for row in rows] == [names, names]
     assert 0 < rows[-1]["train/regularizer"] <= 1
-    assert (tmp_path / "run" / "last.ckpt").exists()
+    # what a run would find in its checkpoint that had ended before the last row
+    last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["callbacks"]["MetricsFile"]
+    assert last == {"rows": 1, "next": rows[-1]}

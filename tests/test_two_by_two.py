@@ -145,9 +145,8 @@ def test_the_unseen_entry_grows_under_small_steps() -> None:
     assert 6.9 < reached[1e-2] < 7.2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_makes_no_sense_is_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"rows": 1}, "rows must be at least 2, got 1"),
         ({"cols": 0}, "cols must be at least 2, got 0"),
         ({"z": 0}, "z must not be 0"),
@@ -157,11 +156,10 @@ def test_the_unseen_entry_grows_under_small_steps() -> None:
         ({"rows": 3, "cols": 3, "unobserved": (2, 2)}, "unobserved must be .* 2x2 block"),
         ({"unobserved": (0,)}, "unobserved must be"),
         ({"epoch_length": 0}, "epoch_length"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        UnboundedCompletion(**options)
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            UnboundedCompletion(**options)
 
 
 def test_only_square_matrices_have_a_determinant() -> None:

@@ -1,182 +1,171 @@
-"""Checkpoints that are written whole or not at all."""
+"""The history of a run: metrics, seconds and checkpoints that survive being killed and resumed."""
 
 from __future__ import annotations
 
-__all__ = ["KeptRow", "MetricsFile", "Stopwatch", "WholeCheckpoints", "with_whole_checkpoints", "written_whole"]
+__all__ = ["AtomicCheckpointIO", "MetricsFile"]
 
 import csv
+import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, final
+from typing import Any, final
 
-from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_locality.results import atomic_write
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
-    """Open a text file for writing that takes the place of another only once it is complete.
+@final
+class MetricsFile(Logger, Callback):
+    """Write metrics to ``metrics.csv``; a resumed run continues exactly where its checkpoint was saved.
 
-    Args:
-        path: The file; where writing fails, what is there stays.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> with written_whole(path) as file:
-        ...     _ = file.write("all")
-        ...     before = path.exists()
-        >>> before, path.read_text()
-        (False, 'all')
-    """
-    temporary = path.with_name(path.name + ".part")
-    # no translation of line ends: csv writes its own
-    with temporary.open("w", newline="") as file:
-        yield file
-    os.replace(temporary, path)
-
-
-class _AppendingWriter(ExperimentWriter):
-    """Lightning's writer deletes the rows of an earlier part of the run; this one continues the file."""
-
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
-
-
-class MetricsFile(CSVLogger):
-    """Write metrics to ``metrics.csv`` of a folder; a resumed run appends to the rows already there.
+    As a logger it writes one row per call. As a callback it stores in every checkpoint the number of rows written so
+    far, and the row of the epoch that ends, which Lightning logs only after saving the checkpoint. On resume the file
+    is cut back to these rows, so that a killed and resumed run leaves the file of an undisturbed one. Pass the same
+    object as ``logger`` and among the ``callbacks`` of the trainer.
 
     Args:
-        folder: Folder of the run.
+        folder: Run directory.
     """
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.path = self.folder / "metrics.csv"
+        self._columns: list[str] = []
+        self._rows = 0
+        self._stored: dict[str, Any] = {}
+        self._epoch_ends = False
 
     @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """The writer."""
-        if not isinstance(self._experiment, _AppendingWriter):
-            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)
-        return self._experiment
+    def name(self) -> None:
+        """None: the folder alone identifies the run."""
 
-    def keep(self, wanted: Callable[[Mapping[str, str]], bool]) -> None:
-        """Drop the other rows of the file, which an earlier part of the run has written.
+    @property
+    def version(self) -> None:
+        """None, like the name."""
 
-        Args:
-            wanted: Whether a row, as text by column, is kept.
-        """
-        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-        if not path.is_file():
-            return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            rows, names = list(reader), list(reader.fieldnames or [])
-        with written_whole(path) as file:
-            writer = csv.DictWriter(file, fieldnames=names)
+    @property
+    def save_dir(self) -> str:
+        """The run directory."""
+        return str(self.folder)
+
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: ``config.yaml`` of the run holds them."""
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append a row."""
+        self._epoch_ends = False
+        self._append({**_scalars(metrics), "step": step})
+
+    @rank_zero_only
+    def _append(self, row: dict[str, Any]) -> None:
+        if row.keys() <= set(self._columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+            self._rows += 1
+        else:
+            self._write([*self._read(), row])
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Read the complete rows as text; a process killed while writing may leave half a row."""
+        text = self.path.read_text() if self.path.is_file() else ""
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._columns = sorted({name for row in rows for name, value in row.items() if value not in ("", None)})
+        self._rows = len(rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path) as file:
+            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(row for row in rows if wanted(row))
+            writer.writerows(rows)
 
-    def complete(self, row: Mapping[str, float]) -> None:
-        """Write what the file lacks of the metrics of an epoch.
-
-        Args:
-            row: ``epoch``, ``step`` and the metrics.
-        """
-        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-        known: set[str] = set()
-        if path.is_file():
-            with path.open(newline="") as file:
-                for stored in csv.DictReader(file):
-                    if stored.get("epoch") and int(float(stored["epoch"])) == row["epoch"]:
-                        known |= {name for name, value in stored.items() if value}
-        missing = {name: value for name, value in row.items() if name not in known and name not in ("epoch", "step")}
-        if missing:
-            self.log_metrics({**missing, "epoch": row["epoch"]}, int(row["step"]))
-            self.save()
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: the run's config.yaml holds them."""
-
-
-class KeptRow(Callback):
-    """Keep an epoch's metrics in the checkpoint at its end, and write them on resume where the file lacks them.
-
-    Lightning saves the checkpoint before it writes the metrics of the epoch: a run killed in between would continue
-    with the next epoch, without a row for this one.
-    """
-
-    def __init__(self) -> None:
-        self.row: dict[str, float] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The row."""
-        return {"row": self.row}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the row of the checkpoint."""
-        self.row = dict(state_dict["row"])
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the previous epoch is over, whether or not it had metrics."""
+        self._epoch_ends = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the row, before the checkpoints are saved."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.row = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
+        """Note that the metrics of the epoch are about to be logged, after its checkpoint has been saved."""
+        self._epoch_ends = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the number of rows written, and the row that is about to be logged."""
+        row: dict[str, Any] = {}
+        # on every process: computing a metric may need them all
+        if self._epoch_ends and (metrics := trainer._logger_connector.metrics["log"]):
+            row = {**_scalars(metrics), "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
+        checkpoint["callbacks"][self.state_key] = {"rows": self._rows, "next": row}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take what the checkpoint says; one of version 0.1 does not hold the number of its rows."""
+        self._stored = checkpoint["callbacks"].get(self.state_key, {})
+        if not self._stored:
+            recovery = checkpoint.get("recovery")
+            steps = recovery["row"].get("iteration", 0) + 1 if recovery else checkpoint["global_step"]
+            self._stored = {"rows": sum(int(row["step"]) < steps for row in self._read()), "next": {}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what the file lacks of the row, unless the run goes on in another folder, which begins with its own."""
-        folder = Path(trainer.ckpt_path).parent.resolve() if trainer.ckpt_path else None
-        for logger in trainer.loggers if self.row and trainer.is_global_zero else ():
-            if isinstance(logger, MetricsFile) and Path(logger.log_dir).resolve() == folder:
-                logger.complete(self.row)
+        """Cut the file of a resumed run back to the rows of its checkpoint; another folder starts a file of its own."""
+        if not trainer.ckpt_path or not trainer.is_global_zero:
+            return
+        rows = self._read()[: self._stored["rows"]]
+        if self._stored["next"] and (rows or Path(trainer.ckpt_path).parent.resolve() == self.folder.resolve()):
+            rows.append(self._stored["next"])
+        if rows or self.path.is_file():
+            self._write(rows)
 
 
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+
+@final
 class Stopwatch(Callback):
-    """Count the seconds of a run that is continued on from those at the checkpoint that it continues from.
+    """Count the seconds of a run, including those before the checkpoint that it was resumed from.
 
-    What a killed part did after its last checkpoint is done again, and counts once.
+    Lightning's ``Timer`` counts training alone, without preparing data, testing and drawing.
     """
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._earlier = 0.0
+        self._stored = self._earlier = 0.0
 
     @property
     def seconds(self) -> float:
-        """Time since the start, with that of the earlier parts."""
+        """Seconds of all parts; those after the last checkpoint of a killed part are repeated, and count once."""
         return self._earlier + time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """The seconds so far."""
+        """Return the seconds so far."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from the checkpoint's."""
-        self._earlier = float(state_dict["seconds"])
+        """Take the seconds of the checkpoint, which may be one that is only tested."""
+        self._stored = float(state_dict["seconds"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue from the checkpoint's."""
+        self._earlier = self._stored
 
 
 @final
-class WholeCheckpoints(TorchCheckpointIO):
-    """A checkpoint takes the place of an earlier one only once it is complete, wherever the run is stopped.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints atomically: a process killed while writing leaves the previous one.
 
-    Lightning writes into the folder for temporary files and moves the file from there. Where that is another disk,
-    as on most clusters, the move is a copy, and a process killed meanwhile would leave half a checkpoint and not the
-    one before. Here the copy goes to ``NAME.part`` and is renamed. Paths with a protocol are left to Lightning.
+    Lightning writes to the folder for temporary files and moves the file from there. Where that is another disk, as
+    on most clusters, the move is a copy. Paths with a protocol (``s3://``) are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint file."""
+        """Write ``PATH.part`` and rename it."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -185,9 +174,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         os.replace(part, path)
 
 
-def with_whole_checkpoints(trainer: Trainer) -> Trainer:
-    """The trainer, which on one device or under DDP now writes :class:`WholeCheckpoints`, unless given a writer."""
+def use_atomic_checkpoints(trainer: Trainer) -> Trainer:
+    """Let a trainer on one device or under DDP write atomically, unless it was given a ``CheckpointIO``."""
     strategy = trainer.strategy
     if type(strategy) in (SingleDeviceStrategy, DDPStrategy) and type(strategy.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = WholeCheckpoints()
+        strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer

@@ -1,4 +1,4 @@
-"""An image set as a tensor: one mode of size 2 for each pixel."""
+"""Binary images as entries of a tensor with one mode of size 2 per pixel."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ Variant = Literal["original", "random_images", "random_labels"]
 class BinaryImages(AbstractRecoveryDataModule):
     r"""One class of an image set against the others, as the completion of a tensor of order 784.
 
-    A pixel rounded to 0 or 1 is the index of a mode of size 2, so an image is an entry of a tensor with one mode
-    for each pixel (row by row), and its label is the value of the entry. How well a factorisation of small rank
-    fits the training images, and predicts the test images, says how low the tensor's rank is.
+    A pixel rounded to 0 or 1 is the index of a mode of size 2, so an image is an entry of a tensor with one mode per
+    pixel (row by row), whose value is given by the label. How well a factorisation of small rank fits the training
+    images and predicts the test images shows how low the rank of the tensor is.
 
-    The labels are 0 and 2, and the published errors are those of labels 0 and 1: the squared error of an image,
-    clamped at 4, divided by 4. To predict the mean of the labels gives :attr:`trivial_error`.
+    The values are 0 and 2, whereas published errors refer to labels 0 and 1: the squared error of an image, clamped at
+    4, divided by 4. Predicting the mean of the labels gives :attr:`trivial_error`.
 
     Source: Implicit Regularization in Tensor Factorization (Noam Razin, Asaf Maman, Nadav Cohen, 2021), the
-    experiments on tensor rank as a measure of complexity (MNIST and Fashion-MNIST). ``digits``, other
-    sources and smaller sets are ours.
+    experiments on tensor rank as a measure of complexity (MNIST and Fashion-MNIST). ``digits``, other sources and
+    smaller sets are ours.
 
     Args:
-        source: ``mnist``, ``fashion_mnist``, ``digits`` (8x8, order 64, needs no download) or any other source of
-            :class:`SameClass`, in grey.
-        root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data``
-            where that is not set.
-        positive: The label that gets the second of ``values``.
+        source: ``mnist``, ``fashion_mnist``, ``digits`` (8x8, order 64, no download) or any other source of
+            :class:`SameClass`, converted to grey.
+        root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that
+            is not set.
+        positive: Label of the positive images, which have the second of ``values``.
         variant: ``original``; ``random_images``: every bit a fair coin, labels kept; ``random_labels``: labels
-            permuted, those of training and test images separately.
-        train: Number of training images, drawn from the official ones; all if not given.
+            permuted, separately for training and test images.
+        train: Number of training images, sampled from the official ones; None for all.
         test: Number of test images, likewise.
-        values: What the tensor is at negative and at positive images.
-        image_size: Height and width in pixels to bring the images to; the source's own if not given.
-        seed: Of the choice of images, random bits and permutations.
-        download: Let torchvision download a set that is not in ``root``.
-        epoch_length: Training steps that Lightning calls an epoch.
+        values: Values of the tensor at negative and at positive images.
+        image_size: Height and width in pixels to resize the images to; None for the source's own.
+        seed: Seed of the choice of images, random bits and permutations.
+        download: Whether torchvision may download a set that is not in ``root``.
+        epoch_length: Training steps per epoch of Lightning.
 
     Raises:
         UnknownSourceError: If there is no such source.
-        ValueError: More images than there are, a label that does not occur, equal values.
+        ValueError: More images than available, a label that does not occur, or equal values.
 
     Example:
         >>> data = BinaryImages(source="digits", positive=6)
@@ -76,9 +76,9 @@ class BinaryImages(AbstractRecoveryDataModule):
         epoch_length: int = 40,
     ) -> None:
         super().__init__(epoch_length)
-        # checkpoints are read with weights_only, which takes no Path
+        # checkpoints are loaded with weights_only, which accepts no Path
         root = str(root) if root is not None else os.environ.get("LIGHTNING_LOCALITY_DATA", "data")
-        # not logged: Lightning stops when a model has a hyper-parameter of the same name
+        # not logged: Lightning rejects a hyper-parameter that the model has under the same name
         self.save_hyperparameters(logger=False)
         parse_source(source, root)
         if variant not in get_args(Variant):
@@ -94,18 +94,18 @@ class BinaryImages(AbstractRecoveryDataModule):
         self.sizes: dict[Part, int | None] = {"train": train, "test": test}
 
     def prepare_data(self) -> None:
-        """Let torchvision download the set, where that is allowed and needed."""
+        """Let torchvision download the set if allowed and needed."""
         if self.download:
             prepare_images(self.source, self.root)
 
     @property
     def trivial_error(self) -> float:
-        """Variance of the training labels as 0 and 1: the error of predicting their mean, 0.09 for one digit of ten."""
+        """Variance of the training labels as 0 and 1, the error of predicting their mean: 0.09 for one digit of ten."""
         share = (self.problem.train.values == self.values[1]).to(torch.float64).mean().item()
         return share * (1 - share)
 
-    def draw(self) -> RecoveryBatch:
-        """Bits ``(M, pixels)``, uint8, and a value for each image; the tensor itself is never written out.
+    def build(self) -> RecoveryBatch:
+        """Build bits ``(M, pixels)``, uint8, and a value per image; the tensor itself is never formed.
 
         Raises:
             ImagesNotFoundError: If the set is not under ``root`` (call ``prepare_data`` first).
@@ -118,7 +118,7 @@ class BinaryImages(AbstractRecoveryDataModule):
         if self.variant == "random_images":
             bits = torch.randint(2, images.shape, dtype=torch.uint8, generator=self._generator("bits", part))
         else:
-            # the nearer of black and white; 127.5 does not occur
+            # rounded to black or white; 127.5 does not occur
             bits = (images >= 128).to(torch.uint8)
         positive = labels == self.positive
         if self.variant == "random_labels":
@@ -135,7 +135,7 @@ class BinaryImages(AbstractRecoveryDataModule):
         if size is None:
             return found
         if size > len(found.labels):
-            raise ValueError(f"{part}={size} images asked for, but {self.source} has {len(found.labels)}: lower it")
+            raise ValueError(f"{part}={size} is more than the {len(found.labels)} images of {self.source}: lower it")
         order = torch.randperm(len(found.labels), generator=self._generator("images", part))
         kept = order[:size].sort().values
         return LabelledImages(found.images[kept], found.labels[kept])

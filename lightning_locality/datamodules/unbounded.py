@@ -1,4 +1,4 @@
-"""Matrix completion problems whose solutions of low rank have no norm: the unseen entry grows without bound."""
+"""Matrix completion in which lowering the rank makes the unobserved entry grow without bound."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_locality.tensors.factorization import Entries, RecoveryBatch
 
 @final
 class UnboundedCompletion(AbstractRecoveryDataModule):
-    r"""A 2x2 matrix with one entry missing, where gradient flow leaves every norm behind and lowers the rank.
+    r"""A 2x2 matrix with one entry missing, in which gradient flow lowers the rank while every norm diverges.
 
     .. math::
         W = \begin{pmatrix} ? & z \\ z' & \epsilon \end{pmatrix}, \qquad
         W = \begin{pmatrix} ? & z & \\ z' & \epsilon & \\ & & I \end{pmatrix}
 
-    The determinant of a product of square matrices never changes its sign under gradient flow. Where it begins
-    with :attr:`determinant_sign`, the sign that no exact solution with :math:`\epsilon = 0` has, the unseen entry
-    has to grow as the loss falls, see :func:`lower_bound`, while the effective rank goes to its infimum.
-    Larger problems have the identity on the rest of the diagonal, and all entries but one observed.
+    The determinant of a product of square matrices never changes its sign under gradient flow. If it starts with
+    :attr:`determinant_sign`, the sign that no exact solution with :math:`\epsilon = 0` has, the missing entry must
+    grow as the loss falls, see :func:`lower_bound`, while the effective rank approaches its infimum. Larger problems
+    have ones on the rest of the diagonal, and all entries but one are observed.
 
-    Source: Implicit Regularization in Deep Learning May Not Be Explainable by Norms (Noam Razin, Nadav Cohen, 2020).
-    Its larger matrices have an identity block; that the block ends with the shorter side of a matrix that is not
-    square, with zeros beyond, is ours. A matrix that is not square has no determinant and no bound.
+    Source: Implicit Regularization in Deep Learning May Not Be Explainable by Norms (Noam Razin, Nadav Cohen, 2020),
+    larger matrices with an identity block included. Extending the block by zeros in matrices that are not square,
+    which have no determinant and no bound, is ours.
 
     Args:
         rows: Rows of the matrix.
@@ -37,7 +37,7 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
         z_prime: Observed entry in the column of the missing one.
         eps: Observed entry opposite the missing one. Published perturbed problems: 0, 0.01, 0.05, 0.1, 0.5.
         unobserved: Row and column of the missing entry, each 0 or 1.
-        epoch_length: Training steps that Lightning calls an epoch.
+        epoch_length: Training steps per epoch of Lightning.
 
     Raises:
         ValueError: Fewer than 2 rows or columns, z or z' zero, a number that is not finite, or a missing entry
@@ -68,14 +68,12 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
         for argument, value in (("z", z), ("z_prime", z_prime), ("eps", eps)):
             if not math.isfinite(value):
                 raise ValueError(f"{argument} must be finite, got {value}")
-        for argument, value in (("z", z), ("z_prime", z_prime)):
-            if value == 0:
+            if value == 0 and argument != "eps":
                 raise ValueError(f"{argument} must not be 0: the missing entry would have no reason to grow")
         if len(unobserved) != 2 or not set(unobserved) <= {0, 1}:
             raise ValueError(
                 f"unobserved must be a row and a column of the upper left 2x2 block (each 0 or 1), got {unobserved}"
             )
-        # checkpoints are read with weights_only, which takes numbers
         self.save_hyperparameters(logger=False)
         self.shape = (rows, cols)
         self.z, self.z_prime, self.eps = z, z_prime, eps
@@ -83,18 +81,14 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
 
     @property
     def determinant_sign(self) -> int:
-        """Sign of the determinant from which the missing entry grows without bound: 1 for the default problem.
-
-        Raises:
-            ValueError: The matrix is not square.
-        """
+        """Sign of the determinant with which the missing entry grows without bound; only for square matrices."""
         if self.shape[0] != self.shape[1]:
             raise ValueError(f"a matrix of {self.shape[0]} rows and {self.shape[1]} columns has no determinant")
         row, col = self.unobserved
         return 1 if (self.z * self.z_prime > 0) == (row == col) else -1
 
-    def draw(self) -> RecoveryBatch:
-        """The observed entries; there is no one matrix to be recovered, and nothing to be predicted."""
+    def build(self) -> RecoveryBatch:
+        """Build the observed entries; there is no unique matrix to recover, and nothing to predict."""
         row, col = self.unobserved
         matrix = torch.eye(*self.shape, dtype=torch.float64)
         matrix[row, 1 - col] = self.z
@@ -106,17 +100,17 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
 
 
 def lower_bound(loss: float, z: float = 1.0, z_prime: float = 1.0, eps: float = 0.0, *, larger: bool = False) -> float:
-    r"""How large the missing entry of :class:`UnboundedCompletion` is at least, given the loss.
+    r"""Lower bound of the missing entry of :class:`UnboundedCompletion` at a given loss.
 
     .. math::
         |w| \ge \frac{(|z| - q)(|z'| - q)}{|\epsilon| + q}, \qquad q = \sqrt{2 \ell}
 
     It holds for every square matrix whose determinant has the sign ``determinant_sign`` and whose loss is below
-    :math:`\min(z^2, z'^2) / 2`: no observed entry is off by more than q, and the determinant of the 2x2 block says
-    that the product of the missing entry and the one opposite exceeds the product of the others.
+    :math:`\min(z^2, z'^2) / 2`: no observed entry is off by more than q, and by the determinant of the 2x2 block the
+    product of the missing entry and the one opposite exceeds the product of the others.
 
-    Larger matrices: :math:`\det W = \det D \cdot \det(A - B D^{-1} C)` with D, which is the identity up to q, so the
-    same holds of the 2x2 matrix in brackets, whose entries differ from those of A by at most
+    Larger matrices: :math:`\det W = \det D \cdot \det(A - B D^{-1} C)`, where D is the identity up to q, so the same
+    holds for the 2x2 matrix in brackets, whose entries differ from those of A by at most
     :math:`s = q^2 / (2 (1 - q))`. So q becomes q + s, and s is subtracted in the end.
 
     Source: the order of growth is that of Implicit Regularization in Deep Learning May Not Be Explainable by Norms
@@ -127,10 +121,10 @@ def lower_bound(loss: float, z: float = 1.0, z_prime: float = 1.0, eps: float = 
         z: Observed entry in the row of the missing one.
         z_prime: Observed entry in its column.
         eps: Observed entry opposite.
-        larger: The matrix is larger than 2x2.
+        larger: Whether the matrix is larger than 2x2.
 
     Returns:
-        The bound; 0 where the loss is too large for it to say anything, infinity at loss 0 with eps 0.
+        The bound; 0 if the loss is too large for one, infinity at loss 0 with eps 0.
 
     Raises:
         ValueError: A negative loss.
@@ -143,16 +137,13 @@ def lower_bound(loss: float, z: float = 1.0, z_prime: float = 1.0, eps: float = 
     """
     if not loss >= 0:
         raise ValueError(f"loss must be at least 0, got {loss}")
-    off = math.sqrt(2 * loss)
-    through = 0.0
+    off, through = math.sqrt(2 * loss), 0.0
     if larger:
         if off >= 1:
             return 0.0
         through = off * off / (2 * (1 - off))
-    off += through
+        off += through
     if off >= min(abs(z), abs(z_prime)):
         return 0.0
     opposite = abs(eps) + off
-    if opposite == 0:
-        return math.inf
-    return max((abs(z) - off) * (abs(z_prime) - off) / opposite - through, 0.0)
+    return max((abs(z) - off) * (abs(z_prime) - off) / opposite - through, 0.0) if opposite else math.inf

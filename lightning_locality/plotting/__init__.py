@@ -1,1 +1,13 @@
-"""The figure command: figures and tables of finished runs."""
+"""Figures of runs: each kind is a function of runs that returns a figure and the numbers in it."""
+
+import lazy_loader  # type: ignore[import-untyped]
+
+# on first use: seaborn takes most of a second to import
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "comparison": ["accuracy", "depth", "observations", "rank", "xy"],
+        "recovery": ["components", "curve_summary", "dynamics", "growth", "norm", "value"],
+        "training": ["accuracy_curves", "example_inputs", "training_curves"],
+    },
+)

@@ -1,75 +1,115 @@
-"""The figure command: finished runs -> figures for print, and the numbers behind them."""
+"""The figure command and the figure of a sweep: runs -> PDF, PNG and a CSV file with the numbers."""
 
 from __future__ import annotations
 
 __all__ = ["check_figure", "draw_figure", "draw_sweep_figure"]
 
-import csv
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jsonargparse import ArgumentError, ArgumentParser
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lightning_locality.plotting import growth, recovery
-from lightning_locality.plotting.cells import STATISTICS, write_table
-from lightning_locality.plotting.drawn import draw_chart
-from lightning_locality.plotting.options import INCHES, parsed
-from lightning_locality.plotting.run_table import RunTable
-from lightning_locality.plotting.style import save_figure
+from lightning_locality import plotting
+from lightning_locality.plotting.recovery import read_curves
+from lightning_locality.plotting.style import Drawn, save_figure, shown
+from lightning_locality.results import COUNTS, atomic_write, find_column, nearest, ordered, read_runs
 
-_WIDTH = 130
+KINDS: dict[str, Callable[..., Drawn]] = {
+    name: getattr(plotting, name)
+    for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations", "growth")
+}
+_COLUMNS = ("x", "group", "panel", "over")
+# counts, and metrics without a stage in their name
+_RESULTS = (*COUNTS, "iteration", "time", "reconstruction_error", "norm", "unbalancedness", "determinant")
+_WIDTH = 130  # characters of a table if there is no terminal
 _PRINTED = 60  # rows of the printed table
-# columns by which a table that this command has written is known again
-_OWN = (set(STATISTICS), {"run", "quantity", "value"}, {"predicted", "fitted"})
+# columns that tell tables written here from others
+_OWN = ({"mean", "std", "n", "runs"}, {"run", "quantity", "value"}, {"predicted", "fitted"}, {"run", "epoch"})
 
 
 def draw_figure(args: Sequence[str]) -> None:
-    """Draw a figure of finished runs into a PDF and a PNG file, with its numbers in a CSV file beside them.
+    """Draw a figure of finished runs into a PDF and a PNG file, with its numbers in a CSV file next to them.
 
     Args:
         args: As typed, the kind of figure first.
 
     Raises:
         ValueError: No such file or column, nothing left to draw, or a file that must not be overwritten.
+        SystemExit: With status 2 and a message if an option is wrong.
     """
-    options = parsed(args)
+    given = _parser().parse_args(_gather(args)).as_dict()
+    kind = given["subcommand"]
+    options = given[kind]
+    paths = [Path(path) for path in options.pop("runs")]
+    out, where, title = options.pop("out"), options.pop("where", None), options.pop("title")
     notes: list[str] = []
-    if options.kind == "growth":
-        figure, numbers, name = *_growth(options), "growth"
+    if kind == "growth":
+        runs = read_curves(paths)
     else:
-        whole = RunTable.read(options.inputs)
-        table = whole.where(options.where or ())
-        notes += _unfinished(table)
-        if options.kind in ("accuracy", "xy"):
-            drawn = draw_chart(options, table)
-            figure, numbers, name = drawn.figure, drawn.numbers, drawn.name
-            notes += drawn.notes
-        else:
-            figure, numbers = _recovery(options, table)
-            name = options.kind
-    if options.title:
-        figure.suptitle(options.title, fontsize=9)
-    stem = _stem(options, name)
-    _write(figure, numbers, stem, options.inputs)
-    _print(numbers, [*notes, f"{stem}.pdf, {stem.name}.png; the numbers: {stem.name}.csv"])
+        runs = select(read_runs(paths), where or [])
+        if names := list(runs["run"][~runs["finished"]]):
+            listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            notes.append(f"{len(names)} run{'s' if len(names) > 1 else ''} not finished and left out: {listed}")
+    figure, numbers = KINDS[kind](runs, **options)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    notes += numbers.attrs.get("notes", [])
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    stem = folder / numbers.attrs.get("name", kind) if out is None else Path(out)
+    stem = stem.with_suffix("") if out and stem.suffix in (".pdf", ".png", ".csv") else stem
+    table = stem.with_name(f"{stem.name}.csv")
+    if table.is_file() and (
+        table.resolve() in [path.resolve() for path in paths]
+        or not any(own <= set(pd.read_csv(table, nrows=0)) for own in _OWN)
+    ):
+        raise ValueError(f"--out: the numbers would overwrite {table}, which is not of this command; choose another")
+    _write(figure, numbers, stem)
+    _print(numbers, [*notes, f"{stem}.pdf, {stem.name}.png; the numbers: {table.name}"])
 
 
-def check_figure(figure: Mapping[str, Any] | None, columns: Sequence[str]) -> None:
+def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
     """Check the ``figure:`` entry of a sweep before its first run.
 
     Args:
         figure: ``kind`` and the options of that kind; None for the default, accuracy.
-        columns: ``variant`` and the short names of the grid, as in results.csv.
+        columns: ``variant`` and the short names of the grid, as in results.csv; None if they are not known.
 
     Raises:
         ValueError: Unknown kind or option, wrong value, or a column that neither the grid nor the variants have.
     """
-    raise NotImplementedError
+    if figure is None:
+        return
+    if not isinstance(figure, Mapping) or "kind" not in figure:
+        raise ValueError(f"figure must be a mapping with a kind, as {{kind: components}}, got {figure!r}")
+    kinds = [name for name in KINDS if name != "growth"]
+    kind, options = figure["kind"], {key: value for key, value in figure.items() if key != "kind"}
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of figure {kind!r}{nearest(str(kind), kinds)}; there are {', '.join(kinds)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(KINDS[kind], skip={"runs"})
+    known = list(parser.get_defaults().keys())
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"figure {kind!r} has no option {key!r}{nearest(str(key), known)}; there are {', '.join(known)}"
+            )
+    try:
+        parser.parse_object(options)
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"figure {kind!r} cannot be drawn with {options}: {error}") from error
+    for option in _COLUMNS if columns is not None else ():
+        names = options.get(option) or []
+        for name in [names] if isinstance(names, str) else names:
+            # metrics and counts are known only after the runs
+            if option != "x" or not (kind == "components" or name == "epoch" or "/" in name or name in _RESULTS):
+                find_column(pd.DataFrame(columns=list(columns or ())), name, f"figure {kind!r}: {option}")
 
 
 def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:
@@ -83,90 +123,125 @@ def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, fold
     Returns:
         The picture; None if there is nothing to draw yet.
     """
-    raise NotImplementedError
+    options = dict(figure or {"kind": "accuracy"})
+    kind = options.pop("kind")
+    if not runs["finished"].any() or (figure is None and not any(name.endswith("/accuracy") for name in runs.columns)):
+        return None
+    drawn, numbers = KINDS[kind](runs, **options)
+    _write(drawn, numbers, folder / kind)
+    return folder / f"{kind}.png"
 
 
-def _recovery(options: Namespace, table: RunTable) -> tuple[Figure, recovery.Numbers]:
-    width = INCHES[options.width]
-    if options.kind == "dynamics":
-        return recovery.dynamics(
-            table, magnitudes=options.magnitudes or (), top=options.top, against=options.against, width=width
+def select(runs: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """Return the runs that meet all conditions.
+
+    Args:
+        runs: The runs.
+        conditions: ``COLUMN=VALUE``; of several for the same column one must hold.
+
+    Raises:
+        ValueError: Not a condition, no such column, or no run left.
+    """
+    wanted: dict[str, list[str]] = {}
+    for condition in conditions:
+        name, equals, text = condition.partition("=")
+        if not equals:
+            raise ValueError(f"--where: expected COLUMN=VALUE, got {condition!r}")
+        wanted.setdefault(find_column(runs, name, "--where"), []).append(text)
+    kept = runs
+    for name, texts in wanted.items():
+        kept = kept[[any(_equals(value, text) for text in texts) for value in kept[name]]]
+    if kept.empty:
+        there = [f"{name} is {', '.join(map(shown, ordered(runs[name])))}" for name in wanted]
+        raise ValueError(f"--where {' '.join(conditions)}: no run is left; {'; '.join(there)}")
+    return kept
+
+
+def _equals(value: Any, text: str) -> bool:
+    # as it is shown or as Python writes it, or the same number
+    return text in (shown(value), str(value)) or bool(value == pd.to_numeric(text, errors="coerce"))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lightning-locality figure",
+        description="Draw a figure of finished runs: PATH.pdf and PATH.png, and PATH.csv with its numbers. A column is "
+        "named in full or by its last part if that is unique: distance for data.distance. Runs that have failed or not "
+        "finished are left out and counted.",
+    )
+    kinds = parser.add_subcommands(required=True, metavar="KIND")
+    for kind, function in KINDS.items():
+        own = ArgumentParser(description=(function.__doc__ or "").partition("Args:")[0].strip())
+        first = next(iter(inspect.signature(function).parameters))
+        inputs = (
+            "folders with a growth_curves.csv, or the file" if kind == "growth" else "folders, or their results.csv"
         )
-    if options.kind == "rank":
-        by = table.column(options.group or "variant", "--group")
-        return recovery.rank(table, group=by, scale=options.scale, trivial=options.trivial, width=width)
-    default = ["variant"] if "variant" in table.columns else []
-    group = [table.column(name, "--group") for name in (options.group or default)]
-    return recovery.norm(table, group=group, entry=options.entry, split=options.split, least=options.least, width=width)
+        own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help=inputs)
+        own.add_argument("--out", help="path of the files, without ending; by default in the first folder")
+        own.add_argument("--title", help="text over the figure")
+        if kind != "growth":
+            text = "COLUMN=VALUE ...: only these runs; of several for a column one must hold"
+            own.add_argument("--where", type=list[str], default=[], help=text)
+        own.add_function_arguments(function, as_group=False, skip={first})
+        kinds.add_subcommand(kind, own, help=(function.__doc__ or "").partition("\n")[0])
+    return parser
 
 
-def _growth(options: Namespace) -> tuple[Figure, recovery.Numbers]:
-    curves: growth.Curves = {}
-    for given in options.inputs:
-        path = given / "growth_curves.csv" if given.is_dir() else given
-        if not path.is_file():
-            raise ValueError(
-                f"there is no {path}: `python experiments/growth_exponents.py --out {given}` measures and writes it"
-            )
-        curves |= growth.read_curves(path)
-    rows = [[f.order, f.matrices, f.quantity, f.source, f.predicted, f.fitted] for f in growth.fits(curves)]
-    header = ["order", "matrices", "quantity", "source", "predicted", "fitted"]
-    return growth.growth_figure(curves, INCHES[options.width]), (header, rows)
+def _gather(args: Sequence[str]) -> list[str]:
+    """Join the values that follow an option into the JSON that the parser expects.
+
+    Example:
+        >>> _gather(["xy", "runs", "--group", "a", "b", "--points", "--labels", "weight=w"])
+        ['xy', 'runs', '--points=true', '--group=["a", "b"]', '--labels={"weight": "w"}']
+    """
+    # those of xy are accuracy's as well
+    kinds = [KINDS[name] for name in ("xy", *args[:1]) if name in KINDS]
+    types = {f"--{p.name}": str(p.annotation) for kind in kinds for p in inspect.signature(kind).parameters.values()}
+    types["--where"] = "list["
+    found: dict[str, list[str]] = {}
+    others: list[str] = []
+    current: list[str] | None = None
+    for word in args:
+        name, equals, value = word.partition("=")
+        if any(kind in types.get(name, "") for kind in ("list[", "dict[")):
+            current = found.setdefault(name, [])
+            current += [value] if equals else []
+        elif current is not None and not word.startswith("-"):
+            current.append(word)
+        else:
+            current = None
+            others.append(f"{word}=true" if types.get(word) == "bool" else word)
+    for name, values in found.items():
+        content: Any = values
+        if "dict[" in types[name]:
+            if wrong := [value for value in values if "=" not in value]:
+                raise ValueError(f"{name}: expected NAME=TEXT, got {wrong[0]!r}")
+            content = {key: text for key, _, text in (value.partition("=") for value in values)}
+        others.append(f"{name}={json.dumps(content)}")
+    return others
 
 
-def _unfinished(table: RunTable) -> list[str]:
-    names = [row.folder.name for row in table.rows if not row.finished and row.folder]
-    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return [f"{_counted(len(names))} not finished and left out: {listed}"] if names else []
-
-
-def _counted(number: int) -> str:
-    return f"{number} run{'s' if number > 1 else ''}"
-
-
-def _stem(options: Namespace, name: str) -> Path:
-    """Path of the figure without ending."""
-    if options.out is None:
-        first = options.inputs[0]
-        return Path(first if first.is_dir() else first.parent) / name
-    out = Path(options.out)
-    return out.with_suffix("") if out.suffix in (".pdf", ".png", ".csv") else out
-
-
-def _write(figure: Figure, numbers: recovery.Numbers, stem: Path, inputs: Sequence[Path]) -> None:
-    path = stem.with_name(f"{stem.name}.csv")
-    if path.is_file():
-        with path.open(newline="") as file:
-            columns = set(next(csv.reader(file), []))
-        inside = any(path.resolve() == given.resolve() for given in inputs)
-        if inside or not any(own <= columns for own in _OWN):
-            raise ValueError(f"--out: the numbers would overwrite {path}, which is not of this command; choose another")
-    write_table(numbers, path)
+def _write(figure: Figure, numbers: pd.DataFrame, stem: Path) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(stem.with_name(f"{stem.name}.csv")) as file:
+        numbers.to_csv(file, index=False, lineterminator="\r\n")
     save_figure(figure, stem)
 
 
-def _print(numbers: recovery.Numbers, notes: Sequence[str]) -> None:
-    header, rows = numbers
-    console = Console()
+def _print(numbers: pd.DataFrame, notes: Sequence[str]) -> None:
     table = Table()
-    counts = {"n", "runs"} <= set(header)
-    shown = [name for name in header if name not in ("sem", "least", "greatest", "n")]
-    for name in shown:
-        table.add_column(name, justify="left" if name in ("run", "quantity", "variant") else "right")
-    for row in rows[:_PRINTED]:
-        cells = dict(zip(header, row, strict=True))
-        if counts:
-            cells["runs"] = f"{cells['n']} of {cells['runs']}"
-        table.add_row(*(_cell(cells[name]) for name in shown))
-    # where there is no terminal rich would wrap the table at 80 columns
+    rows = numbers.head(_PRINTED)
+    if {"n", "runs"} <= set(numbers):
+        rows = rows.assign(runs=[f"{n} of {runs}" for n, runs in zip(rows["n"], rows["runs"], strict=True)])
+    rows = rows.drop(columns=["sem", "least", "greatest", "n"], errors="ignore")
+    for name in rows:
+        table.add_column(str(name), justify="left" if rows[name].map(lambda v: isinstance(v, str)).any() else "right")
+    for row in rows.itertuples(index=False):
+        table.add_row(*("-" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+    console = Console()
+    # without a terminal rich would wrap the table at 80 columns
     (console if console.is_terminal else Console(width=_WIDTH)).print(table)
-    if len(rows) > _PRINTED:
-        console.print(f"and {len(rows) - _PRINTED} more rows")
+    if len(numbers) > _PRINTED:
+        console.print(f"and {len(numbers) - _PRINTED} more rows")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value == "":
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,131 +1,132 @@
-"""Figures of recovery runs from their folders: dynamics, unobserved entry against loss, rank against fit."""
+"""Figures of recovery runs: what grows and when, an unobserved entry against the loss, and growth laws."""
 
 from __future__ import annotations
 
-__all__ = ["Numbers", "dynamics", "norm", "rank"]
+__all__ = ["components", "curve_summary", "dynamics", "growth", "norm", "value"]
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
 
-from lightning_locality.bounds import lower_bounds
-from lightning_locality.outcomes import rank_against_fit
-from lightning_locality.plotting.cells import Axes, cells, table_rows
-from lightning_locality.plotting.run_table import RunTable, shown
-from lightning_locality.readings import readings
-from lightning_locality.suggest import nearest
-from lightning_locality.trajectories import Rows, component_curves, read_iterations, value_against_loss
+from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, finished, line_style, shown
+from lightning_locality.results import find_column, history, nearest, read_settings
 
-Numbers = tuple[list[str], list[list[Any]]]
-
+_ERROR, _LOSS = "reconstruction_error", "train/loss"
+# numbered columns that are not magnitudes: their numbers are modes
+_OTHERS = ("effective rank", "entry", "train", "test")
+_KINDS = {
+    "component": "component norm",
+    "singular value": "singular value",
+    "node": "local component norm",
+    "mode": "core slice norm",
+    "bond": "singular value",
+}
+_GROUPS = 3  # drawn by default
 _MOST_RUNS = 16
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1)))  # dots are the bounds
+_Problem = tuple[float, float, float, bool]
+_LEVELS = (0.5, 0.1, 0.01, 0.001)
+_LOSSES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
-def dynamics(
-    table: RunTable, *, magnitudes: Sequence[str], top: int, against: Literal["iteration", "time"], width: float
-) -> tuple[Figure, Numbers]:
-    """Magnitudes, reconstruction error and loss against the iteration, a column per run.
+def magnitude_groups(columns: Sequence[str] | pd.Index) -> dict[str, list[str]]:
+    """Return the columns of magnitudes by group: ``component/1``, ``component/2``, ... are the group ``component``.
+
+    Largest magnitudes come first, and nodes of a tree with the most modes.
+
+    Example:
+        >>> magnitude_groups(["iteration", "node 0-1/2", "node 0-1/1", "node 0-1-2/1"])
+        {'node 0-1-2': ['node 0-1-2/1'], 'node 0-1': ['node 0-1/1', 'node 0-1/2']}
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name in columns:
+        match = re.fullmatch(r"(.+)/(\d+)", name)
+        if match and match[1] not in _OTHERS:
+            found.setdefault(match[1], {})[int(match[2])] = name
+    order = sorted(found, key=lambda group: -group.count("-"))
+    return {group: [found[group][rank] for rank in sorted(found[group])] for group in order}
+
+
+def number_of_components(runs: pd.DataFrame, threshold: float = 0.01) -> pd.Series:
+    """Count the magnitudes that exceed a share of the largest of their group, averaged over the groups.
+
+    Example:
+        >>> number_of_components(pd.DataFrame({"mode 0/1": [2.0], "mode 0/2": [0.5], "mode 0/3": [0.001]})).tolist()
+        [2.0]
+    """
+    groups = [runs[names] for names in magnitude_groups(runs.columns).values()]
+    counts = [own.gt(threshold * own.max(axis=1), axis=0).sum(axis=1).where(own.notna().any(axis=1)) for own in groups]
+    return pd.concat(counts, axis=1).mean(axis=1) if counts else pd.Series(np.nan, index=runs.index)
+
+
+def curve_summary(history: pd.DataFrame, max_components: int = 6) -> pd.DataFrame:
+    """Read numbers off the curves of a run, to be compared with those of published figures.
+
+    For every group of magnitudes (singular values, component norms, local component norms) the last value of each of
+    the largest, and the iteration at which it first exceeded half of that; the first iteration at which the
+    reconstruction error is below 0.5, 0.1, 0.01 and 0.001, its minimum and its last value; and, if an unobserved entry
+    is followed, its absolute value when the loss first falls below 0.1, 0.01, 0.001 and 0.0001 (between two
+    measurements on the straight line in logarithms), and the sign of the determinant then.
 
     Args:
-        table: The runs.
-        magnitudes: Which magnitudes; those the runs have.
-        top: The largest so many.
-        against: Iteration or time.
-        width: In inches.
+        history: Metrics by iteration, as :func:`~lightning_locality.results.history` reads them.
+        max_components: Largest magnitudes of every group.
 
     Returns:
-        The figure and its readings.
-
-    Raises:
-        ValueError: No recovery runs, or too many for one figure.
+        Columns ``quantity`` and ``value``.
     """
-    runs = _curves(table)
-    if len(runs) > _MOST_RUNS:
-        raise ValueError(f"{len(runs)} runs do not fit into one figure: choose up to {_MOST_RUNS} with --where")
-    labels = _titles(table, list(runs))
-    named = {labels[folder]: rows for folder, rows in runs.items()}
-    figure = component_curves(named, groups=magnitudes, top=top, x=against, loss=True, width=width)
-    return figure, _readings(named)
+    found = [*_components(history, max_components), *_errors(history), *_unseen_entries(history)]
+    return pd.DataFrame(found, columns=["quantity", "value"])
 
 
-def norm(
-    table: RunTable, *, group: Sequence[str], entry: str | None, split: str, least: float, width: float
-) -> tuple[Figure, Numbers]:
-    """Size of an unobserved entry against the loss, with the lower bound of its problem.
-
-    Args:
-        table: The runs.
-        group: Columns, by full name, that the colours tell apart; the name of the run where there are none.
-        entry: Its indices, ``0-0``; the one that is followed, if not given.
-        split: Labels are ``PANEL SPLIT LABEL``, with a panel for every PANEL.
-        least: Smallest loss that is shown.
-        width: In inches.
-
-    Returns:
-        The figure and its readings.
-
-    Raises:
-        ValueError: No entry is followed, or not this one.
-    """
-    runs = _curves(table)
-    known = sorted({key.removeprefix("entry/") for r in runs.values() for key in r[0] if key.startswith("entry/")})
-    if not known:
-        raise ValueError("none of the runs follows an unobserved entry (entry/0-0): there is nothing to draw")
-    if entry is not None and entry not in known:
-        raise ValueError(f"--entry: no run follows {entry!r}{nearest(entry, known)}; there are {', '.join(known)}")
-    entry = entry or known[0]
-    kept = {folder: rows for folder, rows in runs.items() if f"entry/{entry}" in rows[0]}
-    values = {row.folder: row.values for row in table.rows}
-    labels = {
-        folder: ", ".join(shown(values[folder].get(name)) for name in group) if group else folder.name
-        for folder in kept
-    }
-    labelled: dict[str, list[Rows]] = {}
-    for folder, rows in kept.items():
-        labelled.setdefault(labels[folder], []).append(rows)
-    figure = value_against_loss(
-        labelled, entry=entry, split=split, least=least, bounds=lower_bounds(labels), width=width
-    )
-    return figure, _readings({folder.name: rows for folder, rows in kept.items()})
+def _components(history: pd.DataFrame, max_components: int) -> Iterator[tuple[str, float]]:
+    for names in magnitude_groups(history.columns).values():
+        last = history[names].iloc[-1]
+        for name in names[:max_components]:
+            if last[name] > 1e-3 * last[names[0]]:
+                yield name, last[name]
+                yield f"{name} at half", float(history.index[history[name] > last[name] / 2][0])
 
 
-def rank(table: RunTable, *, group: str, scale: float, trivial: float, width: float) -> tuple[Figure, Numbers]:
-    """Training and test error against the number of components, a line of panels per image set.
-
-    Args:
-        table: The runs.
-        group: Column, by full name, that separates the lines.
-        scale: Factor of the errors.
-        trivial: Error of the best constant prediction.
-        width: In inches.
-
-    Returns:
-        The figure, and mean and spread of both errors at every point, not scaled.
-    """
-    x = table.column("rank", "rank")
-    source = next((name for name in table.columns if name.split(".")[-1] == "source"), None)
-    names = {x: "rank", **({source: "source"} if source else {})}
-    rows = [{names.get(name, name): value for name, value in row.values.items()} for row in table.rows]
-    header: list[str] = []
-    numbers: list[list[Any]] = []
-    for error in ("train/loss", "test/loss"):
-        axes = Axes(x, table.column(error), (group,), source)
-        header, own = table_rows(axes, cells(table, axes))
-        numbers += [[error, *row] for row in own]
-    figure = rank_against_fit(rows, by=group, scale=scale, trivial=trivial, width=width)
-    return figure, (["quantity", *header], numbers)
+def _errors(history: pd.DataFrame) -> Iterator[tuple[str, float]]:
+    if _ERROR in history:
+        error = history[_ERROR]
+        for level in _LEVELS:
+            if (error < level).any():
+                yield f"error below {level:g} at", float(error.index[error < level][0])
+        yield "least error", error.min()
+        yield "last error", error.iloc[-1]
 
 
-def _curves(table: RunTable) -> dict[Path, list[dict[str, float]]]:
-    """Measurements of the recovery runs that have finished, by folder."""
-    folders = [row.folder for row in table.rows if row.folder is not None and row.finished]
-    found = {
-        folder: rows
-        for folder in folders
-        if (folder / "metrics.csv").is_file() and (rows := read_iterations(folder / "metrics.csv"))
-    }
+def _unseen_entries(history: pd.DataFrame) -> Iterator[tuple[str, float]]:
+    for name in (key for key in history.columns if key.startswith("entry/")):
+        loss = history[_LOSS]
+        for level in _LOSSES:
+            crossed = np.flatnonzero((loss.to_numpy()[:-1] > level) & (loss.to_numpy()[1:] <= level))
+            if crossed.size:
+                before, after = history.iloc[crossed[0]], history.iloc[crossed[0] + 1]
+                high, low = math.log(before[_LOSS]), math.log(after[_LOSS])
+                start, end = (math.log(abs(row[name]) or 1e-300) for row in (before, after))
+                share = (high - math.log(level)) / (high - low)
+                yield f"|{name}| at loss {level:g}", math.exp(start + share * (end - start))
+                if "determinant" in history:
+                    yield f"sign of the determinant at loss {level:g}", math.copysign(1, after["determinant"])
+
+
+def _histories(runs: pd.DataFrame) -> dict[Path, pd.DataFrame]:
+    """Read the measurements of the finished recovery runs by run directory."""
+    folders = finished(runs)["folder"].dropna()
+    found = {folder: own for folder in folders if not (own := history(folder, "iteration")).empty}
     if not found:
         raise ValueError(
             "no finished recovery runs with a metrics.csv in their folder: give the folder of a sweep or of a run"
@@ -133,17 +134,350 @@ def _curves(table: RunTable) -> dict[Path, list[dict[str, float]]]:
     return found
 
 
-def _titles(table: RunTable, folders: Sequence[Path]) -> Mapping[Path, str]:
-    """Variants where they tell the runs apart, names of folders where not."""
-    variants = {row.folder: str(row.values.get("variant", "")) for row in table.rows if row.folder in folders}
-    single = len(set(variants.values())) == len(folders)
-    titles = {folder: variants[folder] if single and variants[folder] else folder.name for folder in folders}
-    if len(set(titles.values())) < len(folders):
-        return {folder: f"{folder.parent.name}/{folder.name}" for folder in folders}
-    return titles
+def _summaries(histories: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
+    own = [curve_summary(rows).assign(run=folder.name) for folder, rows in histories.items()]
+    return pd.concat(own, ignore_index=True)[["run", "quantity", "value"]]
 
 
-def _readings(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Numbers:
-    return ["run", "quantity", "value"], [
-        list(reading) for run, rows in runs.items() for reading in readings(run, rows)
-    ]
+def dynamics(
+    runs: pd.DataFrame,
+    magnitudes: list[str] | None = None,
+    top: int = 10,
+    against: Literal["iteration", "time"] = "iteration",
+    loss: bool = True,
+    width: Width = "column",
+) -> Drawn:
+    """What grows, reconstruction error and loss against the iteration, a column per run.
+
+    One run: a panel per group and one for the error. Several runs: a column for each, its first group above and
+    its error below, as in *Implicit Regularization in Tensor Factorization* (Razin, Maman, Cohen, 2021) and
+    *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks* (2022).
+
+    Args:
+        runs: As :func:`~lightning_locality.results.read_runs` reads them.
+        magnitudes: Groups of magnitudes, as component or node 0-1-2-3; by default those the runs have.
+        top: Number of magnitudes of each group, the largest.
+        against: Iteration, or time for gradient flow.
+        loss: A panel for the training loss as well.
+        width: 3.35 or 6.9 inches.
+
+    Returns:
+        The figure and the numbers read off the curves, see :func:`curve_summary`.
+
+    Raises:
+        ValueError: No recovery runs, too many for one figure, or no such magnitudes.
+    """
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, got {top}")
+    histories = _histories(runs)
+    if len(histories) > _MOST_RUNS:
+        raise ValueError(f"{len(histories)} runs do not fit into one figure: choose up to {_MOST_RUNS} with --where")
+    titles = [folder.name for folder in histories]
+    variants = runs[runs["folder"].isin(list(histories))].get("variant", pd.Series(dtype=str)).dropna()
+    if variants.nunique() == len(titles):
+        titles = list(variants)
+    elif len(set(titles)) < len(titles):
+        titles = [f"{folder.parent.name}/{folder.name}" for folder in histories]
+    named = dict(zip(titles, histories.values(), strict=True))
+    return component_curves(named, magnitudes or (), top, against, loss, WIDTHS[width]), _summaries(histories)
+
+
+def components(
+    runs: pd.DataFrame,
+    groups: list[str] | None = None,
+    top: int = 10,
+    x: Literal["iteration", "time"] = "iteration",
+    width: Width = "text",
+) -> Drawn:
+    """What grows and the reconstruction error against the iteration: dynamics without the loss."""
+    return dynamics(runs, groups, top, x, loss=False, width=width)
+
+
+def component_curves(
+    runs: Mapping[str, pd.DataFrame],
+    groups: Sequence[str] = (),
+    top: int = 10,
+    x: Literal["iteration", "time"] = "iteration",
+    loss: bool = False,
+    width: float = WIDTHS["text"],
+) -> Figure:
+    """Draw the figure of :func:`dynamics`.
+
+    Args:
+        runs: Title -> metrics by iteration, as :func:`~lightning_locality.results.history` reads them.
+        groups: Groups of magnitudes; by default those the runs have.
+        top: Number of magnitudes of each group, the largest.
+        x: What they are drawn against.
+        loss: A panel for the training loss as well.
+        width: In inches; below 5 a row has two panels instead of four.
+    """
+    chosen = {title: _choose(title, rows, groups) for title, rows in runs.items()}
+    columns = 4 if width > 5 else 2
+    curves = [_ERROR, _LOSS] if loss and any(_ERROR in rows for rows in runs.values()) else [_ERROR]
+    # rows of panels: title, metrics, and a group or curve
+    grid: list[list[tuple[str, pd.DataFrame, str]]] = []
+    if len(runs) == 1:
+        ((title, rows),) = runs.items()
+        panels = [*((_place(group), rows, group) for group in chosen[title]), *(("", rows, name) for name in curves)]
+        grid = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    else:
+        for start in range(0, len(runs), columns):
+            block = list(runs.items())[start : start + columns]
+            grid.append([(title, rows, chosen[title][0]) for title, rows in block])
+            grid += [[("", rows, name) for _, rows in block] for name in curves]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, 1.55 * len(grid) + 0.2), layout="constrained")
+        all_axes = figure.subplots(len(grid), max(map(len, grid)), squeeze=False)
+        for row_axes, row in zip(all_axes, grid, strict=True):
+            for axes in row_axes[len(row) :]:
+                axes.axis("off")
+            for axes, (title, rows, group) in zip(row_axes, row, strict=False):
+                axes.set_title(title, fontsize=8)
+                rows = rows.reset_index().set_index(x)
+                if group in curves:
+                    _draw_curve(axes, rows, group)
+                else:
+                    names = magnitude_groups(rows.columns)[group][:top]
+                    _draw_magnitudes(axes, rows[names])
+                    place = _place(group) if len(runs) > 1 else ""
+                    axes.set_ylabel(_kind(group) + (f"\n({place})" if place else ""))
+                axes.set_xlabel(x)
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+                axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 4, 5, 10]))
+        return figure
+
+
+def _choose(title: str, rows: pd.DataFrame, groups: Sequence[str]) -> list[str]:
+    known = list(magnitude_groups(rows.columns))
+    chosen = [group for group in groups if group in known] if groups else known[:_GROUPS]
+    if not chosen:
+        raise ValueError(f"run {title!r} has no {' or '.join(groups) or 'magnitudes'}; it has {known or 'none'}")
+    return chosen
+
+
+def _kind(group: str) -> str:
+    """Return ``core slice norm`` for ``mode 0``."""
+    return _KINDS.get(group, _KINDS.get(group.split(" ")[0], group))
+
+
+def _place(group: str) -> str:
+    """Return ``mode 0`` for ``mode 0``, but nothing for the only group of a factorisation."""
+    return group if group.split(" ")[0] in _KINDS and group not in _KINDS else ""
+
+
+def _draw_magnitudes(axes: Axes, values: pd.DataFrame) -> None:
+    for position, name in enumerate(values):
+        color = COLOURS[position] if position < len(COLOURS) else "0.6"
+        axes.plot(values[name].dropna(), color=color, linewidth=1.0, zorder=3 - 0.01 * position)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_curve(axes: Axes, rows: pd.DataFrame, name: str) -> None:
+    """Draw the loss or the reconstruction error; the loss instead of the error if the target is unknown."""
+    name = name if name in rows else _LOSS
+    axes.plot(rows[name].dropna(), color=COLOURS[-1], linewidth=1.0)
+    axes.set_ylabel({_ERROR: "reconstruction error", _LOSS: "training loss"}[name])
+    if name == _ERROR:
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+
+
+def value(
+    runs: pd.DataFrame,
+    group: list[str] | str | None = None,
+    entry: str | None = None,
+    split: str = "",
+    least: float = 0.0,
+    width: Width | None = None,
+) -> Drawn:
+    """Size of an unobserved entry against the loss, which decreases to the right, with its lower bound.
+
+    As in *Implicit Regularization in Deep Learning May Not Be Explainable by Norms* (Razin, Cohen, 2020).
+
+    Args:
+        runs: As :func:`~lightning_locality.results.read_runs` reads them.
+        group: Columns with a colour for every value; by default the variant.
+        entry: Its indices, as 0-0; by default the one the runs follow.
+        split: Labels are PANEL SPLIT LABEL, with a panel for every PANEL.
+        least: Smallest loss that is shown.
+        width: 3.35 or 6.9 inches; by default 3.35 for one panel and 6.9 for several.
+
+    Returns:
+        The figure and the numbers read off the curves, see :func:`curve_summary`.
+
+    Raises:
+        ValueError: No entry is followed, or not this one.
+    """
+    histories = _histories(runs)
+    followed = [name for own in histories.values() for name in own.columns if name.startswith("entry/")]
+    known = [name.removeprefix("entry/") for name in sorted(set(followed))]
+    if not known:
+        raise ValueError("none of the runs follows an unobserved entry (entry/0-0): there is nothing to draw")
+    if entry is not None and entry not in known:
+        raise ValueError(f"--entry: no run follows {entry!r}{nearest(entry, known)}; there are {', '.join(known)}")
+    entry = entry or known[0]
+    default = ["variant"] if "variant" in runs else ["run"]
+    groups = [find_column(runs, name, "--group") for name in ([group] if isinstance(group, str) else group or default)]
+    rows = runs.set_index("folder")[groups].T
+    panels: dict[str, dict[str, list[Path]]] = {}
+    kept = {folder: own for folder, own in histories.items() if f"entry/{entry}" in own}
+    for folder in kept:
+        label = ", ".join(shown(value) for value in rows[folder])
+        title, _, rest = label.partition(split) if split and split in label else ("", "", label)
+        panels.setdefault(title, {}).setdefault(rest, []).append(folder)
+    inches = WIDTHS[width or ("column" if len(panels) == 1 else "text")]
+    shape = (1, len(panels)) if inches > 5 else (len(panels), 1)
+    with rc_context(STYLE):
+        height = 2.1 + 0.15 * (max(map(len, panels.values())) + 1)
+        figure = Figure(figsize=(inches, shape[0] * height), layout="constrained")
+        grid = figure.subplots(*shape, squeeze=False)
+        for axes, (title, labels) in zip(grid.flat, panels.items(), strict=True):
+            chosen = {label: [kept[folder] for folder in own] for label, own in labels.items()}
+            problems = {label: {_problem(folder) for folder in own} for label, own in labels.items()}
+            _draw_values(axes, chosen, problems, f"entry/{entry}", least)
+            axes.set_title(title, fontsize=8)
+            # below the panel, where it hides nothing
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7, handlelength=2.6)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"|entry ({entry.replace('-', ', ')})|")
+    return figure, _summaries(kept)
+
+
+norm = value
+
+
+def _problem(run: Path) -> _Problem | None:
+    """Return z, z', eps of the data module and whether it is larger than 2x2, if it has a lower bound."""
+    data = (read_settings(run).get("data") or {}).get("init_args") or {}
+    if not {"rows", "cols", "z", "z_prime", "eps"} <= data.keys() or data["rows"] != data["cols"]:
+        return None
+    return data["z"], data["z_prime"], data["eps"], data["rows"] > 2
+
+
+def lower_bound(losses: NDArray[Any], z: float, z_prime: float, eps: float, larger: bool) -> NDArray[Any]:
+    """Return the lower bound of the unobserved entry of ``UnboundedCompletion``, NaN where there is none.
+
+    The formula, with its derivation, of :func:`lightning_locality.datamodules.unbounded.lower_bound`.
+    """
+    off = np.sqrt(2 * losses)
+    off = np.where(off < 1, off, np.nan) if larger else off
+    through = off**2 / (2 * (1 - off)) if larger else 0.0
+    off = off + through
+    bound = (abs(z) - off) * (abs(z_prime) - off) / (abs(eps) + off) - through
+    return np.where((off < min(abs(z), abs(z_prime))) & (bound > 0), bound, np.nan)
+
+
+def _draw_values(
+    axes: Axes,
+    runs: Mapping[str, Sequence[pd.DataFrame]],
+    problems: Mapping[str, set[_Problem | None]],
+    column: str,
+    least: float,
+) -> None:
+    """Draw the entry of every run, and the bound of each problem: in black if all runs share it."""
+    axes.set(xscale="log", yscale="log", xlabel="loss")
+    bounds: dict[_Problem, str] = {}
+    losses: list[float] = []
+    for position, (label, own) in enumerate(runs.items()):
+        style: Any = {"color": COLOURS[position % len(COLOURS)], "linestyle": _DASHES[position % len(_DASHES)]}
+        for number, rows in enumerate(own):
+            rows = rows[rows[_LOSS] >= least]
+            axes.plot(rows[_LOSS], rows[column].abs(), label=None if number else label, linewidth=1.0, **style)
+            losses += rows[_LOSS][rows[_LOSS] > 0].tolist()
+        # the runs of a label with several problems share no bound
+        if len(problems[label]) == 1 and (own_problem := next(iter(problems[label]))) is not None:
+            bounds[own_problem] = style["color"]
+    low, high = axes.get_ylim()
+    if losses and bounds:
+        shared = len(set().union(*problems.values())) == 1
+        for problem, color in bounds.items():
+            at = np.geomspace(min(losses), max(losses), 400)
+            color = "black" if shared else color
+            axes.plot(at, lower_bound(at, *problem), color=color, linewidth=0.8, linestyle=":")
+        axes.plot([], [], color="black" if shared else "0.4", linewidth=0.8, linestyle=":", label="lower bound")
+    # the bound starts at zero, far below the runs
+    axes.set_ylim(low, high)
+    axes.invert_xaxis()
+
+
+CURVES = ["order", "matrices", "quantity", "source", "size", "rate"]
+
+
+def read_curves(paths: Sequence[Path]) -> pd.DataFrame:
+    """Read the growth curves that ``results/growth_exponents/make.py`` measures.
+
+    Args:
+        paths: CSV files, or folders with a ``growth_curves.csv``.
+
+    Raises:
+        ValueError: No such file, or one of another kind.
+    """
+    tables = []
+    for given in paths:
+        path = given / "growth_curves.csv" if given.is_dir() else given
+        if not path.is_file():
+            raise ValueError(
+                f"there is no {path}: `python results/growth_exponents/make.py --out {given}` measures and writes it"
+            )
+        tables.append(pd.read_csv(path))
+        if list(tables[-1]) != CURVES:
+            raise ValueError(f"{path} holds no growth curves: expected the columns {', '.join(CURVES)}")
+    return pd.concat(tables, ignore_index=True)
+
+
+def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
+    rows = []
+    case: Any
+    for case, own in curves.groupby(CURVES[:4], sort=False):
+        size, rate = (np.log(own[name].to_numpy(copy=True)) for name in ("size", "rate"))
+        rows.append([*case, predicted(*case[:3]), np.polyfit(size, rate, 1)[0]])
+    return pd.DataFrame(rows, columns=[*CURVES[:4], "predicted", "fitted"])
+
+
+def predicted(order: int, matrices: int, quantity: str) -> float:
+    """Return the exponent of the growth law of a CP factorisation with ``matrices`` matrices before every vector."""
+    if quantity == "component norm":
+        return 2 - 2 / (order * (matrices + 1))
+    return matrices + 2 - 2 / order
+
+
+def growth(curves: pd.DataFrame, width: Width = "column") -> Drawn:
+    """Growth rates of CP and deep CP against size: a gradient flow as dots, the predicted laws as lines.
+
+    Args:
+        curves: Columns order, matrices, quantity, source, size and rate (divided by gamma).
+        width: 3.35 inches, panels above each other, or 6.9 inches, panels next to each other.
+
+    Returns:
+        The figure, and the predicted and fitted exponents.
+    """
+    plain, quantity = curves["matrices"] == 0, curves["quantity"]
+    norms, flow = quantity == "component norm", curves["source"] == "flow"
+    panels = {
+        "CP: $\\sigma^{2-2/N}$": norms & plain,
+        "deep CP: $\\sigma^{2-2/(N(k+1))}$": norms & (~plain | (curves["order"] == 3)),
+        "deep CP: $\\tau^{k+2-2/N}$": quantity == "norm of the vectors",
+    }
+    with rc_context(STYLE):
+        beside = width == "text"
+        figure = Figure(figsize=(WIDTHS[width], 2.4 if beside else 6.6), layout="constrained")
+        grid = figure.subplots(*((1, 3) if beside else (3, 1)))
+        for axes, (title, chosen) in zip(grid, panels.items(), strict=True):
+            cases = curves[chosen & flow].sort_values("matrices", kind="stable").groupby(CURVES[:3], sort=False)
+            for position, (_, own) in enumerate(cases):
+                order, matrices, kind = own.iloc[0][CURVES[:3]]
+                style = line_style(position)
+                factor = order * (matrices + 1) if kind == "component norm" else order
+                label = f"N = {order}" if title.startswith("CP") else f"k = {matrices}"
+                law = factor * own["size"] ** predicted(order, matrices, kind)
+                axes.plot(own["size"], own["rate"], style["marker"], color=style["color"], markersize=2.5, label=label)
+                axes.plot(own["size"], law, color=style["color"], linewidth=0.8)
+            symbol = "\\tau" if "tau" in title else "\\sigma"
+            axes.set(xscale="log", yscale="log", xlabel=f"${symbol}$", ylabel=f"$\\dot{{{symbol}}} / \\gamma$")
+            axes.set_title(title, fontsize=8)
+            if axes.lines:
+                # the curves rise from the lower left to the upper right
+                axes.legend(fontsize=7, loc="upper left", handletextpad=0.2, borderaxespad=0.1)
+    return figure, growth_fits(curves)

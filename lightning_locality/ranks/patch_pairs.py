@@ -126,13 +126,13 @@ class InteractionProfile:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Plot strength and its band against distance on ``axes``, or on those of a new ``axes.figure``."""
-        from lightning_locality.plotting.ranks import draw_profile
+        from lightning_locality.plotting.ranks import plot_profile
 
         if axes is None:
             from matplotlib.figure import Figure
 
             axes = Figure(layout="constrained").subplots()
-        draw_profile(axes, self)
+        plot_profile(axes, self)
         return axes
 
     def to_dict(self) -> dict[str, Any]:

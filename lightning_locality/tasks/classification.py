@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Classification", "NonFiniteLossError", "refuse_other_model"]
+__all__ = ["Classification", "NonFiniteLossError"]
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -25,34 +25,36 @@ class NonFiniteLossError(ValueError):
     """Training has been stopped because the loss is infinite or not a number."""
 
 
-def refuse_other_model(model: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Refuse the weights of another model, with what differs instead of a page of keys.
+def check_state_dict(model: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Check that a checkpoint matches a model, and report the first difference instead of a page of keys.
 
     Args:
-        model: What they are to be loaded into.
-        stored: State of the checkpoint.
+        model: The model that the state is to be loaded into.
+        stored: State dict of the checkpoint.
 
     Raises:
-        ValueError: Other tensors, or other shapes.
+        ValueError: The names or shapes of the tensors differ.
     """
-    own = _shapes(model.state_dict())
-    others = _shapes(stored)
+    own, others = (
+        {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+        for state in (model.state_dict(), stored)
+    )
     differ = [name for name in sorted(own.keys() | others.keys()) if own.get(name) != others.get(name)]
     if differ:
         name = differ[0]
+        there, here = ("none" if name not in shapes else str(tuple(shapes[name])) for shapes in (others, own))
         raise ValueError(
             f"the checkpoint does not fit this model: {len(differ)} of {len(own)} tensors differ, first "
-            f"{name} (checkpoint {_text(others.get(name))}, model {_text(own.get(name))}); load it with the "
-            "config.yaml of the run that wrote it"
+            f"{name} (checkpoint {there}, model {here}); load it with the config.yaml of the run that wrote it"
         )
 
 
-def _shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+def from_command_line() -> bool:
+    """Return whether the module being constructed gets plain values, from which a checkpoint rebuilds its objects.
 
-
-def _text(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(tuple(shape))
+    Constructed in Python, it gets the objects themselves, which the caller has to pass again with a checkpoint.
+    """
+    return _given_hyperparameters.get() is not None
 
 
 Stage = Literal["train", "val", "test"]
@@ -68,28 +70,28 @@ class Classification(LightningModule):
     *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks*
     (Razin, Maman, Cohen, 2022): SGD with learning rate 0.01 and momentum 0.9, no schedule, no weight decay.
 
-    Logged every epoch: ``train/loss``, ``train/accuracy``, ``train/regularizer`` and the same under ``val/``
-    and ``test/``. ``loss`` is the classification loss alone.
+    Every epoch logs ``train/loss``, ``train/accuracy``, ``train/regularizer`` and the same under ``val/`` and
+    ``test/``; ``loss`` is the classification loss alone.
 
     Args:
         network: Any module that takes images ``(B, C, H, W)`` and ends in a linear layer; its first layer and
-            its head are fitted to the data.
+            its head are adapted to the data.
         penalty: The term against locality; None for none.
-        weight: Weight of the term in the loss, 0 or more. At 0 the term is measured but not trained on.
-        warmup_epochs: Epochs over which the weight rises linearly from 0 (ours; 0 as published).
+        weight: Weight of the term in the loss, 0 or more. At 0 the term is measured but not minimised.
+        warmup_epochs: Epochs over which the weight rises linearly from 0 (an addition of ours; 0 as published).
         optimizer: Called with the parameters.
         scheduler: Called with the optimizer; steps once per epoch. None for none.
         num_classes: Number of classes; None to take it from the data module.
         in_channels: Channels of the images; None to take them from the data module.
-        measured_batches: Batches per epoch and stage on which R is measured where it is not trained on
-            (validation, test, and training at weight 0); 0 for none.
+        measured_batches: Batches per epoch and stage on which R is measured when it is not minimised (validation,
+            test, and training at weight 0); 0 for none.
         channels_last: Keep images and weights in the channels-last memory format, which is faster on recent GPUs.
-        augmentation: Called with the images ``(B, C, H, W)`` of every training batch, on their device, as
-            :class:`~lightning_locality.transforms.RandomShift` or a transform of torchvision (which changes a whole
-            batch alike); None, as published, for none.
+        augmentation: Called with the images ``(B, C, H, W)`` of every training batch, on their device: for example
+            :class:`~lightning_locality.transforms.RandomShift`, or a transform of torchvision (which changes all
+            images of a batch alike); None, as published, for none.
 
     Raises:
-        ValueError: Negative weight, weight without penalty, fewer than two classes.
+        ValueError: A negative number, a weight without penalty, or fewer than two classes.
     """
 
     monitor: ClassVar[str] = "val/accuracy"
@@ -109,10 +111,7 @@ class Classification(LightningModule):
         augmentation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        # from the command line the settings arrive as plain values, from which a checkpoint rebuilds the
-        # objects; from Python they are the objects themselves, which the caller has to pass again
-        from_command_line = _given_hyperparameters.get() is not None
-        self.save_hyperparameters(ignore=[] if from_command_line else _OBJECTS)
+        self.save_hyperparameters(ignore=[] if from_command_line() else _OBJECTS)
         if not weight >= 0:
             raise ValueError(f"weight must be 0 or more, got {weight}: the term is minimised together with the loss")
         if weight > 0 and penalty is None:
@@ -120,21 +119,14 @@ class Classification(LightningModule):
                 f"weight is {weight} but there is no penalty: pass penalty=AntiLocality(...), on the command "
                 "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
             )
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be 0 or more, got {warmup_epochs}")
-        if measured_batches < 0:
-            raise ValueError(f"measured_batches must be 0 or more, got {measured_batches}")
-        self.network = network
-        self.penalty = penalty
-        self.weight = weight
-        self.warmup_epochs = warmup_epochs
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.num_classes = num_classes
-        self.in_channels = in_channels
-        self.measured_batches = measured_batches
+        for name, count in (("warmup_epochs", warmup_epochs), ("measured_batches", measured_batches)):
+            if count < 0:
+                raise ValueError(f"{name} must be 0 or more, got {count}")
+        self.network, self.penalty, self.augmentation = network, penalty, augmentation
+        self.weight, self.warmup_epochs, self.measured_batches = weight, warmup_epochs, measured_batches
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.num_classes, self.in_channels = num_classes, in_channels
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.augmentation = augmentation
         self.metrics = nn.ModuleDict()
         self._finite: Tensor | None = None
         if num_classes is not None and in_channels is not None:
@@ -149,15 +141,14 @@ class Classification(LightningModule):
         self.network.to(memory_format=self.memory_format)
         for stage in ("train", "val", "test"):
             accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
-            # "disable": looking for NaN would wait for the device at every step; torchmetrics 1.9 then drops weights,
-            # so means over batches are given one value per sample
+            # "disable": checking for NaN would synchronise with the device at every step; torchmetrics 1.9 then drops
+            # weights, so means over batches are given one value per sample
             loss, regularizer = (MeanMetric(nan_strategy="disable") for _ in range(2))
-            self.metrics[f"{stage}_metrics"] = nn.ModuleDict(
-                {"loss": loss, "accuracy": accuracy, "regularizer": regularizer}
-            )
+            own = {"loss": loss, "accuracy": accuracy, "regularizer": regularizer}
+            self.metrics[f"{stage}_metrics"] = nn.ModuleDict(own)
 
     def configure_model(self) -> None:
-        """Fit the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
+        """Adapt the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
         if self.metrics:
             return
         data = getattr(self.trainer, "datamodule", None)
@@ -172,7 +163,7 @@ class Classification(LightningModule):
         self._fit_to_data(num_classes, in_channels)
 
     def setup(self, stage: str) -> None:
-        """Take the boxes of the data module where the penalty waits for them."""
+        """Take the boxes of the data module if the penalty has none of its own."""
         patches = self.penalty.patches if self.penalty is not None else None
         if isinstance(patches, GivenPatches) and patches.boxes is None:
             data = getattr(self.trainer, "datamodule", None)
@@ -185,27 +176,24 @@ class Classification(LightningModule):
             patches.bind(boxes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, with what differs instead of a page of keys.
-
-        A run may go on with the penalty or an augmentation where it began without, and the other way round.
-        """
+        """Check that the checkpoint is of this model; the penalty and the augmentation may be added or removed."""
         mine = self.state_dict()
         for draws in ("penalty._extra_state", "augmentation._extra_state"):
             if draws in mine:
                 checkpoint["state_dict"].setdefault(draws, mine[draws])
             else:
                 checkpoint["state_dict"].pop(draws, None)
-        refuse_other_model(self, checkpoint["state_dict"])
+        check_state_dict(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the scheduler if there is one."""
+        """Return the optimizer, and the scheduler if there is one."""
         optimizer = self.optimizer(self.network.parameters())
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, 1)`` for two classes, ``(B, K)`` for K, of images ``(B, C, H, W)``."""
+        """Return logits ``(B, 1)`` for two classes, ``(B, K)`` for K, of images ``(B, C, H, W)``."""
         logits: Tensor = self.network(x.contiguous(memory_format=self.memory_format))
         return logits
 
@@ -240,7 +228,7 @@ class Classification(LightningModule):
         return self.metrics[f"{stage}_metrics"]  # type: ignore[return-value]
 
     def _measure(self, stage: Stage, x: Tensor, y: Tensor, batch_idx: int) -> None:
-        """R without training on it, with draws of its own, so that measuring changes nothing."""
+        """Measure R without minimising it, with random numbers of its own, so that measuring changes nothing."""
         if self.penalty is None or batch_idx >= self.measured_batches or len(x) < 2:
             return
         generator = torch.Generator().manual_seed(self.penalty.seed * 1_000_003 + batch_idx)
@@ -252,7 +240,7 @@ class Classification(LightningModule):
             self.network.train(training)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Classification loss plus the weighted term of a batch."""
+        """Return the classification loss plus the weighted term of a batch."""
         x, y = batch
         if self.augmentation is not None:
             x = self.augmentation(x)
@@ -276,18 +264,18 @@ class Classification(LightningModule):
         return objective
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note a non-finite loss, and raise where reading the note costs no device synchronisation to speak of."""
+        """Note whether the loss is finite, and read the note only when that costs little device synchronisation."""
         finite = torch.isfinite(outputs["loss"].detach())
         self._finite = finite if self._finite is None else self._finite & finite
         if finite.device.type == "cpu" or (batch_idx + 1) % _STEPS_BETWEEN_CHECKS == 0:
             self._raise_unless_finite()
 
     def on_validation_start(self) -> None:
-        """Raise before a checkpoint is written from weights that a non-finite loss has reached."""
+        """Raise before weights that a non-finite loss has reached are saved."""
         self._raise_unless_finite()
 
     def on_train_epoch_end(self) -> None:
-        """Raise before a checkpoint is written from weights that a non-finite loss has reached."""
+        """Raise before weights that a non-finite loss has reached are saved."""
         self._raise_unless_finite()
 
     def _raise_unless_finite(self) -> None:
@@ -306,15 +294,15 @@ class Classification(LightningModule):
         self._measure(stage, x, y, batch_idx)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Metrics of a validation batch."""
+        """Measure a validation batch."""
         self._evaluate("val", batch, batch_idx)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Metrics of a test batch."""
+        """Measure a test batch."""
         self._evaluate("test", batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities ``(B, num_classes)`` of a batch."""
+        """Return class probabilities ``(B, num_classes)`` of a batch."""
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         logits: Tensor = self(x)
         if self.num_classes != 2:

@@ -1,8 +1,8 @@
-"""Many small iterations of an optimiser at the least cost."""
+"""Loss of a recovery problem and its gradient, and many small iterations of an optimiser on it at low cost."""
 
 from __future__ import annotations
 
-__all__ = ["LARGEST_DENSE", "Graph", "Iterations", "Loss", "LossName", "Objective", "Observed", "Route"]
+__all__: list[str] = []
 
 import math
 from collections.abc import Sequence
@@ -19,34 +19,35 @@ from lightning_locality.tensors.factorization import Entries, Factorization, Obs
 
 LossName = Literal["mse", "half_sse", "l1", "huber"]
 Route = Literal["auto", "tensor", "entries"]
-# entries of the largest tensor that is written out
+_ALL = slice(None)
+# entries of the largest tensor that is materialised
 LARGEST_DENSE = 2**22
-# a matrix product makes an entry of the whole tensor far more cheaply than a gather makes a single one
+# a matrix product computes an entry of the whole tensor far more cheaply than a gather computes a single one
 _DENSE_PER_OBSERVATION = 100
-# elementwise passes over all entries against a scatter of the observed ones
+# break-even of elementwise passes over all entries with a scatter of the observed ones
 _MASKED_PER_OBSERVATION = 32
 
 
 @final
 @dataclass(frozen=True)
 class Loss:
-    """A sum or mean over observations of a function of the residual r.
+    """Sum or mean over observations of a function of the residual r.
 
     Args:
         name: ``"mse"`` mean of r^2, ``"half_sse"`` half of the sum of r^2, ``"l1"`` mean of abs(r), ``"huber"`` mean
-            of r^2 / 2 where abs(r) is below ``delta`` and delta (abs(r) - delta / 2) above.
-        delta: Of the Huber loss.
+            of r^2 / 2 for abs(r) below ``delta`` and of delta (abs(r) - delta / 2) above.
+        delta: Threshold of the Huber loss.
     """
 
     name: LossName = "mse"
     delta: float = 1.0
 
     def factor(self, samples: int) -> float:
-        """Constant in front of :meth:`slope`."""
+        """Return the constant factor of :meth:`slope`."""
         return {"mse": 2.0 / samples, "half_sse": 1.0}.get(self.name, 1.0 / samples)
 
     def slope(self, residual: Tensor) -> Tensor:
-        """Derivative of a term by its prediction, but for the factor."""
+        """Return the derivative of a term by its prediction, up to the factor."""
         match self.name:
             case "l1":
                 return residual.sign()
@@ -56,7 +57,7 @@ class Loss:
                 return residual
 
     def terms(self, residual: Tensor) -> Tensor:
-        """Terms whose sum (half_sse) or mean is the loss."""
+        """Return the terms whose sum (half_sse) or mean is the loss."""
         match self.name:
             case "l1":
                 return residual.abs()
@@ -69,7 +70,7 @@ class Loss:
                 return residual * residual
 
     def total(self, residual: Tensor, clamp: float | None = None) -> Tensor:
-        """The loss in float64, its terms cut off at ``clamp``."""
+        """Return the loss in float64, its terms bounded by ``clamp``."""
         terms = self.terms(residual.double())
         if clamp is not None:
             terms = terms.clamp(max=clamp)
@@ -77,16 +78,8 @@ class Loss:
 
 
 @final
-class Observed:
-    """Observations made ready for a factorisation: checked, of its type, with positions in the flattened tensor.
-
-    Args:
-        model: The factorisation.
-        observations: Entries or inner products.
-
-    Raises:
-        ValueError: Observations that do not fit the shape.
-    """
+class TrainingSet:
+    """Observations prepared for a factorisation: checked, in its dtype, with positions in the flattened tensor."""
 
     def __init__(self, model: Factorization, observations: Observations) -> None:
         weight = next(model.parameters())
@@ -113,10 +106,8 @@ class Observed:
     def __len__(self) -> int:
         return len(self.values)
 
-    def predict(self, rows: Tensor | slice | None = None) -> Tensor:
-        """What the factorisation says of some observations, or of all, without the whole tensor."""
-        if rows is None:
-            rows = slice(None)
+    def predict(self, rows: Tensor | slice = _ALL) -> Tensor:
+        """Predict some observations, or all, without the whole tensor."""
         if self.indices is not None:
             chosen = self.indices[rows] if isinstance(rows, slice) else self.indices.index_select(0, rows)
             return self.model.entries(chosen)
@@ -124,7 +115,7 @@ class Observed:
 
     @torch.no_grad()
     def residual(self, tensor: Tensor | None, chunk: int | None) -> Tensor:
-        """Prediction minus value of all observations, from the whole tensor where it is at hand."""
+        """Return prediction minus value of all observations, from the whole tensor if given."""
         if tensor is not None and self.flat is not None:
             return tensor.reshape(-1)[self.flat] - self.values
         size = chunk or len(self)
@@ -145,24 +136,14 @@ def _check_indices(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> N
 
 @final
 class Objective:
-    r"""The training loss and its gradient by the weights.
+    """Training loss and its gradient with respect to the weights.
 
-    The derivative by the predictions is written down, so that automatic differentiation begins at the tensor. Of
-    three ways the cheapest is taken: all entries with a mask, the whole tensor with a scatter of the observed
-    entries, or the observations alone.
-
-    Args:
-        observed: What the model is fitted to.
-        loss: The loss.
-        route: ``"tensor"`` through the whole tensor, ``"entries"`` through the observations alone.
-        batch_size: Observations per iteration, in a new random order in every pass; None for all of them.
-        seed: Of the orders.
-
-    Raises:
-        ValueError: ``route="tensor"`` where the tensor is too large or the observations are no entries.
+    The derivative by the predictions is explicit, so that automatic differentiation starts at the tensor. The cheapest
+    of three routes is taken: all entries with a mask, the whole tensor with a scatter of the observed entries, or the
+    observations alone (see the arguments of :class:`~lightning_locality.tasks.recovery.Recovery`).
     """
 
-    def __init__(self, observed: Observed, loss: Loss, route: Route, batch_size: int | None, seed: int) -> None:
+    def __init__(self, observed: TrainingSet, loss: Loss, route: Route, batch_size: int | None, seed: int) -> None:
         model = observed.model
         self.observed, self.loss, self.model = observed, loss, model
         self.batch_size, self.seed = batch_size, seed
@@ -188,12 +169,12 @@ class Objective:
         self._order: tuple[int, Tensor] = (-1, torch.zeros(0))
 
     def gradients(self, iteration: int) -> Sequence[Tensor]:
-        """Gradient of the loss by the weights, on the observations that are the turn of an iteration."""
-        return self._evaluate(iteration, False)[0]
+        """Return the gradient by the weights, on the observations of an iteration."""
+        return self._evaluate(iteration, with_value=False)[0]
 
     def gradients_and_value(self, iteration: int) -> tuple[Sequence[Tensor], Tensor]:
-        """Gradient and loss."""
-        gradients, value = self._evaluate(iteration, True)
+        """Return gradient and loss."""
+        gradients, value = self._evaluate(iteration, with_value=True)
         assert value is not None
         return gradients, value
 
@@ -220,16 +201,16 @@ class Objective:
             return pullback(self._slope.view(tensor.shape)), self.loss.total(residual) if with_value else None
         rows = self._rows(iteration)
         prediction = self.observed.predict(rows)
-        residual = prediction.detach() - (self.observed.values if rows is None else self.observed.values[rows])
+        residual = prediction.detach() - (self.observed.values if rows is _ALL else self.observed.values[rows])
         slope = self.loss.slope(residual) * self.loss.factor(len(residual))
         if with_value:
             value = self.loss.total(residual)
         return torch.autograd.grad(prediction, self.weights, slope), value
 
-    def _rows(self, iteration: int) -> Tensor | None:
-        """Observations of an iteration, the same whatever has been run before it."""
+    def _rows(self, iteration: int) -> Tensor | slice:
+        """Return the observations of an iteration, a function of its number alone."""
         if self.batch_size is None or self.batch_size >= len(self.observed):
-            return None
+            return _ALL
         batches = -(-len(self.observed) // self.batch_size)
         number, place = divmod(iteration, batches)
         if self._order[0] != number:
@@ -244,34 +225,26 @@ _WITH_CLOSURE = (GradientFlow, LBFGS)
 
 
 @final
-class Iterations:
-    """Runs iterations: gradient, step, and nothing else.
+class InnerLoop:
+    """Iterations of gradient and step, and nothing else.
 
-    On CUDA, ``unroll`` iterations are recorded as a CUDA graph once, and replayed: a launch for all of them instead
-    of some hundred for each. Where that cannot be done, it is said and the iterations run one by one.
-
-    Args:
-        objective: The loss.
-        optimizer: Any optimiser of torch.
-        graph: ``"never"`` to do without CUDA graphs.
-        unroll: Iterations of a graph.
+    On CUDA, ``unroll`` iterations are recorded once as a CUDA graph and replayed: one launch for all of them instead of
+    some hundred for each. If the optimiser cannot be recorded, this is reported and iterations run one by one.
     """
 
     def __init__(self, objective: Objective, optimizer: Optimizer, graph: Graph, unroll: int) -> None:
         self.objective, self.optimizer, self.unroll = objective, optimizer, unroll
-        self.graphed = graph == "auto" and self._can_be_recorded()
+        cuda = all(weight.device.type == "cuda" for weight in objective.weights)
+        repeats = objective.batch_size is None and not isinstance(optimizer, _WITH_CLOSURE)
+        self.graphed = graph == "auto" and cuda and repeats
         self._graph: Any = None
-
-    def _can_be_recorded(self) -> bool:
-        cuda = all(weight.device.type == "cuda" for weight in self.objective.weights)
-        return cuda and self.objective.batch_size is None and not isinstance(self.optimizer, _WITH_CLOSURE)
 
     def run(self, iteration: int, count: int) -> None:
         """Run ``count`` iterations from the given one."""
         end = iteration + count
         if self.graphed and count >= self.unroll:
             if self._graph is None:
-                # what the first iterations set up (state of the optimiser, cuBLAS) must be there before
+                # the first iteration sets up state (of the optimiser, of cuBLAS) that recording needs
                 self._warm_up(iteration)
                 iteration += 1
                 self._record(iteration)

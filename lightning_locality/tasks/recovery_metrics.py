@@ -1,8 +1,8 @@
-"""What is measured of a factorisation while it is trained: one row of numbers."""
+"""Measurements of a factorisation during training, one row at a time."""
 
 from __future__ import annotations
 
-__all__ = ["Measurements"]
+__all__: list[str] = []
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,41 +12,28 @@ import torch
 from torch import Tensor
 
 from lightning_locality.ranks import dense_spectra, effective_rank
-from lightning_locality.tasks.recovery_loss import LARGEST_DENSE, Loss, Observed
+from lightning_locality.tasks.recovery_loss import LARGEST_DENSE, Loss, TrainingSet
 from lightning_locality.tensors.factorization import Factorization, RecoveryBatch
 
 
 @final
 class Measurements:
-    r"""Rows of numbers about a factorisation and its problem, always of the same names.
+    r"""Rows of numbers about a factorisation and its problem, always with the same names.
 
     ``train/loss``, ``test/loss``, ``reconstruction_error`` :math:`\lVert W - W^* \rVert_F / \lVert W^* \rVert_F`,
-    ``norm``, the scalars of the factorisation, its largest magnitudes as ``component/1``, ``component/2``, ...,
-    the effective rank of its matricisations as ``effective rank/0-1`` and single entries as ``entry/0-0``. Of what
-    needs the whole tensor, nothing where that has more than four million entries.
+    ``norm``, the scalars of the factorisation, its largest magnitudes as ``component/1``, ``component/2``, ..., the
+    effective rank of its matricisations as ``effective rank/0-1`` and single entries as ``entry/0-0``. Quantities that
+    need the whole tensor are left out if that has more than four million entries.
 
-    Args:
-        model: The factorisation.
-        batch: The problem.
-        train: Its training observations.
-        loss: The loss.
-        test_clamp: Largest error that a single test observation counts for; None for no limit.
-        chunk: Observations predicted at once where the tensor is not written out; None for all.
-        top: Largest values of every group of magnitudes.
-        groups: Groups of magnitudes, the last ones where there are more.
-        effective_ranks: Whether effective ranks are measured.
-        cuts: Matricisations beside those of the factorisation: modes of the rows.
-        watch: Entries.
-
-    Raises:
-        ValueError: A target of another shape, cuts or entries that the tensor does not have.
+    ``chunk`` is the number of observations predicted at once without the whole tensor, None for all; for the other
+    arguments see :class:`~lightning_locality.tasks.recovery.Recovery`.
     """
 
     def __init__(
         self,
         model: Factorization,
         batch: RecoveryBatch,
-        train: Observed,
+        train: TrainingSet,
         loss: Loss,
         test_clamp: float | None,
         chunk: int | None,
@@ -57,7 +44,7 @@ class Measurements:
         watch: Sequence[Sequence[int]],
     ) -> None:
         self.model, self.train, self.loss = model, train, loss
-        self.test = None if batch.test is None else Observed(model, batch.test)
+        self.test = None if batch.test is None else TrainingSet(model, batch.test)
         self.test_clamp, self.chunk, self.top, self.groups = test_clamp, chunk, top, groups
         self.dense = math.prod(model.shape) <= LARGEST_DENSE
         self.target: Tensor | None = None
@@ -73,7 +60,9 @@ class Measurements:
         self.cuts = self._all_cuts(effective_ranks, cuts) if self.dense else []
         for entry in watch:
             if len(entry) != model.order or any(not 0 <= i < n for i, n in zip(entry, model.shape, strict=True)):
-                raise ValueError(f"watch asks for the entry {list(entry)}, which a tensor of {model.shape} has not")
+                raise ValueError(
+                    f"watch asks for the entry {list(entry)}, which a tensor of {model.shape} does not have"
+                )
         self.watch = [tuple(entry) for entry in watch]
         self._watched = torch.tensor(self.watch, dtype=torch.int64).to(train.values.device) if watch else None
 
@@ -90,8 +79,9 @@ class Measurements:
 
     @torch.no_grad()
     def row(self) -> dict[str, float]:
-        """Measure."""
-        tensor = self.model.to_tensor() if self.dense and (self.train.flat is not None or self._dense_wanted) else None
+        """Measure once."""
+        needed = self.train.flat is not None or self.target is not None or bool(self.cuts)
+        tensor = self.model.to_tensor() if self.dense and needed else None
         row = {"train/loss": float(self.loss.total(self.train.residual(tensor, self.chunk)))}
         if self.test is not None:
             row["test/loss"] = float(self.loss.total(self.test.residual(tensor, self.chunk), self.test_clamp))
@@ -110,10 +100,6 @@ class Measurements:
             row |= {f"entry/{'-'.join(map(str, entry))}": value for entry, value in watched}
         return row
 
-    @property
-    def _dense_wanted(self) -> bool:
-        return self.target is not None or bool(self.cuts)
-
     def _error(self, tensor: Tensor) -> float:
         assert self.target is not None
         distance = float((tensor.double() - self.target).norm())
@@ -124,6 +110,6 @@ class Measurements:
     def _spectra(self, tensor: Tensor, magnitudes: dict[str, Tensor]) -> Mapping[tuple[int, ...], Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             return dict.fromkeys(self.cuts, torch.full((1,), math.nan))
-        # the singular values of a matrix are among what it grows
+        # a matrix factorisation has its singular values among the magnitudes
         values = magnitudes.get("singular value")
         return dense_spectra(tensor, self.cuts) if values is None else dict.fromkeys(self.cuts, values)

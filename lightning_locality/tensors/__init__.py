@@ -1,4 +1,4 @@
-"""Tensors given by factorisations, and what is observed of them."""
+"""Tensor factorisations, mode trees, and observations of tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ __all__ = [
     "Entries",
     "Factorization",
     "HierarchicalTensorFactorization",
-    "InitLaw",
-    "InitOf",
     "ModeTree",
     "Node",
     "Observations",
-    "RankOne",
+    "RankOneMeasurements",
     "RecoveryBatch",
     "TensorTrain",
     "Tucker",
@@ -26,10 +24,8 @@ from lightning_locality.tensors.deep_matrix import DeepMatrix
 from lightning_locality.tensors.factorization import (
     Entries,
     Factorization,
-    InitLaw,
-    InitOf,
     Observations,
-    RankOne,
+    RankOneMeasurements,
     RecoveryBatch,
 )
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization

@@ -1,10 +1,10 @@
-"""The balanced point of a hierarchical factorisation."""
+"""Balanced points: the weights of least norm of a given tensor."""
 
 from __future__ import annotations
 
-__all__ = ["balance_cyclically", "balanced", "balanced_pair", "balancing_factors"]
+__all__: list[str] = []
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,13 +13,9 @@ from lightning_locality.tensors.contraction import NodeGroup
 
 
 def balanced_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The factors L, R of the same product with :math:`L^\top L = R R^\top`, which have the least norm.
+    r"""Factor a product ``(M, K) (K, N)`` into L, R of least norm, which have :math:`L^\top L = R R^\top`.
 
     From the singular value decomposition of the product, padded with zeros.
-
-    Args:
-        left: ``(M, K)``.
-        right: ``(K, N)``.
 
     Example:
         >>> left, right = balanced_pair(torch.tensor([[8.0]]), torch.tensor([[2.0]]))
@@ -37,69 +33,73 @@ def balanced_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return new_left, new_right
 
 
-def balancing_factors(left: Tensor, left_degree: int, right: Tensor, right_degree: int) -> Tensor:
-    r"""Numbers c with equal sums :math:`\sum_i (c\, l_i)^{2/p} = \sum_j (r_j / c)^{2/q}`; zero where one side is zero.
+def balance_neighbours(
+    left: Tensor, right: Tensor, norms: tuple[Tensor, Tensor], degrees: tuple[int, int], squares: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    r"""Balance two factors that share an index of size K; return them and their relative imbalance before.
 
-    The sums are the squared norms of one factor of every chain, if l and r are the norms of chains of p and q
-    factors of equal norm.
+    If both are single matrices, their Gramians are made equal by :func:`balanced_pair`. If their columns or rows are
+    chains of p and q factors of equal norm, whose norms are l and r, they are scaled by c and 1 / c with
+    :math:`\sum_i (c\, l_i)^{2/p} = \sum_j (r_j / c)^{2/q}`, the squared norms of one factor of each chain; by zero if
+    one side is zero.
 
     Args:
-        left: Norms l ``(I, K)``.
-        left_degree: p.
-        right: Norms r ``(J, K)``.
-        right_degree: q.
-
-    Example:
-        >>> balancing_factors(torch.tensor([[1.0]]), 1, torch.tensor([[4.0]]), 1).item()
-        2.0
+        left: ``(M, K)``.
+        right: ``(K, N)``.
+        norms: l ``(I, K)`` and r ``(J, K)``.
+        degrees: p and q.
+        squares: The two sums at c = 1, ``(K,)``, to measure imbalance.
     """
-    sums = left.pow(2 / left_degree).sum(0), right.pow(2 / right_degree).sum(0)
-    alive = (sums[0] > 0) & (sums[1] > 0)
-    ratio = torch.where(alive, sums[1], 1.0) / torch.where(alive, sums[0], 1.0)
-    return torch.where(alive, ratio.pow(1 / (2 / left_degree + 2 / right_degree)), 0.0)
+    if degrees == (1, 1):
+        gap = left.T @ left - right @ right.T
+        left, right = balanced_pair(left, right)
+    else:
+        gap = squares[0] - squares[1]
+        powers = 2 / degrees[0], 2 / degrees[1]
+        sums = norms[0].pow(powers[0]).sum(0), norms[1].pow(powers[1]).sum(0)
+        alive = (sums[0] > 0) & (sums[1] > 0)
+        ratio = torch.where(alive, sums[1], 1.0) / torch.where(alive, sums[0], 1.0)
+        factor = torch.where(alive, ratio.pow(1 / (powers[0] + powers[1])), 0.0)
+        left, right = left * factor, torch.where(factor > 0, 1 / factor, 0.0)[:, None] * right
+    return left, right, float(gap.abs().max() / (squares[0].max() + squares[1].max() + 1e-300))
 
 
-def balance_cyclically(sweep: Callable[[], float], tolerance: float = 1e-15, most: int = 2000) -> None:
-    """Repeat a sweep over all bonds until it moves nothing any more, or no less than before.
+def balance_cyclically(sweep: Callable[[], float], tolerance: float = 1e-15, max_sweeps: int = 2000) -> None:
+    """Repeat a sweep, which returns the largest relative imbalance it met, until that is zero or stops falling.
 
-    Args:
-        sweep: Balances one bond after the other and returns the largest relative imbalance it met.
-        tolerance: Imbalance to stop at.
-        most: Sweeps; every one keeps the tensor, so that one too few is an imprecision only.
+    Every sweep keeps the tensor, so stopping early costs only precision.
     """
     before = float("inf")
-    for _ in range(most):
+    for _ in range(max_sweeps):
         met = sweep()
-        # below 1e-12 rounding errors, which need not fall
+        # below 1e-12 there are rounding errors, which need not decrease
         if met <= tolerance or (met < 1e-12 and met >= before):
             return
         before = met
 
 
-SWEEPS = 2000
+_MAX_SWEEPS = 2000
 
 
-def balanced(groups: Sequence[NodeGroup]) -> list[Tensor]:
-    r"""Weights of the same tensor for which the vectors of every local component have equal norms.
+def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
+    r"""Find weights of the same tensor for which the vectors of every local component have equal norms.
 
     .. math:: w \leftarrow \frac{w}{\|w\|} \Bigl( \prod_{w' \in (\nu, r)} \|w'\| \Bigr)^{1 / (|C(\nu)| + 1)}
 
-    for the local components of one node after the other, over and over: scaling a component moves the norms of its
-    neighbours, and the sweeps converge linearly. What sweeps would carry from one end of the tree to the other in
-    about as many sweeps as there are nodes is done at once before each: at a balanced point the matrices of all nodes
-    have the same Frobenius norm. A component with a zero vector becomes zero altogether. The method is ours.
+    for the local components of one node after the other, repeatedly: scaling a component changes the norms of its
+    neighbours, and the sweeps converge linearly. At a balanced point the matrices of all nodes have the same Frobenius
+    norm; setting that before each sweep spares the many sweeps that would carry it through the tree. A component with
+    a zero vector becomes zero altogether. The method is ours.
 
     Args:
         groups: Children before parents, without chains.
 
     Returns:
         Weights of every group ``(n, R_node or D, R_parent)`` in float64.
-
-    Raises:
-        ValueError: No convergence.
     """
+    groups = list(groups)
     weights = [group.weight().detach().double().clone() for group in groups]
-    for _ in range(SWEEPS):
+    for _ in range(_MAX_SWEEPS):
         moved = _equalize(weights)
         for k, group in enumerate(groups):
             if group.leaf:
@@ -120,13 +120,13 @@ def balanced(groups: Sequence[NodeGroup]) -> list[Tensor]:
         if moved < 1e-13:
             return weights
     raise ValueError(
-        f"weights cannot be balanced: after {SWEEPS} sweeps a vector still moved by a factor of e^{moved:.0e}; "
+        f"weights cannot be balanced: after {_MAX_SWEEPS} sweeps a vector still moved by a factor of e^{moved:.0e}; "
         "are they finite?"
     )
 
 
-def _equalize(weights: Sequence[Tensor]) -> float:
-    """Give all matrices the geometric mean of their norms: the tensor stays. The largest change, a logarithm."""
+def _equalize(weights: list[Tensor]) -> float:
+    """Give all matrices the geometric mean of their norms, which keeps the tensor; return the largest log change."""
     logs = [weight.norm(dim=(1, 2)).log() for weight in weights]
     target = torch.cat(logs).mean()
     if target == -torch.inf:

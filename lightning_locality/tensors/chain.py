@@ -1,4 +1,4 @@
-"""The vectors of a factor, each the product of a chain of square matrices and a vector."""
+"""Factors whose columns are chains of square matrices applied to a vector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Chain(nn.Module):
-    r"""A matrix of weights whose every column is over-parameterised by a chain of square matrices.
+    r"""A matrix of weights, each column of which is over-parameterised by a chain of square matrices.
 
     .. math:: v_r = A_{r,1} A_{r,2} \cdots A_{r,k} u_r, \qquad k = \text{depth} - 1
 
@@ -21,11 +21,11 @@ class Chain(nn.Module):
     *Implicit Regularization with Polynomial Growth in Deep Tensor Factorization* (Hariz, Kadri, Ayache, Moakher,
     Artières, 2022), whose exact model we have not seen.
 
-    Gradient flow conserves :math:`A_j^\top A_j - A_{j+1} A_{j+1}^\top` (with :math:`A_{k+1} = u`) in every chain.
-    Where these are zero, every matrix of a chain has rank one and the norm of u.
+    Gradient flow conserves :math:`A_j^\top A_j - A_{j+1} A_{j+1}^\top` (with :math:`A_{k+1} = u`) in every chain. If
+    these are zero, every matrix of the chain has rank one and the norm of u.
 
     Args:
-        shape: ``(..., D, R)``: R columns of length D, for any number of factors side by side.
+        shape: ``(..., D, R)``: R columns of length D, for any number of factors.
         depth: Factors per column, at least 1.
 
     Raises:
@@ -63,13 +63,10 @@ class Chain(nn.Module):
 
     @torch.no_grad()
     def balance_(self, log_norms: Tensor) -> None:
-        r"""Give every column a norm, by factors of equal norms: balanced, with the direction of the column kept.
+        r"""Balance the chains: keep the directions of the columns, and set logarithms of their norms ``(..., R)``.
 
         :math:`A_j \leftarrow s\, a_{j-1} a_j^\top`, :math:`u \leftarrow s\, a_k` with :math:`a_j` the directions of
         :math:`A_{j+1} \cdots A_k u` and s the depth-th root of the norm. Columns that are zero become zero chains.
-
-        Args:
-            log_norms: Natural logarithms of the norms ``(..., R)``.
         """
         scale = (log_norms.double() / self.depth).exp().unsqueeze(-2)
         partial = [self.vectors.double()]
@@ -89,14 +86,14 @@ class Chain(nn.Module):
         return cast(Tensor, self().double().norm(dim=-2).log())
 
     def squared_norms(self) -> Tensor:
-        """Squared norms of the depth factors of every column ``(depth, ..., R)``: conserved differences; float64."""
+        """Squared norms ``(depth, ..., R)`` of the factors of every column (differences are conserved); float64."""
         norms = [self.vectors.double().square().sum(-2)]
         if self.matrices is not None:
             norms += self.matrices.double().square().sum((-2, -1)).unbind(0)
         return torch.stack(norms)
 
     def unbalancedness(self) -> Tensor:
-        """Largest Frobenius norm of what gradient flow conserves inside a chain, in float64; 0 at depth 1."""
+        """Largest Frobenius norm of the quantities conserved inside a chain, in float64; 0 at depth 1."""
         last = self.vectors.double().transpose(-2, -1)
         if self.matrices is None:
             return last.new_zeros(())
@@ -107,8 +104,8 @@ class Chain(nn.Module):
 
 
 def _directions(vectors: Tensor) -> Tensor:
-    """Columns divided by their lengths; zero where these are zero."""
-    # first by the largest entry, so that squares do not underflow
+    """Divide columns by their lengths; zero columns stay zero."""
+    # by the largest entry first, so that squares do not underflow
     largest = vectors.abs().amax(-2, keepdim=True)
     scaled = vectors / torch.where(largest > 0, largest, 1.0)
     lengths: Tensor = scaled.norm(dim=-2, keepdim=True)

@@ -1,26 +1,13 @@
-"""Entries and inner products of a hierarchical factorisation, by one batched operation per group of nodes."""
+"""Contraction of a tensor over a mode tree, by one batched operation per group of similar nodes."""
 
 from __future__ import annotations
 
-__all__ = [
-    "MOST_ENTRIES",
-    "EntryQuery",
-    "NodeGroup",
-    "Query",
-    "RankOneQuery",
-    "answer",
-    "expand",
-    "given",
-    "node_groups",
-    "per_node",
-    "product",
-]
+__all__: list[str] = []
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +16,20 @@ from torch import Tensor, nn
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
-# more entries than this are never written out; sizes beyond it count as equal when nodes are grouped
-MOST_ENTRIES = 2**32
+# tensors with more entries are never formed; larger sizes count as equal when nodes are grouped
+MAX_ENTRIES = 2**32
 
 
 @final
 class NodeGroup(nn.Module):
-    """Nodes of the same height whose weights, and whose children's sizes, agree.
+    """Nodes of the same height, in depth-first order, whose weights and whose children's sizes agree.
 
     Args:
-        nodes: The nodes, in the order in which a walk through the tree meets them.
-        sizes: Number of entries that each child stands for; of a leaf, its own.
-        sources: Of every child, one after the other and node by node: its group and its place there. None for
-            leaves.
+        nodes: The nodes.
+        sizes: Number of entries under each child; for a leaf, its own.
+        sources: Group and position therein of every child, node by node; empty for leaves.
         lengths: Number of nodes of every earlier group.
-        chain: The weights ``(n, R_node or D, R_parent)``, or ``(1, ...)`` where the nodes share theirs.
+        chain: The weights ``(n, R_node or D, R_parent)``, or ``(1, ...)`` if the nodes share them.
     """
 
     modes: Tensor
@@ -62,17 +48,16 @@ class NodeGroup(nn.Module):
         modes = [node[0] for node in nodes] if self.leaf else []
         self.register_buffer("modes", torch.tensor(modes, dtype=torch.long, device="cpu"), persistent=False)
         self.sources = tuple(sorted({group for group, _ in sources}))
-        # children of consecutive nodes one after the other: nothing has to be moved
-        self.aligned = len(self.sources) == 1 and [place for _, place in sources] == list(
-            range(lengths[self.sources[0]])
-        )
+        # the children of consecutive nodes are consecutive in one group: nothing has to be moved
+        places = [place for _, place in sources]
+        self.aligned = len(self.sources) == 1 and places == list(range(lengths[self.sources[0]]))
         self.sources_of_child: list[tuple[int, ...]] = []
         for child in range(0 if self.leaf or self.aligned else len(sizes)):
             of_child = sources[child :: len(sizes)]
             groups = tuple(sorted({group for group, _ in of_child}))
             start = {group: sum(lengths[other] for other in groups[:k]) for k, group in enumerate(groups)}
-            places = torch.tensor([start[group] + place for group, place in of_child], device="cpu")
-            self.register_buffer(f"places_{child}", places, persistent=False)
+            index = torch.tensor([start[group] + place for group, place in of_child], device="cpu")
+            self.register_buffer(f"places_{child}", index, persistent=False)
             self.sources_of_child.append(groups)
 
     def weight(self) -> Tensor:
@@ -81,19 +66,19 @@ class NodeGroup(nn.Module):
         return weight.expand(len(self.nodes), -1, -1)
 
     def gather(self, outputs: Sequence[Tensor | None]) -> list[Tensor]:
-        """What earlier groups gave ``(n', ...)``, for the children of this one: for every child ``(n, ...)``."""
+        """Gather outputs ``(n', ...)`` of earlier groups for the children: one ``(n, ...)`` per child."""
         if self.aligned:
-            output = given(outputs[self.sources[0]])
+            output = _present(outputs[self.sources[0]])
             return list(output.reshape(len(self.nodes), len(self.sizes), *output.shape[1:]).unbind(1))
         gathered = []
         for child, groups in enumerate(self.sources_of_child):
-            found = [given(outputs[group]) for group in groups]
+            found = [_present(outputs[group]) for group in groups]
             joined = found[0] if len(found) == 1 else torch.cat(found)
             gathered.append(joined.index_select(0, self.get_buffer(f"places_{child}")))
         return gathered
 
     def scatter(self, values: Sequence[Tensor], outputs: dict[int, Tensor]) -> None:
-        """The way back: put values of the children, for every child ``(n, ...)``, to the groups they come from."""
+        """Write values of the children, one ``(n, ...)`` per child, to the outputs of the groups they come from."""
         if self.aligned:
             outputs[self.sources[0]] = torch.stack(list(values), 1).flatten(0, 1)
             return
@@ -104,8 +89,15 @@ class NodeGroup(nn.Module):
             outputs |= dict(zip(groups, torch.split(joined, lengths), strict=True))
 
 
-def given(output: Tensor | None) -> Tensor:
-    """An output that an earlier group has left."""
+@final
+class NodeGroups(nn.ModuleList):
+    """The groups of all nodes of a tree, children before parents, the root alone in the last one."""
+
+    def __iter__(self) -> Iterator[NodeGroup]:
+        return cast(Iterator[NodeGroup], super().__iter__())
+
+
+def _present(output: Tensor | None) -> Tensor:
     assert output is not None, "groups are visited children first"
     return output
 
@@ -117,29 +109,20 @@ def node_groups(
     depths: Mapping[Node, int],
     outputs: int = 1,
     shared: bool = False,
-) -> nn.ModuleList:
-    """Groups of all nodes of a tree, children before parents, the root alone in the last one.
-
-    Args:
-        tree: The tree.
-        shape: Sizes of the modes.
-        widths: Number of local components R of every interior node.
-        depths: Factors of every column of every node.
-        outputs: Columns of the root's weights.
-        shared: One matrix of weights for all nodes of a group.
-    """
+) -> NodeGroups:
+    """Group the nodes of a tree, with ``outputs`` columns at the root; ``shared``: one matrix of weights per group."""
     place = {mode: k for k, mode in enumerate(tree.traversal)}
     size: dict[Node, int] = {}
     members: dict[tuple[Any, ...], list[Node]] = {}
     for node in sorted(tree.nodes, key=lambda node: (tree.height(node), min(place[mode] for mode in node))):
         children = tree.children(node)
         sizes = tuple(size[child] for child in children) or (shape[node[0]],)
-        size[node] = min(math.prod(sizes), MOST_ENTRIES + 1)
+        size[node] = min(math.prod(sizes), MAX_ENTRIES + 1)
         columns = outputs if node == tree.root else widths[tree.parent(node)]
         rows = widths[node] if children else sizes[0]
         key = (tree.height(node), rows, columns, depths[node], sizes, bool(children))
         members.setdefault(key, []).append(node)
-    groups, found = nn.ModuleList(), dict[Node, tuple[int, int]]()
+    groups, found = NodeGroups(), dict[Node, tuple[int, int]]()
     lengths = [len(nodes) for nodes in members.values()]
     for k, ((_, rows, columns, depth, sizes, _), nodes) in enumerate(members.items()):
         sources = [found[child] for node in nodes for child in tree.children(node)]
@@ -152,17 +135,10 @@ def node_groups(
 def per_node(
     value: int | Sequence[int] | Mapping[Any, int], levels: Sequence[Sequence[Node]], name: str, first: str
 ) -> dict[Node, int]:
-    """A number for every node: given once, by level from below, or by node.
+    """Expand one number, numbers by level from the bottom up, or numbers by node to a number for every node.
 
-    Args:
-        value: What was given; nodes may be written as tuples or, as in YAML, as ``"0-1"``.
-        levels: The nodes by level.
-        name: The argument, for the error.
-        first: What the first level holds, for the error.
-
-    Raises:
-        ValueError: Another number of values than levels, nodes without a value or values without a node, or
-            values below 1.
+    Nodes may be written as tuples or, as in YAML, as ``"0-1"``. ``name`` is that of the argument and ``first``
+    describes the lowest level, for errors.
     """
     nodes = [node for level in levels for node in level]
     if isinstance(value, Mapping):
@@ -174,7 +150,7 @@ def per_node(
         found = dict.fromkeys(nodes, value)
     elif len(value) != len(levels):
         raise ValueError(
-            f"{name} must be one number, or one for each of the {len(levels)} levels of the tree from below, "
+            f"{name} must be one number, or one for each of the {len(levels)} levels of the tree from the bottom up, "
             f"beginning with {first}; got {list(value)}"
         )
     else:
@@ -188,7 +164,7 @@ def per_node(
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:
-    """Elementwise product; not ``torch.prod``, whose gradient divides."""
+    """Elementwise product; unlike the gradient of ``torch.prod``, its gradient does not divide."""
     return reduce(torch.mul, factors)
 
 
@@ -198,20 +174,16 @@ def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 
 
 def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
-    r"""The intermediate tensors of a group of nodes, written out.
+    r"""Form the intermediate tensors of a group of nodes.
 
     .. math:: U_\nu = \left( \bigodot_{c \in C(\nu)} U_c \right) W_\nu
 
-    Args:
-        children: Those of the children, each ``(n, D_c, R)``, rows in the order of their modes in a walk.
-        weight: ``(n, R, R_parent)``.
-
-    Returns:
-        ``(n, prod D_c, R_parent)``.
+    The children's are ``(n, D_c, R)``, rows in depth-first order of their modes, the weights ``(n, R, R_parent)`` and
+    the result ``(n, prod D_c, R_parent)``.
     """
     if weight.shape[2] > 1:
         return _khatri_rao(children) @ weight
-    # one column: a matrix product of two halves needs no Khatri-Rao product of the whole
+    # one column: a matrix product of two halves avoids the Khatri-Rao product of all children
     sizes, half = [child.shape[1] for child in children], 1
     while math.prod(sizes[:half]) < math.prod(sizes[half + 1 :]):
         half += 1
@@ -219,123 +191,90 @@ def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
     return ((left * weight.mT) @ right.mT).flatten(1).unsqueeze(2)
 
 
-class Query(ABC):
-    """What is asked of a tensor: its inner products with rank-one tensors, entries among them.
-
-    A node answers from its intermediate tensors written out ("table") where these are small, and otherwise by the
-    product of its children's answers.
-    """
-
-    @abstractmethod
-    def at_leaves(self, group: NodeGroup) -> Tensor:
-        """The question as a group of leaves sees it ``(n, B, ...)``."""
-
-    @abstractmethod
-    def join(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """The question as a parent sees it, from its children's."""
-
-    @abstractmethod
-    def look_up(self, table: Tensor, question: Tensor) -> Tensor:
-        """Answers ``(n, B, R)`` from a table ``(n, D, R)``."""
-
-    @abstractmethod
-    def worth_a_table(self, group: NodeGroup, weight: Tensor) -> bool:
-        """Whether writing out the intermediate tensors of a group costs less than it spares."""
-
-
 @final
-class EntryQuery(Query):
-    """Entries; a question is the row ``(n, B)`` of the table.
+class EntryQuery:
+    """Entries at indices ``(B, N)``; operands are rows ``(n, B)`` of the tables."""
 
-    Args:
-        indices: ``(B, N)``.
-    """
-
-    # writing out an entry of a table with one column is a step of a matrix product: this many are written in the
-    # time in which one row of all components is fetched, multiplied and added up (a rough figure, widths of 10 to 500)
-    WRITTEN = 16
+    # forming an entry of a table with one column is a step of a matrix product: this many take the time of gathering,
+    # multiplying and summing one row of all components (a rough figure, widths of 10 to 500)
+    ENTRIES_PER_ROW = 16
 
     def __init__(self, indices: Tensor) -> None:
         self.by_mode = indices.long().T
 
-    def at_leaves(self, group: NodeGroup) -> Tensor:
-        """Indices of the modes."""
+    def operands(self, group: NodeGroup) -> Tensor:
+        """Indices of the modes of a group of leaves."""
         return self.by_mode[group.modes]
 
-    def join(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """Row-major rows."""
-        rows = parts[0]
-        for part, size in zip(parts[1:], sizes[1:], strict=True):
+    def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Row-major indices of the parents, whose children have these sizes."""
+        rows = operands[0]
+        for part, size in zip(operands[1:], sizes[1:], strict=True):
             rows = rows * size + part
         return rows
 
-    def look_up(self, table: Tensor, question: Tensor) -> Tensor:
-        """Rows of the tables."""
+    def gather(self, table: Tensor, operands: Tensor) -> Tensor:
+        """Rows ``(n, B, R)`` of tables ``(n, D, R)``."""
         n, size, width = table.shape
         if n > 1:
-            question = question + size * torch.arange(n, device=question.device).unsqueeze(1)
-        # not advanced indexing: its gradient is several times slower
-        return F.embedding(question, table.reshape(n * size, width))
+            operands = operands + size * torch.arange(n, device=operands.device).unsqueeze(1)
+        # not advanced indexing, whose gradient is several times slower
+        return F.embedding(operands, table.reshape(n * size, width))
 
-    def worth_a_table(self, group: NodeGroup, weight: Tensor) -> bool:
-        """Where the table has fewer rows than are asked for."""
-        return group.size <= self.by_mode.shape[1] * (self.WRITTEN if weight.shape[2] == 1 else 1)
+    def should_materialize(self, group: NodeGroup, weight: Tensor) -> bool:
+        """Whether the table has fewer rows than there are queries."""
+        return group.size <= self.by_mode.shape[1] * (self.ENTRIES_PER_ROW if weight.shape[2] == 1 else 1)
 
 
 @final
-class RankOneQuery(Query):
-    """Inner products with rank-one tensors; a question is the vector ``(n, B, D)``.
-
-    Args:
-        vectors: One ``(B, D_n)`` per mode.
-    """
+class RankOneQuery:
+    """Inner products with rank-one tensors, one ``(B, D_n)`` per mode; operands are vectors ``(n, B, D)``."""
 
     def __init__(self, vectors: Sequence[Tensor]) -> None:
         self.vectors = vectors
 
-    def at_leaves(self, group: NodeGroup) -> Tensor:
-        """Vectors of the modes."""
+    def operands(self, group: NodeGroup) -> Tensor:
+        """Vectors of the modes of a group of leaves."""
         return torch.stack([self.vectors[node[0]] for node in group.nodes])
 
-    def join(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-        """Their Kronecker products."""
-        return reduce(lambda a, b: (a.unsqueeze(3) * b.unsqueeze(2)).flatten(2), parts)
+    def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Kronecker products for the parents."""
+        return reduce(lambda a, b: (a.unsqueeze(3) * b.unsqueeze(2)).flatten(2), operands)
 
-    def look_up(self, table: Tensor, question: Tensor) -> Tensor:
-        """Contractions with the tables."""
-        return question @ table
+    def gather(self, table: Tensor, operands: Tensor) -> Tensor:
+        """Matrix products ``(n, B, R)`` with tables ``(n, D, R)``."""
+        return operands @ table
 
-    def worth_a_table(self, group: NodeGroup, weight: Tensor) -> bool:
-        """Where a question is shorter than the components are many."""
+    def should_materialize(self, group: NodeGroup, weight: Tensor) -> bool:
+        """Whether a joined vector is shorter than the number of components."""
         return 2 * group.size <= weight.shape[1] and group.size <= self.vectors[0].shape[0]
 
 
-def answer(groups: Sequence[NodeGroup], query: Query) -> Tensor:
-    """Answers of the root ``(B, outputs)``.
+def contract(groups: Iterable[NodeGroup], query: EntryQuery | RankOneQuery) -> Tensor:
+    """Contract the tensor of every output with a batch of B operands, from the leaves to the root: ``(B, outputs)``.
 
-    Args:
-        groups: Children before parents.
-        query: What is asked.
+    A node is contracted by its intermediate tensors ("table") if forming these costs less than it saves, and otherwise
+    by the product of its children's results.
     """
-    questions: list[Tensor | None] = []
+    operands: list[Tensor | None] = []
     tables: list[Tensor | None] = []
-    answers: list[Tensor | None] = []
+    values: list[Tensor | None] = []
     for group in groups:
         weight = group.weight()
-        question, table, value = None, None, None
+        operand, table, value = None, None, None
         if group.leaf:
-            question, table = query.at_leaves(group), weight
-        elif all(tables[k] is not None for k in group.sources) and query.worth_a_table(group, weight):
-            question = query.join(group.gather(questions), group.sizes)
+            operand, table = query.operands(group), weight
+        elif all(tables[k] is not None for k in group.sources) and query.should_materialize(group, weight):
+            operand = query.join(group.gather(operands), group.sizes)
             table = expand(group.gather(tables), weight)
         else:
             for k in group.sources:
-                if answers[k] is None:
-                    answers[k] = query.look_up(given(tables[k]), given(questions[k]))
-            value = product(group.gather(answers)) @ weight
-        questions.append(question)
+                if values[k] is None:
+                    values[k] = query.gather(_present(tables[k]), _present(operands[k]))
+            value = product(group.gather(values)) @ weight
+        operands.append(operand)
         tables.append(table)
-        answers.append(value)
-    if answers[-1] is None:
-        answers[-1] = query.look_up(given(tables[-1]), given(questions[-1]))
-    return given(answers[-1])[0]
+        values.append(value)
+    if values[-1] is None:
+        values[-1] = query.gather(_present(tables[-1]), _present(operands[-1]))
+    return _present(values[-1])[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["CP", "binary_products"]
+__all__ = ["CP"]
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, cast, final
 
@@ -20,24 +20,22 @@ from lightning_locality.tensors.factorization import (
     InitLaw,
     InitOf,
     Pullback,
-    divided,
     per_mode,
 )
 
 
 def binary_products(bits: Tensor, weights: Tensor) -> Tensor:
-    r"""Products of one of two weights per mode, for every sample and component.
+    r"""Multiply one of two weights per mode, for every sample and component.
 
     .. math:: P_{br} = \prod_n w_{n,\, x_{bn},\, r} = (-1)^{s_{br}}\, [z_{br} = 0]\;
         e^{\sum_n \log|w_{n0r}| + \sum_n x_{bn} \log|w_{n1r} / w_{n0r}|}
 
     with s the number of negative weights and z the number of zeros met, which are matrix products with x as well.
-    Nothing overflows or underflows whose result does not, the derivatives included, also those at weights that are
-    exactly zero. Rounding errors are those of the logarithm: relative errors of the products of some units in the
-    last place times :math:`\max(1, |\log P|)`.
+    Products and derivatives overflow or underflow only if their values do, even at weights of exactly zero. Relative
+    errors are those of the logarithm, some units in the last place times :math:`\max(1, |\log P|)`.
 
     Args:
-        bits: ``(B, N)`` zeros and ones, of any integer type, boolean, or of the weights' type already.
+        bits: ``(B, N)`` zeros and ones, of any integer type, boolean, or the weights' type.
         weights: ``(N, 2, R)``.
 
     Returns:
@@ -55,7 +53,7 @@ class _BinaryProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bits: Tensor, weights: Tensor) -> Tensor:
         zero = weights == 0
-        # on a GPU asking costs more than counting: the host would wait for the device
+        # on a GPU the test would cost more than the work: the host would wait for the device
         has_zero, has_negative = (
             (True, True) if weights.is_cuda else torch.stack([zero.any(), (weights < 0).any()]).tolist()
         )
@@ -66,10 +64,10 @@ class _BinaryProducts(torch.autograd.Function):
             counted.append(negative[:, 1] - negative[:, 0])
         if has_zero:
             counted.append((zero[:, 1] ^ zero[:, 0]).to(weights.dtype) * torch.where(zero[:, 1], 1.0, -1.0))
-        # one reading of the bits for all of them
+        # a single pass over the bits for all of them
         counts = torch.cat(counted, 1)
         sums = torch.cat([block.to(counts) @ counts for block in _blocks(bits)]).chunk(len(counted), 1)
-        # the part common to all samples may be large and cancel: in double precision
+        # the part common to all samples may be large and cancel: sum in double precision
         log_products = (logs[:, 0].sum(0, dtype=torch.float64) + sums[0]).to(weights.dtype)
         sign = torch.ones_like(log_products)
         if has_negative:
@@ -83,29 +81,29 @@ class _BinaryProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         bits, weights, logs, log_products, sign, zeros = ctx.saved_tensors
-        # powers relative to the largest product: P / w may be an ordinary number where P is none
+        # relative to the largest product: P / w may be representable where P is not
         largest = log_products.amax(0)
         share = gradient * sign * (log_products - largest).exp()
         factor = torch.where(weights < 0, -1.0, 1.0) * (largest - logs).exp()
         if zeros is None:
             return None, _sums_by_bit(bits, share) * factor
-        # a derivative at a weight that is zero: over the samples that meet no other zero
+        # the derivative at a zero weight sums over the samples that meet no other zero
         met = torch.cat([torch.where(zeros == count, share, 0.0) for count in (0, 1)], 1)
         without, with_one = _sums_by_bit(bits, met).chunk(2, 2)
         return None, torch.where(weights == 0, with_one, without) * factor
 
 
 def _blocks(values: Tensor) -> tuple[Tensor, ...]:
-    """Samples a few at a time, so that what is made of them stays in the processor's cache; on a GPU all at once."""
+    """Split samples into blocks whose intermediate results fit the processor's cache; on a GPU keep all together."""
     return (values,) if values.is_cuda else torch.split(values, 256)
 
 
 def _sums_by_bit(bits: Tensor, values: Tensor) -> Tensor:
-    """Sums of values ``(B, R)`` over the samples with bit 0, and with bit 1, of every mode: ``(N, 2, R)``."""
+    """Sum values ``(B, R)`` over the samples with bit 0 and with bit 1 of every mode: ``(N, 2, R)``."""
     sums = values.new_zeros(2, values.shape[1], bits.shape[1])
     for block, part in zip(_blocks(bits), _blocks(values), strict=True):
         ones = block.to(values)
-        # the zeros by themselves, not the sum of all less that over the ones: it would leave rounding errors
+        # not the total minus the sum over the ones, which would leave rounding errors
         sums[0].addmm_(part.T, 1.0 - ones)
         sums[1].addmm_(part.T, ones)
     return sums.permute(2, 0, 1)
@@ -113,7 +111,7 @@ def _sums_by_bit(bits: Tensor, values: Tensor) -> Tensor:
 
 @final
 class CP(Factorization):
-    r"""A sum of R rank-one tensors, in the papers "tensor factorisation".
+    r"""A sum of R rank-one tensors, called "tensor factorisation" in the papers.
 
     .. math:: \mathcal W = \sum_{r=1}^R \bigotimes_{n=1}^N v_r^n
 
@@ -122,13 +120,13 @@ class CP(Factorization):
     (*Implicit Regularization in Tensor Factorization*, Razin, Maman, Cohen, 2021). Gradient flow conserves the
     differences of the squared norms of the vectors of a component.
 
-    Deep CP gives every vector by a chain of square matrices and a vector (:class:`Chain`; our reading of *Implicit
+    In deep CP every vector is a chain of square matrices applied to a vector (:class:`Chain`; our reading of *Implicit
     Regularization with Polynomial Growth in Deep Tensor Factorization*, Hariz, Kadri, Ayache, Moakher, Artières,
     2022).
 
-    Weights of modes of equal size and depth lie in one parameter ``(modes, D, R)``. The whole tensor is one matrix
-    product of two halves of the modes. With 16 modes or more, entries and inner products are computed without
-    overflow or underflow on the way; where all modes have size 2, entries go through :func:`binary_products`.
+    Weights of modes of equal size and depth share one parameter ``(modes, D, R)``. The whole tensor is one matrix
+    product of two halves of the modes. With 16 modes or more, intermediate results of entries and inner products
+    neither overflow nor underflow; if all modes have size 2, entries go through :func:`binary_products`.
 
     Args:
         shape: Sizes of the modes, or one size for all.
@@ -136,15 +134,15 @@ class CP(Factorization):
         depth: Factors of every vector: one number, or one per mode.
         init: ``"normal"``, or ``"balanced"``: the same with all weights of a component of equal norm.
         init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-        init_of: Which of the two.
+        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
         init_mean: Mean of the weights.
-        seed: Of the draw; the same weights for all types and devices.
+        seed: Seed of the weights, which are the same for all types and devices.
         dtype: Type of the weights; None for torch's default.
-        device: Where they lie; None for torch's default.
-        order: Number of modes, where ``shape`` is one size; not needed where it is a list.
+        device: Device of the weights; None for torch's default.
+        order: Number of modes if ``shape`` is one size.
 
     Raises:
-        ValueError: Sizes, order, rank, depths or scale that make no sense.
+        ValueError: Sizes, order, rank, depths or scale out of range.
 
     Example:
         >>> model = CP((2, 3, 4))
@@ -171,11 +169,10 @@ class CP(Factorization):
         (self.rank,) = per_mode("rank", rank, 1)
         self.depth = per_mode("depth", depth, self.order)
         kinds = list(zip(self.shape, self.depth, strict=True))
-        members = [[mode for mode, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
-        self.groups = nn.ModuleList(Chain((len(g), kinds[g[0]][0], self.rank), kinds[g[0]][1]) for g in members)
-        # where in the groups, one after the other, the modes are found
-        stored = [mode for group in members for mode in group]
-        self._places = tuple(stored.index(mode) for mode in range(self.order))
+        self._modes = {kind: [mode for mode, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)}
+        self.groups = nn.ModuleList(
+            Chain((len(modes), size, self.rank), depth) for (size, depth), modes in self._modes.items()
+        )
         self._split = min(
             range(1, max(self.order, 2)), key=lambda k: math.prod(self.shape[:k]) + math.prod(self.shape[k:])
         )
@@ -188,20 +185,22 @@ class CP(Factorization):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """The vectors as columns, ``(D_n, R)`` for every mode."""
-        stacked = [factor for group in self.groups for factor in group().unbind(0)]
-        return tuple(stacked[place] for place in self._places)
+        """The vectors as columns, ``(D_n, R)`` per mode."""
+        factors: dict[int, Tensor] = {}
+        for modes, group in zip(self._modes.values(), self.groups, strict=True):
+            factors.update(zip(modes, group().unbind(0), strict=True))
+        return tuple(factors[mode] for mode in range(self.order))
 
     def to_tensor(self) -> Tensor:
         """The tensor, by one matrix product of the rank-one tensors of two halves of the modes."""
         factors = self.factors
         if self.order == 1:
             return factors[0].sum(1)
-        left, right = (_khatri_rao(half) for half in (factors[: self._split], factors[self._split :]))
+        left, right = (_partial_products(half)[0] for half in (factors[: self._split], factors[self._split :]))
         return (left @ right.T).reshape(self.shape)
 
     def with_pullback(self) -> tuple[Tensor, Pullback]:
-        """The derivative written down where there are no chains: two matrix products, then products of halves."""
+        """By the explicit derivative if there are no chains: two matrix products, then products of halves."""
         if self.order == 1 or self.degree > self.order or not all(w.requires_grad for w in self.parameters()):
             return super().with_pullback()
         factors = [factor.detach() for factor in self.factors]
@@ -210,9 +209,7 @@ class CP(Factorization):
         def pullback(gradient: Tensor) -> list[Tensor]:
             matrix = gradient.reshape(len(left[0]), len(right[0]))
             slopes = [*_slopes(left, matrix @ right[0]), *_slopes(right, matrix.T @ left[0])]
-            in_order = [slopes[self._places.index(place)] for place in range(self.order)]
-            sizes = [len(group.vectors) for group in self._chains()]
-            return [torch.stack(in_order[sum(sizes[:k]) :][:size]) for k, size in enumerate(sizes)]
+            return [torch.stack([slopes[mode] for mode in modes]) for modes in self._modes.values()]
 
         return (left[0] @ right[0].T).reshape(self.shape), pullback
 
@@ -222,14 +219,13 @@ class CP(Factorization):
         if self.order >= LARGE_ORDER and len(self.groups) == 1 and self.shape[0] == 2:
             return binary_products(indices, self.groups[0]()).sum(1)
         columns = indices.long().unbind(1)
-        return self._sum_of_products(
-            nn.functional.embedding(index, factor) for index, factor in zip(columns, self.factors, strict=True)
-        )
+        terms = (nn.functional.embedding(index, factor) for index, factor in zip(columns, self.factors, strict=True))
+        return self._multiply_over_modes(terms, torch.mul, ()).sum(1)
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
         """Inner products ``(B,)``, by products over the modes of the components' inner products."""
-        split = self._split_vectors(vectors)
-        return self._sum_of_products(vector @ factor for vector, factor in zip(split, self.factors, strict=True))
+        terms = (x @ factor for x, factor in zip(self._split_vectors(vectors), self.factors, strict=True))
+        return self._multiply_over_modes(terms, torch.mul, ()).sum(1)
 
     def component_norms(self) -> Tensor:
         """Norms ``(R,)`` of the rank-one tensors, in the order of the weights; in float64."""
@@ -238,7 +234,7 @@ class CP(Factorization):
     def log_norm(self) -> Tensor:
         """From the cosines between the vectors of every two components; in float64.
 
-        Precise to half the digits, relative to the largest component, where the components cancel.
+        If components cancel, precise to half the digits relative to the largest one.
         """
         log_norms = self._log_component_norms()
         largest = log_norms.max()
@@ -255,7 +251,7 @@ class CP(Factorization):
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """All weights of a component get the same norm; the components stay."""
+        """Give all weights of a component the same norm; the components do not change."""
         share = self._log_component_norms() / self.degree
         for group in self._chains():
             group.balance_(share * group.depth)
@@ -271,55 +267,34 @@ class CP(Factorization):
         return {"component": self.component_norms().sort(descending=True).values}
 
     def cuts(self) -> tuple[tuple[int, ...], ...]:
-        """All groups of modes up to order 5, and of a group and its complement one; single modes beyond."""
+        """All groups of modes up to order 5 (one of a group and its complement); single modes beyond."""
         if self.order == 1:
             return ()
         if self.order > 5:
             return tuple((mode,) for mode in range(self.order))
         groups = [g for size in range(1, self.order // 2 + 1) for g in combinations(range(self.order), size)]
-        # of two halves the one with the first mode
+        # of two halves, the one with the first mode
         return tuple(g for g in groups if 2 * len(g) < self.order or g[0] == 0)
-
-    def _chains(self) -> list[Chain]:
-        return [cast(Chain, group) for group in self.groups]
 
     def _log_component_norms(self) -> Tensor:
         return torch.cat([chain.log_norms() for chain in self._chains()]).sum(0)
-
-    def _sum_of_products(self, terms: Iterable[Tensor]) -> Tensor:
-        """Products of ``(B, R)`` over the modes, summed over the components."""
-        product: Tensor | None = None
-        log_scale: Tensor | None = None
-        for term in terms:
-            product = term if product is None else product * term
-            if self.order >= LARGE_ORDER:
-                product, more = divided(product, ())
-                log_scale = more.log() if log_scale is None else log_scale + more.log()
-        assert product is not None
-        return (product if log_scale is None else product * log_scale.exp()).sum(1)
 
     def _first_weight(self) -> Tensor:
         return self._chains()[0].vectors[0]
 
 
 def _sizes(shape: int | Sequence[int], order: int | None) -> Sequence[int]:
-    """Sizes of the modes."""
     if isinstance(shape, int):
         if order is None or order < 1:
             raise ValueError(f"shape={shape} is one size for all modes: say how many with order=, got order={order}")
         return [shape] * order
     if order is not None and order != len(shape):
-        raise ValueError(f"order={order} and shape={tuple(shape)} differ: leave order out where shape is a list")
+        raise ValueError(f"order={order} and shape={tuple(shape)} differ: omit order if shape is a list")
     return shape
 
 
-def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
-    """Rank-one tensors as columns ``(D_1 ... D_k, R)``, the last mode running fastest."""
-    return _partial_products(factors)[0]
-
-
 def _partial_products(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Rank-one tensors of all factors, of all but the last, and so on to the first alone, then the factors."""
+    """Rank-one tensors ``(D_1 ... D_k, R)`` of k = K, ..., 1 of the K factors, row-major, and then the factors."""
     products = [factors[0]]
     for factor in factors[1:]:
         products.insert(0, (products[0].unsqueeze(1) * factor.unsqueeze(0)).flatten(0, 1))

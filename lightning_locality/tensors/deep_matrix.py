@@ -26,7 +26,7 @@ class DeepMatrix(Factorization):
     Singular values that start near zero grow one after the other, at a balanced point by
     :math:`\dot\sigma_r = L\, \sigma_r^{2 - 2/L} \langle -\nabla \ell(W), u_r v_r^\top \rangle` (*Implicit
     Regularization in Deep Matrix Factorization*, Arora, Cohen, Hu, Luo, 2019). Gradient flow conserves
-    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced where these are zero.
+    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced if these are zero.
 
     Args:
         shape: Rows and columns of W.
@@ -36,18 +36,19 @@ class DeepMatrix(Factorization):
         init: ``"normal"``; ``"balanced"``: normal layers moved to the balanced point of their product, or with
             ``init_of="product"`` a normal product, factored by its singular value decomposition (*Implicit
             Regularization in Deep Learning May Not Be Explainable by Norms*, Razin, Cohen, 2020);
-            ``"identity"``: layers that are multiples of the identity, for square W.
-        init_scale: Standard deviation of the layers' entries or of W's (root mean square of W's where the layers are
+            ``"identity"``: multiples of the identity, for square W.
+        init_scale: Standard deviation of the entries of the layers or of W (root mean square of W's if the layers are
             normal), or the multiple of the identity.
-        init_of: Whether the scale is that of the layers or of W.
+        init_of: Whether the scale is that of the layers (``"weights"``) or of W (``"product"``).
         init_mean: Mean of the normal entries, before any scaling of the product.
-        seed: Of the draw; the same weights for all types and devices.
+        seed: Seed of the weights, which are the same for all types and devices.
         dtype: Type of the weights; None for torch's default.
-        device: Where they lie; None for torch's default.
-        determinant: Sign of the determinant of W, which the flow cannot change: redraw until it is that; None for any.
+        device: Device of the weights; None for torch's default.
+        determinant: Sign of the determinant of W, which the flow cannot change: samples are rejected until they have
+            it; None for any.
 
     Raises:
-        ValueError: Not two sizes, depth or widths below 1, or identity or determinant of what is not square.
+        ValueError: Not two sizes, depth or widths below 1, or an identity or a determinant without square layers.
 
     Example:
         >>> model = DeepMatrix((2, 2), depth=3, init="identity", init_scale=0.5)
@@ -73,9 +74,7 @@ class DeepMatrix(Factorization):
         if len(self.shape) != 2:
             raise ValueError(f"shape must hold rows and columns, got {self.shape}: use CP, Tucker or TensorTrain")
         (depth,) = per_mode("depth", depth, 1)
-        if hidden is None:
-            hidden = min(self.shape)
-        inner = per_mode("hidden", hidden, depth - 1)
+        inner = per_mode("hidden", min(self.shape) if hidden is None else hidden, depth - 1)
         square = self.shape[0] == self.shape[1] and min(inner, default=self.shape[0]) >= self.shape[0]
         if not square and (determinant is not None or init == "identity"):
             raise ValueError(
@@ -101,8 +100,8 @@ class DeepMatrix(Factorization):
             else:
                 generator = torch.Generator().manual_seed(seed)
                 while True:
-                    draw = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
-                    product = init_mean + init_scale * draw
+                    sample = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
+                    product = init_mean + init_scale * sample
                     if self._accepts(product):
                         break
                 self._factor_(product, 0.0)
@@ -116,13 +115,13 @@ class DeepMatrix(Factorization):
     def to_tensor(self) -> Tensor:
         """The product, multiplied in the cheapest order."""
         layers = list(self.layers)
-        # a copy of a single layer: whoever keeps the tensor must not see it trained
+        # a single layer is copied: training must not change a tensor that the caller keeps
         return cast(Tensor, torch.linalg.multi_dot(layers[::-1])) if len(layers) > 1 else layers[0].clone()
 
     def with_pullback(self) -> tuple[Tensor, Pullback]:
-        """The product and its derivative written down: automatic differentiation costs as much as small products."""
+        """By the explicit derivative: automatic differentiation costs as much as small products."""
         layers = [layer.detach() for layer in self.layers]
-        # from the smaller side of W the products on the way are the smaller ones
+        # products from the smaller side of W are the smaller ones
         flip = self.shape[0] < self.shape[1]
         if flip:
             layers = [layer.T for layer in reversed(layers)]
@@ -151,22 +150,22 @@ class DeepMatrix(Factorization):
         return self.to_tensor().reshape(-1).index_select(0, places)
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
-        """Bilinear forms ``(B,)`` of rows' and columns' vectors."""
+        """Bilinear forms ``(B,)`` of row and column vectors."""
         left, right = self._split_vectors(vectors)
         return (left @ self.to_tensor() * right).sum(-1)
 
     def log_norm(self) -> Tensor:
-        """From the product of layers that are divided by their largest entries; in float64."""
+        """From the product of the layers, rescaled after every layer; in float64."""
         product, log_scale = self._scaled_product()
         return cast(Tensor, product.norm().log() + log_scale)
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """Layers from the singular value decomposition of the product, padded with zeros."""
+        """Take layers from the singular value decomposition of the product, padded with zeros."""
         self._factor_(*self._scaled_product())
 
     def unbalancedness(self) -> Tensor:
-        """Largest Frobenius norm of the differences of neighbouring layers' Gramians."""
+        """Largest Frobenius norm of the differences between Gramians of neighbouring layers."""
         layers = [layer.double() for layer in self.layers]
         gaps = [(above.T @ above - below @ below.T).norm() for below, above in pairwise(layers)]
         return torch.stack(gaps).max() if gaps else layers[0].new_zeros(())
@@ -180,7 +179,7 @@ class DeepMatrix(Factorization):
         return ((0,),)
 
     def scalars(self) -> dict[str, Tensor]:
-        """Unbalancedness, and the determinant of a square matrix of size 16 at most."""
+        """Unbalancedness, and the determinant of a square matrix of size at most 16."""
         scalars = super().scalars()
         if self.shape[0] == self.shape[1] <= 16:
             scalars["determinant"] = torch.linalg.det(self._product())
@@ -191,7 +190,7 @@ class DeepMatrix(Factorization):
         return product * log_scale.exp()
 
     def _scaled_product(self) -> tuple[Tensor, Tensor]:
-        """A matrix and a number: the product is the matrix times e^number."""
+        """A matrix and the logarithm of the number by which it is to be multiplied."""
         product = self.layers[0].double()
         log_scale = product.new_zeros(())
         for layer in list(self.layers)[1:]:
@@ -200,10 +199,10 @@ class DeepMatrix(Factorization):
         return product, log_scale
 
     def _factor_(self, product: Tensor, log_scale: Tensor | float) -> None:
-        # a copy: at depth 1 the product may be the layer itself
+        # copied, since at depth 1 the product may be the layer itself
         product = product.to(self.layers[0].device, copy=True)
         left, values, right = torch.linalg.svd(product, full_matrices=False)
-        # a product of narrow layers has no more singular values than these can hold
+        # the narrowest layer bounds the number of singular values
         count = min(*self.shape, *(min(layer.shape) for layer in self.layers))
         roots = values[:count] ** (1 / self.degree) * math.exp(float(log_scale) / self.degree)
         for place, layer in enumerate(self.layers):
@@ -217,13 +216,12 @@ class DeepMatrix(Factorization):
             else:
                 layer[:count, :count] = roots.diag().to(layer.dtype)
 
-    def _draw(self, generator: torch.Generator, mean: float, deviation: float) -> None:
-        super()._draw(generator, mean, deviation)
+    def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
+        super()._sample(generator, mean, deviation)
         while not self._accepts(self._scaled_product()[0]):
-            super()._draw(generator, mean, deviation)
+            super()._sample(generator, mean, deviation)
 
     def _accepts(self, product: Tensor) -> bool:
-        """Whether the determinant has the sign asked for."""
         if self.determinant is None:
             return True
         sign = float(torch.linalg.slogdet(product)[0])

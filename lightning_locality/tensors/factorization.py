@@ -1,63 +1,44 @@
-"""What all factorisations have in common."""
+"""The interface of all factorisations, and the problems that they are trained on."""
 
 from __future__ import annotations
 
-__all__ = [
-    "LARGE_ORDER",
-    "Entries",
-    "Factorization",
-    "InitLaw",
-    "InitOf",
-    "Observations",
-    "RankOne",
-    "RecoveryBatch",
-    "divided",
-    "per_mode",
-]
+__all__ = ["Entries", "Factorization", "Observations", "RankOneMeasurements", "RecoveryBatch"]
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.tensors.chain import Chain
+
 
 class Entries(NamedTuple):
-    """Entries of a tensor of order N (completion).
-
-    Args:
-        indices: ``(M, N)``, any integer type.
-        values: ``(M,)``.
-    """
+    """Entries of a tensor (completion): ``values`` ``(M,)`` at ``indices`` ``(M, N)`` of any integer type."""
 
     indices: Tensor
     values: Tensor
 
 
-class RankOne(NamedTuple):
-    r"""Inner products with rank-one tensors :math:`\bigotimes_n x^n` (sensing).
-
-    Args:
-        vectors: One ``(M, D_n)`` per mode.
-        values: ``(M,)``.
-    """
+class RankOneMeasurements(NamedTuple):
+    r"""Inner products ``(M,)`` with :math:`\bigotimes_n x^n` (sensing), of ``vectors`` ``(M, D_n)``, one per mode."""
 
     vectors: tuple[Tensor, ...]
     values: Tensor
 
 
-Observations = Entries | RankOne
+Observations = Entries | RankOneMeasurements
 
 
 class RecoveryBatch(NamedTuple):
-    """A recovery problem as a whole: the batch of every training step.
+    """A whole recovery problem, the batch of every training step.
 
     Args:
-        train: What the factorisation is fitted to.
-        test: What it has to predict; None for none.
-        target: The whole tensor, where it is known and small enough to be written out; None otherwise.
+        train: Observations to fit.
+        test: Observations to predict, or None.
+        target: The whole tensor; None if it is unknown or too large to be stored.
     """
 
     train: Observations
@@ -65,7 +46,7 @@ class RecoveryBatch(NamedTuple):
     target: Tensor | None
 
 
-# from this order on, products over the modes are rescaled on the way
+# from this order on, products over the modes are rescaled after every mode
 LARGE_ORDER = 16
 
 InitLaw = Literal["normal", "balanced"]
@@ -77,11 +58,11 @@ class Factorization(nn.Module, ABC):
     r"""A tensor of order N given by the weights of a factorisation, for training by gradient descent.
 
     The tensor W ("end tensor") is a homogeneous polynomial of the weights, of degree :attr:`degree`. Every
-    factorisation gives it as a whole, by entries and by inner products with rank-one tensors
-    (:meth:`to_tensor`, :meth:`entries`, :meth:`inner`), its norm without writing it out, and what gradient
-    descent is expected to grow one at a time (:meth:`magnitudes`).
+    factorisation provides the whole tensor, its entries, its inner products with rank-one tensors
+    (:meth:`to_tensor`, :meth:`entries`, :meth:`inner`), its norm without forming the tensor, and the quantities that
+    gradient descent is expected to grow one at a time (:meth:`magnitudes`).
 
-    A subclass builds its weights in float64 and then calls :meth:`_initialize`.
+    A subclass creates its weights in float64 and then calls :meth:`_initialize`.
 
     Args:
         shape: Sizes of the modes D_1..D_N.
@@ -93,7 +74,7 @@ class Factorization(nn.Module, ABC):
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         if len(shape) == 0:
-            raise ValueError("shape must hold the size of one mode at least, got none")
+            raise ValueError("shape must hold the size of at least one mode, got none")
         self.shape = per_mode("shape", shape, len(shape))
 
     @property
@@ -111,9 +92,9 @@ class Factorization(nn.Module, ABC):
         """The tensor, of shape :attr:`shape`."""
 
     def with_pullback(self) -> tuple[Tensor, Pullback]:
-        """The tensor, detached, and what turns a gradient by the tensor into those by the weights.
+        """Return the detached tensor, and a function from a gradient by the tensor to the gradients by the weights.
 
-        What a training loop needs at the least cost; to be called once per tensor, before the weights change.
+        The cheapest route for a training loop. Call the function at most once, before the weights change.
         """
         tensor = self.to_tensor()
         weights = [weight for weight in self.parameters() if weight.requires_grad]
@@ -128,12 +109,12 @@ class Factorization(nn.Module, ABC):
         r"""Inner products :math:`\langle \bigotimes_n x^n, W \rangle` ``(B,)``.
 
         Args:
-            vectors: One ``(B, D_n)`` per mode, or ``(B, N, D)`` where all modes have size D.
+            vectors: One ``(B, D_n)`` per mode, or ``(B, N, D)`` if all modes have size D.
         """
 
     @abstractmethod
     def log_norm(self) -> Tensor:
-        """Natural logarithm of the Frobenius norm, without the tensor and without underflow; -inf for zero."""
+        """Natural logarithm of the Frobenius norm, without forming the tensor and without underflow; -inf for zero."""
 
     @abstractmethod
     def balance_(self) -> None:
@@ -141,34 +122,27 @@ class Factorization(nn.Module, ABC):
 
     @abstractmethod
     def unbalancedness(self) -> Tensor:
-        """Largest absolute value of what gradient flow conserves; 0 at a balanced point."""
+        """Largest absolute value of the quantities that gradient flow conserves; 0 at a balanced point."""
 
     @abstractmethod
     def magnitudes(self) -> dict[str, Tensor]:
-        """What grows one at a time: name -> values ``(R,)``, descending (singular values, component norms, ...)."""
+        """Quantities that grow one at a time (singular values, component norms): name -> ``(R,)``, descending."""
 
     @abstractmethod
     def cuts(self) -> tuple[tuple[int, ...], ...]:
-        """Groups of modes whose matricisations the format bounds the rank of; of a group and its complement, one."""
+        """Groups of modes whose matricisations have ranks bounded by the format; one of a group and its complement."""
 
     def norm(self) -> Tensor:
-        """Frobenius norm of the tensor, without the tensor."""
+        """Frobenius norm of the tensor, without forming the tensor."""
         return self.log_norm().exp()
 
     def scalars(self) -> dict[str, Tensor]:
-        """Numbers worth following beside the magnitudes: name -> scalar."""
+        """Numbers to log in addition to the magnitudes: name -> scalar."""
         return {"unbalancedness": self.unbalancedness()}
 
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
-        """Multiply the tensor by a factor, every weight by the same one but for the sign.
-
-        Args:
-            factor: Any non-zero number.
-
-        Raises:
-            ValueError: Zero or not finite.
-        """
+        """Multiply the tensor by a finite factor other than zero, spread evenly over all weights."""
         if factor == 0 or not math.isfinite(factor):
             raise ValueError(f"factor must be finite and not zero, got {factor}")
         self._scale_weights(math.log(abs(factor)))
@@ -177,14 +151,7 @@ class Factorization(nn.Module, ABC):
 
     @torch.no_grad()
     def normalize_(self, norm: float = 1.0) -> None:
-        """Multiply all weights by one number, so that the tensor has the given Frobenius norm.
-
-        Args:
-            norm: Positive.
-
-        Raises:
-            ValueError: Norm not positive, or a tensor that is zero.
-        """
+        """Multiply all weights by one number so that the tensor, which must not be zero, has this Frobenius norm."""
         if not 0 < norm < math.inf:
             raise ValueError(f"norm must be positive and finite, got {norm}")
         now = float(self.log_norm())
@@ -200,6 +167,10 @@ class Factorization(nn.Module, ABC):
         """A weight that every term of the tensor contains once."""
         return next(self.parameters())
 
+    def _chains(self) -> list[Chain]:
+        """The chains of the model, in the order of its parameters."""
+        return [module for module in self.modules() if isinstance(module, Chain)]
+
     @torch.no_grad()
     def _initialize(
         self,
@@ -211,32 +182,22 @@ class Factorization(nn.Module, ABC):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
-        """Draw the weights on the CPU in float64, the same on any device, and only then convert them.
-
-        Args:
-            init: ``"normal"``: independent normal weights; ``"balanced"``: the same, moved to a balanced point.
-            init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-            init_of: Which of the two.
-            init_mean: Mean of the weights.
-            seed: Of the draw.
-            dtype: Type of the weights; None for torch's default.
-            device: Where they lie; None for torch's default.
-        """
+        """Sample the weights on the CPU in float64, the same for any device, and only then convert them."""
         self._check_scale(init_scale)
         generator = torch.Generator().manual_seed(seed)
-        self._draw(generator, init_mean, init_scale if init_of == "weights" else 1.0)
+        self._sample(generator, init_mean, init_scale if init_of == "weights" else 1.0)
         if init == "balanced":
             self.balance_()
         if init_of == "product":
-            # log of the root mean square of the entries, which may be too many for a float
-            rms = float(self.log_norm()) - 0.5 * sum(math.log(size) for size in self.shape)
-            self._scale_weights(math.log(init_scale) - rms)
+            # log of the root mean square of the entries, whose number may exceed the range of a float
+            log_rms = float(self.log_norm()) - 0.5 * sum(map(math.log, self.shape))
+            self._scale_weights(math.log(init_scale) - log_rms)
         self._convert(dtype, device)
 
-    def _draw(self, generator: torch.Generator, mean: float, deviation: float) -> None:
+    def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
         for weight in self.parameters():
-            draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
-            weight.copy_(mean + deviation * draw)
+            sample = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
+            weight.copy_(mean + deviation * sample)
 
     def _convert(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
         self.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
@@ -257,22 +218,24 @@ class Factorization(nn.Module, ABC):
             raise ValueError(f"vectors must be one (B, D_n) per mode with D_n of {self.shape}, got sizes {sizes}")
         return split
 
+    def _multiply_over_modes(
+        self, terms: Iterable[Tensor], multiply: Callable[[Tensor, Tensor], Tensor], axes: tuple[int, ...]
+    ) -> Tensor:
+        """Multiply one term per mode; from :data:`LARGE_ORDER` on, rescale along the axes after every mode."""
+        product: Tensor | None = None
+        log_scale: Tensor | None = None
+        large = self.order >= LARGE_ORDER
+        for term in terms:
+            product = term if product is None else multiply(product, term)
+            if large:
+                product, more = divided(product, axes)
+                log_scale = more.log() if log_scale is None else log_scale + more.log()
+        assert product is not None
+        return product if log_scale is None else product * log_scale.exp()
+
 
 def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """One number for all of ``count`` places, or one for each.
-
-    Args:
-        name: Of the argument, for the message.
-        value: The number or numbers.
-        count: How many are wanted.
-
-    Raises:
-        ValueError: Another count, or numbers below 1.
-
-    Example:
-        >>> per_mode("depth", 2, 3)
-        (2, 2, 2)
-    """
+    """Expand one number to ``count`` places, or check that there is one for each; ``name`` is for the error."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * count
     if len(values) != count or not all(isinstance(v, int) and v >= 1 for v in values):
         raise ValueError(f"{name} must be one whole number of at least 1, or {count} of them, got {value}")
@@ -280,13 +243,10 @@ def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ..
 
 
 def divided(values: Tensor, axes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Values divided by the largest absolute value along the axes, and that value; 1 where all are zero.
+    """Divide values by their largest absolute value along the axes; return it too, 1 where all are zero.
 
-    The divisor is a constant to autograd, so that multiplying by it again gives the derivatives of the values.
-
-    Args:
-        values: Any shape.
-        axes: What the largest is taken over; none of them for every value by itself; None for all.
+    No axes at all divide every value by itself, None stands for all. The divisor is a constant to autograd, so
+    multiplying by it again gives the derivatives of the values.
     """
     largest = values.detach().abs()
     if axes is None:

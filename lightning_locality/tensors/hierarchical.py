@@ -6,19 +6,17 @@ __all__ = ["HierarchicalTensorFactorization"]
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_locality.tensors.balance import balanced
+from lightning_locality.tensors.balance import balance_components
 from lightning_locality.tensors.contraction import (
-    MOST_ENTRIES,
+    MAX_ENTRIES,
     EntryQuery,
-    NodeGroup,
-    Query,
     RankOneQuery,
-    answer,
+    contract,
     expand,
     node_groups,
     per_node,
@@ -42,21 +40,21 @@ class HierarchicalTensorFactorization(Factorization):
     (Razin, Maman, Cohen, 2022). The weights of a leaf are ``(D_n, R_parent)``, of an interior node
     ``(R_node, R_parent)``, of the root ``(R_root, 1)``. Local component r of an interior node is row r of its
     weights together with column r of the weights of each child; its norm is the product of the norms of these
-    vectors. A depth above 1 (a chain of square matrices in front of every column) is ours for this factorisation.
+    vectors. Depths above 1 (every column a :class:`Chain`) are ours for this factorisation.
 
     Args:
-        tree: The modes that are merged, and in which order.
+        tree: Mode tree: which modes are merged, and in which order.
         shape: Size of every mode, or one size for all.
         widths: Number of local components: one for all interior nodes; one per level from below, as in the paper's
             ``[512, 512]``; or by node, written ``(0, 1)`` or ``"0-1"``.
         depth: Factors of every column: one number, or one per level from the leaves to the root.
-        init: ``"normal"`` or ``"balanced"``: see :class:`Factorization`.
+        init: ``"normal"``, or ``"balanced"``: the same, moved to the balanced point of its tensor.
         init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-        init_of: Which of the two: ``"weights"`` or ``"product"``.
+        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
         init_mean: Mean of the weights.
-        seed: Of the weights.
-        dtype: Of the weights; None for torch's default.
-        device: Of the weights; None for torch's default.
+        seed: Seed of the weights, which are the same for all types and devices.
+        dtype: Type of the weights; None for torch's default.
+        device: Device of the weights; None for torch's default.
 
     Raises:
         ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
@@ -95,11 +93,8 @@ class HierarchicalTensorFactorization(Factorization):
         depths = per_node(depth, (tree.leaves, *tree.levels), "depth", "the leaves")
         self._degree = sum(depths.values())
         self.groups = node_groups(tree, self.shape, self.widths, depths)
-        self._found = {node: (group, k) for group in self._each_group() for k, node in enumerate(group.nodes)}
+        self._found = {node: (group, k) for group in self.groups for k, node in enumerate(group.nodes)}
         self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
-
-    def _each_group(self) -> list[NodeGroup]:
-        return [cast(NodeGroup, group) for group in self.groups]
 
     @property
     def degree(self) -> int:
@@ -107,11 +102,8 @@ class HierarchicalTensorFactorization(Factorization):
         return self._degree
 
     def weight(self, node: Node) -> Tensor:
-        """Weights of a node, ``(R_node or D, R_parent or 1)``; at depth 1 a view of the parameters.
-
-        Args:
-            node: As in the tree.
-        """
+        """Weights of a node of the tree, ``(R_node or D, R_parent or 1)``; at depth 1 a view of the parameters."""
+        # raises ValueError if there is no such node
         self.tree.height(node)
         group, place = self._found[node]
         return group.weight()[place]
@@ -120,15 +112,15 @@ class HierarchicalTensorFactorization(Factorization):
         """The tensor, of shape :attr:`shape`.
 
         Raises:
-            ValueError: A tensor too large to be written out.
+            ValueError: More than 2^32 entries.
         """
-        if math.prod(self.shape) > MOST_ENTRIES:
+        if math.prod(self.shape) > MAX_ENTRIES:
             log10 = sum(math.log10(size) for size in self.shape)
             raise ValueError(
-                f"shape has 10^{log10:.0f} entries, too many to be written out: use entries, inner, norm or log_norm"
+                f"shape has 10^{log10:.0f} entries, too many to store: use entries, inner, norm or log_norm"
             )
         tables: list[Tensor] = []
-        for group in self._each_group():
+        for group in self.groups:
             weight = group.weight()
             tables.append(weight if group.leaf else expand(group.gather(tables), weight))
         walk = self.tree.traversal
@@ -138,33 +130,27 @@ class HierarchicalTensorFactorization(Factorization):
     def entries(self, indices: Tensor) -> Tensor:
         """Entries ``(B,)`` at indices ``(B, N)`` of any integer type."""
         self._check_indices(indices)
-        # on a device the check would wait for it
+        # on a GPU the check would wait for the device
         if not indices.is_cuda and bool(((indices < 0) | (indices >= torch.tensor(self.shape))).any()):
             raise ValueError(f"indices must be at least 0 and below the sizes of the modes, {self.shape}")
-        return self._answer(EntryQuery(indices))
+        return contract(self.groups, EntryQuery(indices)).squeeze(1)
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
-        r"""Inner products :math:`\langle \bigotimes_n x^n, W \rangle` ``(B,)``; vectors as in the base class."""
-        return self._answer(RankOneQuery(self._split_vectors(vectors)))
-
-    def _answer(self, query: Query) -> Tensor:
-        return answer(self._each_group(), query).squeeze(1)
+        """Inner products ``(B,)`` with rank-one tensors, through the tree."""
+        return contract(self.groups, RankOneQuery(self._split_vectors(vectors))).squeeze(1)
 
     def log_norm(self) -> Tensor:
-        """Natural logarithm of the Frobenius norm, by Gram matrices from the leaves up; -inf for zero.
-
-        In float64. Differentiable where the tensor is not zero.
-        """
+        """From Gram matrices, leaves first; in float64. Differentiable if the tensor is not zero."""
         grams: list[Tensor] = []
         logs: list[Tensor] = []
-        for group in self._each_group():
+        for group in self.groups:
             weight = group.weight().double()
             if group.leaf:
                 gram, log = weight.mT @ weight, weight.new_zeros(len(weight))
             else:
                 gram = weight.mT @ product(group.gather(grams)) @ weight
                 log = torch.stack(group.gather(logs)).sum(0)
-            # every node by its largest diagonal entry: at order 4096 plain products underflow
+            # divided by the largest diagonal entry at every node: at order 4096 plain products underflow
             scale = gram.detach().diagonal(dim1=1, dim2=2).amax(1)
             scale = torch.where(scale > 0, scale, 1.0)
             grams.append(gram / scale[:, None, None])
@@ -173,12 +159,9 @@ class HierarchicalTensorFactorization(Factorization):
 
     @torch.no_grad()
     def local_component_norms(self) -> dict[Node, Tensor]:
-        """Product of the norms of the vectors of every local component: interior node -> ``(R_node,)``.
-
-        In float64, in the order of the weights.
-        """
+        """Norms of the local components of every interior node ``(R_node,)``, unsorted, in float64."""
         columns, norms = [], dict[Node, Tensor]()
-        for group in self._each_group():
+        for group in self.groups:
             weight = group.weight().double()
             columns.append(weight.norm(dim=1))
             if not group.leaf:
@@ -188,15 +171,15 @@ class HierarchicalTensorFactorization(Factorization):
 
     @torch.no_grad()
     def unbalancedness(self) -> Tensor:
-        r"""Largest difference of two :math:`\|w\|^2` in a local component: gradient flow conserves them all.
+        r"""Largest difference of two :math:`\|w\|^2` in a local component, all of which gradient flow conserves.
 
-        With a depth above 1, each factor of a column's chain counts with its own (Frobenius) norm, and what a chain
-        conserves by itself is compared as well; rows of a node with chains are left out, as they are not conserved.
+        With chains, every factor of a column counts with its own Frobenius norm, and the quantities conserved inside
+        the chain are included; rows of a node with chains are not, since gradient flow does not conserve them.
         """
         highs: list[Tensor] = []
         lows: list[Tensor] = []
         largest: list[Tensor] = []
-        for group in self._each_group():
+        for group in self.groups:
             squares = group.chain.squared_norms().double()
             highs.append(squares.amax(0))
             lows.append(squares.amin(0))
@@ -213,19 +196,18 @@ class HierarchicalTensorFactorization(Factorization):
     def balance_(self) -> None:
         """Scale the vectors of every local component to equal norms, node by node until nothing moves.
 
-        The tensor stays; a local component whose norm is zero becomes zero altogether. Linear convergence.
+        The tensor does not change; a local component of norm zero becomes zero altogether.
 
         Raises:
             ValueError: A depth above 1, or no convergence.
         """
-        groups = self._each_group()
-        if any(group.chain.depth > 1 for group in groups):
+        if any(group.chain.depth > 1 for group in self.groups):
             raise ValueError("depth must be 1 at every node to balance the weights: use init='normal', or depth=1")
-        for group, weight in zip(groups, balanced(groups), strict=True):
+        for group, weight in zip(self.groups, balance_components(self.groups), strict=True):
             group.chain.vectors.copy_(weight)
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """Local component norms, descending: ``"node 0-1"`` -> ``(R,)``, for every interior node."""
+        """Norms of the local components: ``"node 0-1"`` -> ``(R,)``, for every interior node."""
         norms = self.local_component_norms()
         return {f"node {node_name(node)}": norm.sort(descending=True).values for node, norm in norms.items()}
 
@@ -236,4 +218,4 @@ class HierarchicalTensorFactorization(Factorization):
         return tuple(node for node in self.tree.nodes[:-1] if node not in same)
 
     def _first_weight(self) -> Tensor:
-        return self._each_group()[-1].chain.vectors
+        return self._chains()[-1].vectors

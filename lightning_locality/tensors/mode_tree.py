@@ -1,8 +1,8 @@
-"""Trees over the modes of a tensor: which modes a hierarchical factorisation merges first."""
+"""Mode trees: the order in which a hierarchical factorisation merges the modes of a tensor."""
 
 from __future__ import annotations
 
-__all__ = ["ModeTree", "Node", "node_name"]
+__all__ = ["ModeTree", "Node"]
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,28 +14,28 @@ Pattern = Literal["adjacent", "interleaved", "quadrant"]
 
 
 def node_name(node: Node) -> str:
-    """The modes of a node, joined: ``0-1``."""
+    """Name of a node: its modes, joined by hyphens, as in ``0-1``."""
     return "-".join(map(str, node))
 
 
-# a Collection and not marked final, so that jsonargparse takes the class paths of perfect and nested for it
+# a Collection and not @final, so that jsonargparse accepts the class paths of perfect and nested
 @dataclass(frozen=True, repr=False)
 class ModeTree(Collection[Node]):
     """A rooted tree whose leaves are the modes 0..N-1 of a tensor; an interior node is the union of its children.
 
     Definition: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
-    Networks" (Razin, Maman, Cohen, 2022), with modes counted from 0. A node is the sorted tuple of its modes. Two
-    trees with the same nodes are equal; the order in which children were given does not count.
+    Networks" (Razin, Maman, Cohen, 2022), with modes counted from 0. A node is the sorted tuple of its modes. Trees
+    with the same nodes are equal, whatever the order in which children were given.
 
     :meth:`perfect` and :meth:`nested` build trees; in YAML their class paths end in ``ModeTree.perfect`` and
     ``ModeTree.nested``.
 
     Args:
-        nodes: The interior nodes, each given by its modes, in any order. Single modes and the root, the set of all
-            modes that occur, may be left out.
+        nodes: The interior nodes, each given by its modes, in any order. Single modes and the root (all modes that
+            occur) may be omitted.
 
     Raises:
-        ValueError: Fewer than two modes, a mode that is missing, an empty node, or nodes that overlap without one
+        ValueError: Fewer than two modes, a missing mode, an empty node, or two nodes that overlap without either
             containing the other.
 
     Example:
@@ -55,7 +55,7 @@ class ModeTree(Collection[Node]):
     _parent: dict[Node, Node] = field(init=False, repr=False, compare=False)
     _height: dict[Node, int] = field(init=False, repr=False, compare=False)
 
-    # written out for the type of the argument: what is given need not be what is kept
+    # explicit, because the argument has a wider type than the field
     def __init__(self, nodes: Sequence[Sequence[int]]) -> None:
         given = {_checked_node(node) for node in nodes}
         order = 1 + max(chain.from_iterable(given), default=0)
@@ -65,7 +65,7 @@ class ModeTree(Collection[Node]):
         children: dict[Node, tuple[Node, ...]] = {}
         parent: dict[Node, Node] = {}
         height: dict[Node, int] = {}
-        # by size: every node then finds its children as the largest nodes so far that hold its modes
+        # in order of size: the children of a node are then the largest nodes so far that hold its modes
         highest: list[Node] = [(mode,) for mode in range(order)]
         for node in sorted(given, key=lambda node: (len(node), node)):
             below = () if len(node) == 1 else tuple(dict.fromkeys(highest[mode] for mode in node))
@@ -73,7 +73,7 @@ class ModeTree(Collection[Node]):
                 other = next(child for child in below if not set(child) <= set(node))
                 raise ValueError(
                     f"nodes {_shortened(node)} and {_shortened(other)} overlap and neither contains the other: "
-                    "every mode has one way to the root; remove one of the two"
+                    "every mode has a single path to the root; remove one of the two"
                 )
             children[node] = below
             height[node] = 1 + max((height[child] for child in below), default=-1)
@@ -86,21 +86,21 @@ class ModeTree(Collection[Node]):
 
     @classmethod
     def perfect(cls, order: int, arity: int | None = None, pattern: Pattern = "adjacent") -> ModeTree:
-        """A tree in which every level merges groups of neighbouring nodes until one is left.
+        """Build a tree in which every level merges groups of ``arity`` consecutive nodes until one is left.
 
-        The last group of a level takes what remains; a node that remains alone goes up one level unchanged (the
-        published code gives it a parent with one child, which is the same tree with an extra matrix).
+        The last group of a level may be smaller; a single remaining node moves up one level unchanged (the published
+        code gives it a parent with one child, which is the same tree with an extra matrix).
 
         Args:
             order: Number of modes N, at least 2.
-            arity: Children per node, at least 2; None: 2, and 4 for quadrants.
-            pattern: ``"adjacent"`` merges neighbours first. ``"interleaved"`` deals the nodes of every level
-                alternately from its first and its second half before merging, so that distant modes merge first
-                ("half" in the published code). ``"quadrant"`` takes modes as row-major pixels of a square image
-                and merges blocks of 2 x 2.
+            arity: Children per node, at least 2; None for 2, or 4 for quadrants.
+            pattern: ``"adjacent"`` merges neighbours first. ``"interleaved"`` alternates the nodes of the first and
+                the second half of every level before merging, so that distant modes merge first ("half" in the
+                published code). ``"quadrant"`` takes the modes as row-major pixels of a square image and merges
+                blocks of 2 x 2.
 
         Raises:
-            ValueError: Order or arity below 2, or an order or arity that has no quadrants.
+            ValueError: Order or arity below 2, or one that does not allow quadrants.
         """
         if order < 2:
             raise ValueError(f"order must be at least 2, got {order}: a tree over one mode has no components")
@@ -114,22 +114,20 @@ class ModeTree(Collection[Node]):
         while len(level) > 1:
             if pattern == "interleaved":
                 half = (len(level) + 1) // 2
-                dealt: list[Node] = [()] * len(level)
-                dealt[::2], dealt[1::2] = level[:half], level[half:]
-                level = dealt
+                level[::2], level[1::2] = level[:half], level[half:]
             level = [tuple(sorted(chain.from_iterable(level[k : k + arity]))) for k in range(0, len(level), arity)]
             nodes += level
         return cls(nodes)
 
     @classmethod
     def nested(cls, children: Sequence[Any]) -> ModeTree:
-        """Any tree, written as a list of the root's children: a mode, or the list of a node's own children.
+        """Build any tree from the list of the root's children, each a mode or the list of a node's own children.
 
         Args:
             children: For example ``[[0, 1], [2, [3, 4]]]``.
 
         Raises:
-            ValueError: An empty list, a list with one child, or a mode that is missing or occurs twice.
+            ValueError: A list of fewer than two children, or a mode that is missing or repeated.
         """
         nodes: list[Node] = []
         seen: set[int] = set()
@@ -148,7 +146,7 @@ class ModeTree(Collection[Node]):
 
         root = modes(children)
         if root != tuple(range(len(root))):
-            raise ValueError(f"children must hold every mode from 0 to {max(root)} once, and have {_shortened(root)}")
+            raise ValueError(f"children must hold every mode from 0 to {max(root)} once, got {_shortened(root)}")
         return cls(nodes)
 
     @property
@@ -158,22 +156,22 @@ class ModeTree(Collection[Node]):
 
     @property
     def root(self) -> Node:
-        """The node of all modes."""
+        """The node that holds all modes."""
         return self.nodes[-1]
 
     @property
     def leaves(self) -> tuple[Node, ...]:
-        """The nodes of one mode, by mode."""
+        """Nodes of a single mode, by mode."""
         return self.nodes[: self.order]
 
     @property
     def interior(self) -> tuple[Node, ...]:
-        """The nodes with children, children before parents, the root last."""
+        """Nodes with children; children before parents, the root last."""
         return self.nodes[self.order :]
 
     @property
     def levels(self) -> tuple[tuple[Node, ...], ...]:
-        """Interior nodes by height, the longest way down to a leaf; the root is alone in the last level."""
+        """Interior nodes by height, from the lowest to the root."""
         levels: list[list[Node]] = [[] for _ in range(self.height(self.root))]
         for node in self.interior:
             levels[self._height[node] - 1].append(node)
@@ -181,7 +179,7 @@ class ModeTree(Collection[Node]):
 
     @property
     def traversal(self) -> Node:
-        """The modes in the order in which a walk through the tree, children from left to right, meets them."""
+        """Modes in depth-first order, children from left to right."""
         walk, stack = [], [self.root]
         while stack:
             node = stack.pop()
@@ -191,27 +189,27 @@ class ModeTree(Collection[Node]):
         return tuple(walk)
 
     def children(self, node: Node) -> tuple[Node, ...]:
-        """Children of a node by their smallest modes; none for a leaf."""
+        """Children of a node, sorted by smallest mode; none for a leaf."""
         return self._children[self._checked(node)]
 
     def parent(self, node: Node) -> Node:
-        """Parent of a node other than the root."""
+        """Parent of a node; the root has none."""
         if self._checked(node) == self.root:
             raise ValueError(f"node {_shortened(node)} is the root and has no parent")
         return self._parent[node]
 
     def height(self, node: Node) -> int:
-        """Longest way from a node down to a leaf; 0 for a leaf."""
+        """Length of the longest path from a node down to a leaf; 0 for a leaf."""
         return self._height[self._checked(node)]
 
     def complement(self, node: Node) -> Node:
-        """The modes that a node does not hold."""
+        """Modes that a node does not hold."""
         held = set(self._checked(node))
         return tuple(mode for mode in self.root if mode not in held)
 
     def _checked(self, node: Node) -> Node:
         if node not in self._children:
-            raise ValueError(f"node {_shortened(node)} is not in the tree {self!r}: see its nodes")
+            raise ValueError(f"node {_shortened(node)} is not in the tree {self!r}: choose one of its nodes")
         return node
 
     def __contains__(self, node: object) -> bool:
@@ -245,7 +243,7 @@ def _checked_node(node: Sequence[int]) -> Node:
 
 
 def _in_quadrants(order: int, arity: int) -> Node:
-    """Row-major pixels of a square in the order in which blocks of 4, 16, ... are contiguous."""
+    """Row-major pixels of a square, ordered so that blocks of 4, 16, ... are contiguous."""
     steps = (order.bit_length() - 1) // 2
     if order != 4**steps or arity != 4:
         raise ValueError(

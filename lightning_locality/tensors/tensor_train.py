@@ -5,52 +5,52 @@ from __future__ import annotations
 __all__ = ["TensorTrain"]
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.tensors.balance import balance_cyclically, balanced_pair, balancing_factors
+from lightning_locality.tensors.balance import balance_cyclically, balance_neighbours
 from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.factorization import LARGE_ORDER, Factorization, InitLaw, InitOf, divided, per_mode
+from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf, divided, per_mode
 
 
 @final
 class TensorTrain(Factorization):
-    r"""Entries that are products of matrices, one for every mode.
+    r"""A tensor whose entries are products of matrices, one per mode.
 
     .. math:: \mathcal W_{i_1 \dots i_N} = G_1[:, i_1, :]\, G_2[:, i_2, :] \cdots G_N[:, i_N, :],
         \qquad G_n \in \mathbb R^{r_{n-1} \times D_n \times r_n}, \quad r_0 = r_N = 1
 
-    With a depth of 2 or more every fibre :math:`G_n[a, :, b]` is a chain of square matrices and a vector
+    At depth 2 or more every fibre :math:`G_n[a, :, b]` is a chain of square matrices applied to a vector
     (:class:`Chain`). This is our choice: *Implicit Regularization in Deep Tensor Factorization* (Milanesi, Kadri,
     Ayache, Artières, 2021) trains a deep tensor train whose parameterisation we have not seen.
 
-    Gradient flow conserves, between two cores of depth 1,
+    Between two cores of depth 1, gradient flow conserves
 
     .. math:: \sum_i G_n[:, i, :]^\top G_n[:, i, :] - \sum_i G_{n+1}[:, i, :] G_{n+1}[:, i, :]^\top
 
-    and otherwise its diagonal, with the norm of one factor of the chain as that of the fibre.
+    and otherwise its diagonal, where the norm of one factor of the chain stands for that of the fibre.
 
-    With 16 modes or more, entries and inner products are computed without overflow or underflow on the way.
+    With 16 modes or more, intermediate results of entries and inner products neither overflow nor underflow.
 
     Args:
         shape: Sizes of the modes D_n.
-        rank: Widths of the N - 1 bonds r_n, one number or one each; None for the smaller of the products of the sizes
-            on the two sides of a bond, enough for any tensor.
+        rank: Widths r_n of the N - 1 bonds, one number or one each; None for the smaller of the products of the sizes
+            on either side of a bond, enough for any tensor.
         depth: Factors of every fibre: one number, or one per mode.
-        init: ``"normal"``, or ``"balanced"``: the same moved to a balanced point of its tensor.
+        init: ``"normal"``, or ``"balanced"``: the same, moved to a balanced point of its tensor.
         init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-        init_of: Which of the two.
+        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
         init_mean: Mean of the weights.
-        seed: Of the draw; the same weights for all types and devices.
+        seed: Seed of the weights, which are the same for all types and devices.
         dtype: Type of the weights; None for torch's default.
-        device: Where they lie; None for torch's default.
+        device: Device of the weights; None for torch's default.
 
     Raises:
-        ValueError: Sizes, ranks, depths or scale that make no sense.
+        ValueError: Sizes, ranks, depths or scale out of range.
 
     Example:
         >>> model = TensorTrain((3, 4, 5))
@@ -100,7 +100,7 @@ class TensorTrain(Factorization):
         for core in cores[1:middle]:
             left = (left @ core.flatten(1)).reshape(-1, core.shape[2])
         if self.order == 1:
-            # a copy of a single core: whoever keeps the tensor must not see it trained
+            # copied: training must not change a tensor that the caller keeps
             return left.reshape(self.shape).clone()
         right = cores[-1].flatten(1)
         for core in reversed(cores[middle:-1]):
@@ -111,12 +111,14 @@ class TensorTrain(Factorization):
         """Entries ``(B,)`` at ``(B, N)``, by products of slices."""
         self._check_indices(indices)
         columns = indices.long().unbind(1)
-        return self._multiply(core.transpose(0, 1)[i] for i, core in zip(columns, self.factors, strict=True))
+        terms = (core.transpose(0, 1)[i] for i, core in zip(columns, self.factors, strict=True))
+        return self._multiply_over_modes(terms, torch.bmm, (1, 2)).flatten()
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
         """Inner products ``(B,)``, by products of combined slices."""
         split = self._split_vectors(vectors)
-        return self._multiply(torch.einsum("bd,ldr->blr", x, core) for x, core in zip(split, self.factors, strict=True))
+        terms = (torch.einsum("bd,ldr->blr", x, core) for x, core in zip(split, self.factors, strict=True))
+        return self._multiply_over_modes(terms, torch.bmm, (1, 2)).flatten()
 
     def log_norm(self) -> Tensor:
         """From triangular factors carried from left to right; in float64."""
@@ -125,25 +127,21 @@ class TensorTrain(Factorization):
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """One bond after the other until nothing moves: exactly at a bond, and together in the limit."""
+        """Balance one bond after the other until nothing moves; each bond exactly, all of them in the limit."""
         cores = [core.double() for core in self.factors]
 
         def sweep() -> float:
-            worst = 0.0
-            for place, (one, two) in enumerate(pairwise(self.depth)):
-                left, right = cores[place].flatten(0, 1), cores[place + 1].flatten(1)
-                norms, others = cores[place].norm(dim=1), cores[place + 1].norm(dim=1).T
-                sums = norms.pow(2 / one).sum(0), others.pow(2 / two).sum(0)
-                if one == two == 1:
-                    gap = left.T @ left - right @ right.T
-                    left, right = balanced_pair(left, right)
-                else:
-                    gap = sums[0] - sums[1]
-                    factor = balancing_factors(norms, one, others, two)
-                    left, right = left * factor, torch.where(factor > 0, 1 / factor, 0.0)[:, None] * right
-                worst = max(worst, float(gap.abs().max() / (sums[0].max() + sums[1].max() + 1e-300)))
-                cores[place], cores[place + 1] = left.view_as(cores[place]), right.view_as(cores[place + 1])
-            return worst
+            largest = 0.0
+            for place, degrees in enumerate(pairwise(self.depth)):
+                core, above = cores[place], cores[place + 1]
+                norms = core.norm(dim=1), above.norm(dim=1).T
+                squares = norms[0].pow(2 / degrees[0]).sum(0), norms[1].pow(2 / degrees[1]).sum(0)
+                left, right, imbalance = balance_neighbours(
+                    core.flatten(0, 1), above.flatten(1), norms, degrees, squares
+                )
+                cores[place], cores[place + 1] = left.view_as(core), right.view_as(above)
+                largest = max(largest, imbalance)
+            return largest
 
         balance_cyclically(sweep)
         for chain, core in zip(self._chains(), cores, strict=True):
@@ -153,7 +151,7 @@ class TensorTrain(Factorization):
                 chain.balance_(core.norm(dim=1).log().to(chain.vectors))
 
     def unbalancedness(self) -> Tensor:
-        """Largest Frobenius norm of what is conserved at a bond or in a chain; in float64."""
+        """Largest Frobenius norm of the quantities conserved at a bond or in a chain; in float64."""
         chains = self._chains()
         gaps = [chain.vectors.new_zeros((), dtype=torch.float64) for chain in chains[:1]]
         for chain, above in pairwise(chains):
@@ -161,7 +159,7 @@ class TensorTrain(Factorization):
                 left, right = chain().double().flatten(0, 1), above().double().flatten(1)
                 gaps.append((left.T @ left - right @ right.T).norm())
             else:
-                # of one factor of the chains; the differences to the others follow below
+                # of one factor of the chains; the differences from the others follow below
                 sums = chain.squared_norms()[0].sum(0), above.squared_norms()[0].sum(1)
                 gaps.append((sums[0] - sums[1]).norm())
         for chain in chains:
@@ -170,12 +168,12 @@ class TensorTrain(Factorization):
         return torch.stack(gaps).max()
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """Singular values at every bond (modes up to it against the others), in float64."""
-        lefts = self._left_triangles()
+        """Singular values at every bond (modes before it against modes after it), in float64."""
+        factors, lefts = self.factors, self._left_triangles()
         right, scale = lefts[0][0].new_ones((1, 1)), lefts[0][0].new_zeros(())
         values: dict[str, Tensor] = {}
         for bond in range(self.order - 1, 0, -1):
-            core = cast(Tensor, self._chains()[bond]()).double()
+            core = factors[bond].double()
             right, extra = _triangle((core @ right.T).flatten(1).T)
             scale = scale + extra
             left, log_scale = lefts[bond - 1]
@@ -183,39 +181,23 @@ class TensorTrain(Factorization):
         return dict(reversed(values.items()))
 
     def cuts(self) -> tuple[tuple[int, ...], ...]:
-        """Modes up to every bond."""
+        """The modes before every bond."""
         return tuple(tuple(range(bond)) for bond in range(1, self.order))
 
-    def _chains(self) -> list[Chain]:
-        return [cast(Chain, chain) for chain in self.chains]
-
     def _left_triangles(self) -> list[tuple[Tensor, Tensor]]:
-        """For every core the triangular factor of all up to it, and the logarithm of what it was divided by."""
+        """For every core, the triangular factor of all cores up to it and the logarithm of its scale."""
         triangles = []
         triangle, scale = torch.ones((1, 1), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for core in self.factors:
-            triangle, extra = _triangle(
-                (triangle.to(core.device) @ core.double().flatten(1)).reshape(-1, core.shape[2])
-            )
+            above = triangle.to(core.device) @ core.double().flatten(1)
+            triangle, extra = _triangle(above.reshape(-1, core.shape[2]))
             scale = scale.to(core.device) + extra
             triangles.append((triangle, scale))
         return triangles
 
-    def _multiply(self, slices: Iterable[Tensor]) -> Tensor:
-        """Products ``(B,)`` of matrices ``(B, r_{n-1}, r_n)``."""
-        row: Tensor | None = None
-        log_scale: Tensor | None = None
-        for matrix in slices:
-            row = matrix if row is None else torch.bmm(row, matrix)
-            if self.order >= LARGE_ORDER:
-                row, more = divided(row, (1, 2))
-                log_scale = more.log() if log_scale is None else log_scale + more.log()
-        assert row is not None
-        return (row if log_scale is None else row * log_scale.exp()).flatten()
-
 
 def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The triangular factor, of largest entry 1, and the logarithm of what it was divided by."""
+    """The triangular factor, scaled to a largest entry of 1, and the logarithm of the scale."""
     triangle = torch.linalg.qr(matrix, mode="r")[1]
     scaled, scale = divided(triangle)
     return scaled, scale.log()

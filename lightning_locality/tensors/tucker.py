@@ -10,9 +10,9 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.tensors.balance import balance_cyclically, balanced_pair, balancing_factors
+from lightning_locality.tensors.balance import balance_cyclically, balance_neighbours
 from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
+from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf, divided, per_mode
 
 
 @final
@@ -21,31 +21,32 @@ class Tucker(Factorization):
 
     .. math:: \mathcal W = \mathcal G \times_1 V_1 \times_2 V_2 \cdots \times_N V_N
 
-    With a depth of 2 or more every column of :math:`V_n` is a chain of square matrices and a vector (:class:`Chain`),
+    At depth 2 or more every column of :math:`V_n` is a chain of square matrices applied to a vector (:class:`Chain`),
     as in the authors' code for deep Tucker (Hariz, Kadri, Ayache, Moakher, Artières, 2024). *Implicit Regularization
-    in Deep Tensor Factorization* (Milanesi, Kadri, Ayache, Artières, 2021) trains a deep Tucker model too; its
+    in Deep Tensor Factorization* (Milanesi, Kadri, Ayache, Artières, 2021) also trains a deep Tucker model, whose
     parameterisation we have not seen.
 
-    Gradient flow conserves :math:`V_n^\top V_n - G_{(n)} G_{(n)}^\top` at depth 1, :math:`G_{(n)}` being the core with
-    mode n as rows, and in deeper modes its diagonal, with the norm of one factor of the chain as that of the column.
+    With :math:`G_{(n)}` the core with mode n as rows, gradient flow conserves
+    :math:`V_n^\top V_n - G_{(n)} G_{(n)}^\top` at depth 1 and its diagonal at larger depths, where the norm of one
+    factor of the chain stands for that of the column.
 
     Args:
         shape: Sizes of the modes D_n.
         rank: Sizes of the core, one number or one per mode; None for ``shape``, which constrains nothing.
         depth: Factors of every column of V_n: one number, or one per mode.
-        init: ``"normal"``; ``"balanced"``: the same moved to a balanced point of its tensor; ``"slices"``: a normal
-            core, and all factors of column j of V_n drawn normal and scaled to the norm of slice j of the core in
-            mode n (the authors' code for deep Tucker).
-        init_scale: Standard deviation of the weights (for ``"slices"`` of the core), or root mean square of the
+        init: ``"normal"``; ``"balanced"``: the same, moved to a balanced point of its tensor; ``"slices"``: a normal
+            core, and normal factors of column j of V_n, scaled to the norm of slice j of the core in mode n (the
+            authors' code for deep Tucker).
+        init_scale: Standard deviation of the weights (for ``"slices"``, of the core), or root mean square of the
             entries of the tensor.
-        init_of: Which of the two.
+        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
         init_mean: Mean of the weights.
-        seed: Of the draw; the same weights for all types and devices.
+        seed: Seed of the weights, which are the same for all types and devices.
         dtype: Type of the weights; None for torch's default.
-        device: Where they lie; None for torch's default.
+        device: Device of the weights; None for torch's default.
 
     Raises:
-        ValueError: Sizes, ranks, depths or scale that make no sense.
+        ValueError: Sizes, ranks, depths or scale out of range.
 
     Example:
         >>> model = Tucker((3, 4, 5), rank=2)
@@ -74,15 +75,8 @@ class Tucker(Factorization):
         self.chains = nn.ModuleList(
             Chain((size, width), depth) for size, width, depth in zip(self.shape, self.rank, self.depth, strict=True)
         )
-        self._initialize(
-            "balanced" if init == "balanced" else "normal",
-            init_scale,
-            init_of,
-            init_mean,
-            seed,
-            dtype,
-            device,
-        )
+        law: InitLaw = "balanced" if init == "balanced" else "normal"
+        self._initialize(law, init_scale, init_of, init_mean, seed, dtype, device)
 
     @property
     def degree(self) -> int:
@@ -95,7 +89,7 @@ class Tucker(Factorization):
         return tuple(chain() for chain in self.chains)
 
     def to_tensor(self) -> Tensor:
-        """The core times the matrices, one mode after the other."""
+        """The core times the matrices, mode by mode."""
         return _multiply(self.core, self.factors)
 
     def entries(self, indices: Tensor) -> Tensor:
@@ -113,36 +107,31 @@ class Tucker(Factorization):
         log_scale = self.core.new_zeros((), dtype=torch.float64)
         scaled = []
         for weight in (self.core, *self.factors):
-            divided_weight, scale = divided(weight.double())
-            scaled.append(divided_weight)
+            values, scale = divided(weight.double())
+            scaled.append(values)
             log_scale = log_scale + scale.log()
         triangles = [v if v.shape[0] <= v.shape[1] else torch.linalg.qr(v)[1] for v in scaled[1:]]
         return cast(Tensor, _multiply(scaled[0], triangles).norm().log() + log_scale)
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """One mode after the other until nothing moves: exactly in a mode, and together in the limit."""
+        """Balance one mode after the other until nothing moves; each mode exactly, all of them in the limit."""
         core = self.core.double()
         factors = [factor.double() for factor in self.factors]
 
         def sweep() -> float:
             nonlocal core
-            worst = 0.0
+            largest = 0.0
             for mode, depth in enumerate(self.depth):
-                matrix, unfolded = factors[mode], core.movedim(mode, 0).flatten(1)
-                slices, columns = unfolded.norm(dim=1), matrix.norm(dim=0).pow(1 / depth)
-                if depth == 1:
-                    gap = matrix.T @ matrix - unfolded @ unfolded.T
-                    matrix, new = balanced_pair(matrix, unfolded)
-                else:
-                    gap = columns.square() - slices.square()
-                    factor = balancing_factors(matrix.norm(dim=0)[None], depth, slices[None], 1)
-                    matrix = matrix * factor
-                    new = torch.where(factor > 0, 1 / factor, 0.0)[:, None] * unfolded
-                worst = max(worst, float(gap.abs().max() / (slices.square().max() + columns.square().max() + 1e-300)))
-                factors[mode] = matrix
-                core = new.reshape(-1, *(r for m, r in enumerate(self.rank) if m != mode)).movedim(0, mode)
-            return worst
+                unfolded = core.movedim(mode, 0).flatten(1)
+                columns, slices = factors[mode].norm(dim=0), unfolded.norm(dim=1)
+                squares = columns.pow(1 / depth).square(), slices.square()
+                factors[mode], unfolded, imbalance = balance_neighbours(
+                    factors[mode], unfolded, (columns[None], slices[None]), (depth, 1), squares
+                )
+                core = unfolded.reshape(-1, *(r for m, r in enumerate(self.rank) if m != mode)).movedim(0, mode)
+                largest = max(largest, imbalance)
+            return largest
 
         balance_cyclically(sweep)
         self.core.copy_(core)
@@ -153,7 +142,7 @@ class Tucker(Factorization):
                 chain.balance_(matrix.norm(dim=0).log().to(self.core))
 
     def unbalancedness(self) -> Tensor:
-        """Largest Frobenius norm of what is conserved in a mode or a chain; in float64."""
+        """Largest Frobenius norm of the quantities conserved in a mode or a chain; in float64."""
         gaps = []
         for mode, chain in enumerate(self._chains()):
             unfolded = self.core.double().movedim(mode, 0).flatten(1)
@@ -166,7 +155,7 @@ class Tucker(Factorization):
         return torch.stack(gaps).max()
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """For every mode the norms of the core's slices, times those of the columns they are multiplied by."""
+        """For every mode, norms of the slices of the core times those of the columns that multiply them."""
         magnitudes = {}
         for mode, factor in enumerate(self.factors):
             slices = self.core.double().movedim(mode, 0).flatten(1).norm(dim=1)
@@ -177,9 +166,6 @@ class Tucker(Factorization):
         """Single modes."""
         return tuple((mode,) for mode in range(self.order if self.order > 2 else self.order - 1))
 
-    def _chains(self) -> list[Chain]:
-        return [cast(Chain, chain) for chain in self.chains]
-
     def _contract(self, vectors: Sequence[Tensor]) -> Tensor:
         """The core times one vector ``(B, R_n)`` per mode."""
         partial = vectors[0] @ self.core.flatten(1) if self.order > 1 else vectors[0] * self.core
@@ -187,8 +173,8 @@ class Tucker(Factorization):
             partial = torch.bmm(vector.unsqueeze(1), partial.reshape(*vector.shape, -1)).squeeze(1)
         return partial.sum(1)
 
-    def _draw(self, generator: torch.Generator, mean: float, deviation: float) -> None:
-        super()._draw(generator, mean, deviation)
+    def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
+        super()._sample(generator, mean, deviation)
         if not self._slices:
             return
         for mode, chain in enumerate(self._chains()):
@@ -199,7 +185,7 @@ class Tucker(Factorization):
 
 
 def _multiply(core: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """The core times a matrix in every mode; each moves its mode from the front to the back."""
+    """Multiply the core by a matrix in every mode; each product moves its mode from the front to the back."""
     for matrix in matrices:
         core = (matrix @ core.reshape(matrix.shape[1], -1)).T
     return core.reshape([matrix.shape[0] for matrix in matrices])

@@ -1,4 +1,4 @@
-"""CP ranks of the tensors that completion runs have ended with, and of the observed entries filled up with zeros.
+"""Estimate the CP ranks of the tensors that completion runs end with, and of the observed entries padded with zeros.
 
 The rank is estimated as in "Implicit Regularization in Deep Learning May Not Be Explainable by Norms" (Razin, Cohen,
 2020): the smallest number of components with which alternating least squares, from random vectors and for at most 1000
@@ -6,15 +6,14 @@ sweeps, comes within a mean squared error of 1e-6 (by doubling and bisection, so
 rank). The baseline "zeros elsewhere" is the paper's "linear" one.
 
     lightning-locality sweep configs/sweeps/completion_rank_one.yaml
-    python experiments/completion_ranks.py runs/completion_rank_one
+    python results/completion_rank_one/cp_ranks.py runs/completion_rank_one
 
-writes ranks.csv and ranks.pdf and .png into the folder of the sweep.
+The script writes ranks.csv and ranks.pdf and .png into the folder of the sweep.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,32 +22,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-import yaml
 from numpy.typing import NDArray
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac
 
 from lightning_locality.datamodules.tensor_recovery import TensorRecovery
-from lightning_locality.outcomes import completion_against_observations
+from lightning_locality.plotting import observations
 from lightning_locality.plotting.style import save_figure
+from lightning_locality.results import read_settings
 
 BASELINE = "zeros elsewhere"
 Array = NDArray[np.float64]
 
 
 def fits(tensor: Array, rank: int, tolerance: float = 1e-6, sweeps: int = 1000) -> bool:
-    """Whether alternating least squares with so many components comes within the mean squared error."""
+    """Return whether alternating least squares with this many components comes within the mean squared error."""
     # with more components than the tensor has, the systems are singular but for a little ridge
     found = parafac(tensor, rank, n_iter_max=sweeps, init="random", tol=1e-9, random_state=0, l2_reg=1e-9)
     return bool(np.mean((cp_to_tensor(found) - tensor) ** 2) < tolerance)
 
 
 def cp_rank(tensor: Array, tolerance: float = 1e-6, sweeps: int = 1000) -> int:
-    """Smallest number of components that fit, by doubling and bisection; 0 for what is zero within the tolerance."""
+    """Find the smallest number of components that fit, by doubling and bisection; 0 for zero within the tolerance."""
     if np.mean(tensor**2) < tolerance:
         return 0
-    # so many are enough for any tensor
+    # always enough
     low, high, enough = 0, 1, tensor.size // max(tensor.shape)
     while high < enough and not fits(tensor, high, tolerance, sweeps):
         low, high = high, min(2 * high, enough)
@@ -61,15 +61,9 @@ def cp_rank(tensor: Array, tolerance: float = 1e-6, sweeps: int = 1000) -> int:
     return high
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """Configuration of a run."""
-    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
-    return config
-
-
 def run_rows(folder: Path, with_baseline: bool) -> list[dict[str, Any]]:
-    """Rank and error of the end of a run, and of the baseline on the same observations."""
-    config = config_of(folder)
+    """Return rank and error of the end of a run, and of the baseline on the same observations."""
+    config = read_settings(folder)
     data = config["data"]["init_args"]
     planted = config["model"]["init_args"]["model"]
     module, _, name = planted["class_path"].rpartition(".")
@@ -104,18 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if not folders:
         raise ValueError(f"{options.folder} holds no finished runs: run the sweep first")
     # the baseline does not depend on the start: once per problem
-    drawn = [config_of(folder)["data"]["init_args"] for folder in folders]
+    drawn = [read_settings(folder)["data"]["init_args"] for folder in folders]
     problems = [(data["observations"], data["seed"]) for data in drawn]
     wanted = sorted({data["seed"] for data in drawn})[: options.baselines]
     first = [problem not in problems[:k] and problem[1] in wanted for k, problem in enumerate(problems)]
     with ProcessPoolExecutor(options.processes) as pool:
         found = [row for rows in pool.map(run_rows, folders, first) for row in rows]
     rows = sorted(found, key=lambda row: (row["variant"], row["observations"], row["seed"]))
-    with (options.folder / "ranks.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    save_figure(completion_against_observations(rows), options.folder / "ranks")
+    table = pd.DataFrame(rows)
+    table.to_csv(options.folder / "ranks.csv", index=False, lineterminator="\r\n")
+    save_figure(observations(table)[0], options.folder / "ranks")
     return rows
 
 

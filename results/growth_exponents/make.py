@@ -1,4 +1,4 @@
-"""How fast components grow with their size, for CP and deep CP factorisations: fitted exponents beside the predicted.
+"""Measure how fast components of CP and deep CP factorisations grow with their size, and fit the exponents.
 
 Gradient flow from a balanced point obeys, for each of the components of a CP factorisation of order N whose vectors are
 products of k square matrices and a vector (k = 0: plain CP),
@@ -14,37 +14,32 @@ Artieres, 2022) says that growth is polynomial in the depth, which can only conc
 Exponents are fitted twice: over balanced points of many scales, with the derivative taken by automatic
 differentiation; and along a gradient flow from small weights, with the derivative taken of the integrated curve.
 
-    python experiments/growth_exponents.py --out results/growth_exponents
+    python results/growth_exponents/make.py --out results/growth_exponents
 
-writes growth_exponents.csv, its figure, and the curves themselves, which `lightning-locality figure growth` draws.
+The script writes growth_exponents.csv, its figure, and the curves, which `lightning-locality figure growth` draws.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from lightning_locality.plotting.growth import (
-    Curve,
-    Curves,
-    Fit,
-    Quantity,
-    fits,
-    growth_figure,
-    write_curves,
-)
+from lightning_locality.plotting import growth
+from lightning_locality.plotting.recovery import CURVES
 from lightning_locality.plotting.style import save_figure
 from lightning_locality.tensors import CP, Chain
+
+Quantity = Literal["component norm", "norm of the vectors"]
+Curve = tuple[NDArray[Any], NDArray[Any]]
 
 SIZE, COMPONENTS = 3, 2
 
@@ -172,7 +167,7 @@ def cases(orders: Sequence[int], depths: Sequence[int]) -> Iterator[tuple[int, i
         yield from ((3, matrices, quantity) for matrices in depths)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Fit]:
+def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
     """Fit, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -183,27 +178,25 @@ def main(arguments: Sequence[str] | None = None) -> list[Fit]:
     parser.add_argument("--points", type=int, default=30, help="points per fit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    curves: Curves = {}
+    tables = []
     for case in dict.fromkeys(cases(options.orders, options.matrices)):
-        curves[case] = (
-            at_points(*case, options.points, options.seed),
-            along_flow(*case, options.points, options.seed),
-        )
-    found = fits(curves)
+        for source, measure in (("points", at_points), ("flow", along_flow)):
+            sizes, rates = measure(*case, options.points, options.seed)
+            places = dict(zip(CURVES, (*case, source), strict=False))
+            tables.append(pd.DataFrame({**places, "size": sizes, "rate": rates}))
+    curves = pd.concat(tables, ignore_index=True)
+    figure, fits = growth(curves, width="text")
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "growth_exponents.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Fit)])
-        writer.writerows(astuple(fit) for fit in found)
-    write_curves(curves, options.out / "growth_curves.csv")
-    save_figure(growth_figure(curves), options.out / "growth_exponents")
+    fits.to_csv(options.out / "growth_exponents.csv", index=False, lineterminator="\r\n")
+    curves.to_csv(options.out / "growth_curves.csv", index=False, lineterminator="\r\n")
+    save_figure(figure, options.out / "growth_exponents")
     print(f"{'N':>2} {'k':>2}  {'quantity':<20} {'source':<7} {'predicted':>10} {'fitted':>14}")
-    for fit in found:
+    for fit in fits.itertuples():
         print(
             f"{fit.order:>2} {fit.matrices:>2}  {fit.quantity:<20} {fit.source:<7} {fit.predicted:>10.6f} "
             f"{fit.fitted:>14.9f}"
         )
-    return found
+    return fits
 
 
 if __name__ == "__main__":

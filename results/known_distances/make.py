@@ -1,4 +1,4 @@
-"""Interaction distance and cut share of networks of which both are known: does the measurement find them?
+"""Measure interaction distance and cut share of networks for which both are known.
 
 1. Untrained convolutional networks of 3x3 convolutions without pooling before the last average: two patches can only
    interact if some receptive field reaches both. Largest distance with an interaction, found and possible.
@@ -6,25 +6,25 @@
    ends of a row ("far"). Interaction distance, share of the variance that crosses the cut between left and right, and
    number of products that cross it (participation ratio), measured and as the task has them.
 
-    python experiments/known_distances.py --out results/known_distances
+    python results/known_distances/make.py --out results/known_distances
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from lightning_locality import cut_share, halves, interaction_profile
 from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE, save_figure
-from lightning_locality.ranks import InteractionProfile, cut_share, interaction_profile
-from lightning_locality.ranks.masks import halves
+from lightning_locality.ranks import InteractionProfile
 
 PATCH = 4
 GRID = 4  # patches per side of the images of the trained networks
@@ -32,14 +32,14 @@ GRID = 4  # patches per side of the images of the trained networks
 
 @dataclass(frozen=True)
 class Reading:
-    """One number beside what it should be.
+    """One measured number and its expected value.
 
     Args:
         network: Which network.
         quantity: What is measured.
         measured: As measured.
-        error: Its standard error; 0 where the number is exact.
-        expected: As the receptive field or the task has it.
+        error: Its standard error; 0 if the number is exact.
+        expected: From the receptive field or the task.
     """
 
     network: str
@@ -50,7 +50,7 @@ class Reading:
 
 
 def convolutions(layers: int, seed: int) -> nn.Module:
-    """3x3 convolutions and an average: receptive field ``2 layers + 1`` pixels."""
+    """Build 3x3 convolutions and an average: receptive field ``2 layers + 1`` pixels."""
     torch.manual_seed(seed)
     stack: list[nn.Module] = []
     for layer in range(layers):
@@ -62,13 +62,13 @@ def convolutions(layers: int, seed: int) -> nn.Module:
 
 
 def farthest(layers: int) -> int:
-    """Largest distance of two patches of which a receptive field reaches pixels of both, in pixels."""
+    """Return the largest distance in pixels of two patches that one receptive field reaches."""
     # the nearest pixels of two patches d patches apart are PATCH * (d - 1) + 1 pixels apart
     return PATCH * ((2 * layers - 1) // PATCH + 1)
 
 
 def products(kind: str) -> Tensor:
-    """Pairs of patches ``(P, 2)`` whose products the task sums: in every row, all adjacent ones or the two ends."""
+    """Return the pairs ``(P, 2)`` whose products the task sums: in every row, all adjacent patches or the two ends."""
     rows = [GRID * row for row in range(GRID)]
     if kind == "near":
         return torch.tensor([(row + k, row + k + 1) for row in rows for k in range(GRID - 1)])
@@ -76,13 +76,13 @@ def products(kind: str) -> Tensor:
 
 
 def images_of(values: Tensor) -> Tensor:
-    """Images ``(B, 1, H, W)`` of patches of constant value ``(B, GRID ** 2)``."""
+    """Return images ``(B, 1, H, W)`` of patches of constant value ``(B, GRID ** 2)``."""
     side = values.reshape(-1, 1, GRID, GRID)
     return side.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
 
 
 def trained(kind: str, steps: int, seed: int) -> tuple[nn.Module, float]:
-    """A network trained on the sum of products, and the share of the target's variance it explains on new images."""
+    """Train a network on the sum of products; return it and the share of the target's variance it explains."""
     torch.manual_seed(seed)
     width = 256
     network = nn.Sequential(
@@ -112,21 +112,21 @@ def trained(kind: str, steps: int, seed: int) -> tuple[nn.Module, float]:
 
 
 def draw(fields_: dict[int, InteractionProfile], tasks: dict[str, InteractionProfile]) -> Figure:
-    """Strength against distance of the untrained networks, and the shares of the trained ones."""
+    """Draw strength against distance of the untrained networks, and the shares of the trained ones."""
     with rc_context(STYLE):
         figure = Figure(figsize=(2 * COLUMN, 2.3), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for colour, (layers, profile) in zip(COLOURS, fields_.items(), strict=False):
+        for color, (layers, profile) in zip(COLOURS, fields_.items(), strict=False):
             seen = profile.strength > 0
             left.plot(
                 profile.distance[seen],
                 profile.strength[seen],
                 "o-",
-                color=colour,
+                color=color,
                 markersize=3,
                 label=f"{2 * layers + 1}",
             )
-            left.axvline(farthest(layers) + PATCH / 2, color=colour, linewidth=0.8, linestyle=":")
+            left.axvline(farthest(layers) + PATCH / 2, color=color, linewidth=0.8, linestyle=":")
         left.set_yscale("log")
         left.set_xlabel("distance of two patches (pixels)")
         left.set_ylabel("interaction strength")
@@ -136,8 +136,8 @@ def draw(fields_: dict[int, InteractionProfile], tasks: dict[str, InteractionPro
         uniform = tasks["near"].uniform.diff(prepend=torch.zeros(1))
         distance = tasks["near"].distance.numpy()
         for place, (label, share) in enumerate({**shown, "uniform": uniform}.items()):
-            colour = "0.7" if label == "uniform" else COLOURS[place]
-            right.bar(distance + (place - 1) * width, share.numpy(), width, color=colour, label=label)
+            color = "0.7" if label == "uniform" else COLOURS[place]
+            right.bar(distance + (place - 1) * width, share.numpy(), width, color=color, label=label)
         right.set_xticks(distance)
         right.set_xlabel("distance of two patches (pixels)")
         right.set_ylabel("share of the interaction")
@@ -191,10 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Reading]:
         profiles[kind] = profile
 
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "known_distances.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Reading)])
-        writer.writerows(astuple(reading) for reading in readings)
+    pd.DataFrame(readings).to_csv(options.out / "known_distances.csv", index=False, lineterminator="\r\n")
     save_figure(draw(reached, profiles), options.out / "known_distances")
     for r in readings:
         print(f"{r.network:<20} {r.quantity:<36} {r.measured:>9.4f} ± {r.error:.4f}   expected {r.expected:.4f}")

@@ -1,0 +1,364 @@
+"""The rank command: measure ranks and interaction distances of trained models from their checkpoints."""
+
+from __future__ import annotations
+
+__all__ = ["rank"]
+
+import copy
+import itertools
+import json
+import platform
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jsonargparse.typing import PositiveInt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lightning_locality.measurements import Measurement, Record, TrainedRun, load_run, measurements
+from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
+from lightning_locality.plotting.style import save_figure
+from lightning_locality.ranks.evaluation import Evaluation, measuring
+from lightning_locality.ranks.patch_pairs import InteractionProfile
+from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.results import atomic_write, write_json
+from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
+
+# label of a checkpoint -> name of a measurement -> its record
+Records = Mapping[str, Mapping[str, Record]]
+
+_COLUMNS = ["checkpoint", "quantity", "key", "value", "standard_error", "low", "high"]
+_PACKAGES = ("lightning-locality", "torch", "pytorch-lightning", "tensorly")
+
+
+def rank(
+    checkpoint: list[str],
+    out: Path | None = None,
+    label: list[str] | None = None,
+    what: list[Literal["nodes", "components", "cuts", "profile"]] | None = None,
+    images: int | None = None,
+    size: int | None = None,
+    repetitions: PositiveInt = 1,
+    patch: int | None = None,
+    samples: int | None = None,
+    method: Literal["linear", "exact"] = "linear",
+    pairs: int | None = None,
+    tree: Literal["quadrants", "strips"] | None = None,
+    rtol: float = 1e-2,
+    seed: int = 0,
+    float64: bool = False,
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    devices: PositiveInt = 1,
+    chunk: PositiveInt | None = None,
+) -> None:
+    """Measure the hierarchical tensor rank of trained models, and the distances over which they model interactions.
+
+    A factorisation is measured exactly: singular values and ranks at every node of its tree, and norms of its
+    components. A network is measured on images of its test split: the share of its variance that crosses cuts of
+    the image (halves, quarters, checkerboards), and how strongly patches interact as a function of their distance.
+
+    The output folder gets ranks.csv (one number per row), ranks.json (everything) and figures that compare the
+    checkpoints. Finished measurements are cached in its subfolder parts: re-run an interrupted command to resume it;
+    with other settings or checkpoints, only what is new is measured.
+
+    Args:
+        checkpoint: Checkpoint in a run directory (runs/a/last.ckpt); may be given several times.
+        out: Output folder; required for several checkpoints. For one, the default is ranks/ in its run directory.
+        label: Names of the checkpoints in tables and figures, one each; the default is the run directory's name.
+        what: Kinds of measurement (nodes, components, cuts, profile); the default is all that apply.
+        images: Number of test images; the default is 256, or all if there are fewer.
+        size: Images on each side of a cut, which costs size * size forward passes; the default is 64, or half of
+            the images if there are fewer.
+        repetitions: Independent draws of these images per cut.
+        patch: Side of the profile's patches in pixels; the default depends on the size of the images.
+        samples: Images of the profile; the default is 64, or all if there are fewer.
+        method: How the profile is measured: linear uses gradients; exact uses forward passes only and is the one to
+            trust for networks with confident predictions.
+        pairs: Number of patch pairs that the exact profile samples per distance; the default is all.
+        tree: Also estimate the ranks between groups of blocks of the image: 4 x 4 blocks merged into quadrants, or
+            8 strips.
+        rtol: A singular value counts in the tree figures and the summary if it exceeds this fraction of the largest;
+            the table also has the ranks up to rounding.
+        seed: Seed of every random choice.
+        float64: Evaluate networks in float64.
+        accelerator: Where to measure; auto uses a GPU if there is one.
+        devices: Number of devices that share the measurements; the numbers do not depend on it.
+        chunk: Images per call of the network, halved when memory runs out; the default depends on their size.
+    """
+    # all options: nothing else is local yet
+    settings = SimpleNamespace(**locals())
+    if not 0 <= rtol < 1:
+        raise ValueError(f"--rtol must be a fraction of the largest singular value, 0 up to 1, got {rtol}")
+    if not checkpoint:
+        raise ValueError("--checkpoint: name at least one, for example runs/a/last.ckpt")
+    if out is None and len(checkpoint) > 1:
+        raise ValueError(f"--out: name the folder for the results of {len(checkpoint)} checkpoints")
+    paths, workers = [Path(path) for path in checkpoint], _devices(accelerator, devices)
+    folder = paths[0].parent / "ranks" if out is None else out
+    runs = {name: load_run(path) for name, path in zip(_labels(paths, label), paths, strict=True)}
+    plan = [one for name, run in runs.items() for one in measurements(name, run, settings, folder / "parts")]
+    # without a terminal rich would wrap the table at 80 columns
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    missing = [one for one in plan if one.result() is None]
+    try:
+        _measure_all(missing, workers, chunk, torch.float64 if float64 else None, console)
+    except KeyboardInterrupt:
+        done = sum(one.result() is not None for one in plan)
+        where = f"{done} of {len(plan)} measurements are done and kept in {folder / 'parts'}"
+        console.print(f"interrupted: {where}; re-run the same command to resume", soft_wrap=True)
+        raise SystemExit(130) from None
+    records = {name: {one.name: one.result() or {} for one in plan if one.label == name} for name in runs}
+    files = _write(folder, records, runs, settings)
+    console.print(_summary(records, rtol))
+    console.print(f"In {folder}: {', '.join(path.name for path in files)}.", soft_wrap=True)
+
+
+def gathered(args: Sequence[str]) -> list[str]:
+    """Collect the values of the options that take several into one JSON list each, as the parser expects.
+
+    Example:
+        >>> gathered(["--checkpoint", "a", "--out=x", "--checkpoint=b", "c"])
+        ['--out=x', '--checkpoint=["a", "b", "c"]']
+    """
+    values: dict[str, list[str]] = {}
+    others: list[str] = []
+    current: list[str] | None = None
+    for word in args:
+        name, equals, value = word.partition("=")
+        if name in ("--checkpoint", "--label", "--what"):
+            current = values.setdefault(name, [])
+            current += [value] if equals else []
+        elif current is not None and not word.startswith("-"):
+            current.append(word)
+        else:
+            current = None
+            others.append(word)
+    return [*others, *(f"{name}={json.dumps(given)}" for name, given in values.items())]
+
+
+def _labels(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:
+    """Labels as given, or the folders of the runs with as much of their paths as it takes to tell them apart."""
+    full = [path.resolve() for path in paths]
+    if repeated := next((path for path, count in Counter(full).items() if count > 1), None):
+        raise ValueError(f"--checkpoint {repeated} is given {full.count(repeated)} times")
+    if given is None:
+        ways: list[Callable[[Path], str]] = [
+            lambda path: path.parent.name,
+            lambda path: f"{path.parent.name}/{path.stem}",
+            lambda path: f"{path.parent.parent.name}/{path.parent.name}",
+        ]
+        found = ([way(path) for path in full] for way in ways)
+        return next((names for names in found if len(set(names)) == len(names)), [str(path) for path in full])
+    if len(given) != len(paths):
+        raise ValueError(f"--label names {len(given)} checkpoints, and there are {len(paths)}: name all or none")
+    if repeated_name := next((name for name, count in Counter(given).items() if count > 1), None):
+        raise ValueError(f"--label: several checkpoints are called {repeated_name!r}; give each a name of its own")
+    return list(given)
+
+
+def _devices(accelerator: str, count: int) -> list[torch.device]:
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return [torch.device("cpu")] * count
+    if torch.cuda.device_count() < count:
+        raise ValueError(f"--accelerator {accelerator} --devices {count}: there are {torch.cuda.device_count()} GPUs")
+    return [torch.device("cuda", number) for number in range(count)]
+
+
+def _measure_all(
+    missing: Sequence[Measurement],
+    devices: Sequence[torch.device],
+    chunk: int | None,
+    dtype: torch.dtype | None,
+    console: Console,
+) -> None:
+    """Measure and cache; one thread per device takes the next measurement from the common list."""
+    pending, stopped, numbers = deque(missing), threading.Event(), itertools.count(1)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
+    bar = progress.add_task("measurements", total=len(missing))
+
+    def work(device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        while not stopped.is_set():
+            try:
+                one = pending.popleft()
+            except IndexError:
+                return
+            measure(one, device)
+
+    def measure(one: Measurement, device: torch.device) -> None:
+        def advance(done: int, total: int) -> None:
+            if stopped.is_set():
+                raise CancelledError
+            progress.update(own, completed=done, total=total)
+
+        own, started = progress.add_task(f"{one.label}: {one.name}", total=None), time.monotonic()
+        # devices have weights of their own
+        model = (copy.deepcopy(one.model) if len(devices) > 1 else one.model).to(device)
+        try:
+            record = one.function(model, Evaluation(chunk, dtype=dtype, progress=advance))
+        except (ValueError, MemoryError) as error:
+            raise ValueError(f"{one.label}, {one.name}: {error}") from error
+        seconds = time.monotonic() - started
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+        record |= {"seconds": round(seconds, 3), "device": name}
+        one.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(one.path) as file:
+            file.write(json.dumps(record))
+        progress.remove_task(own)
+        progress.advance(bar)
+        line = f"{one.label}: {one.name} ({next(numbers)} of {len(missing)}): {seconds:.1f} s"
+        progress.console.print(line, soft_wrap=True, markup=False)
+
+    # precision and random state are global: set here, they stay set until the last thread has finished
+    with measuring(torch.nn.Identity()), progress:
+        if len(devices) == 1:
+            work(devices[0])
+            return
+        with ThreadPoolExecutor(len(devices)) as pool:
+            try:
+                for future in as_completed([pool.submit(work, device) for device in devices]):
+                    future.result()
+            finally:
+                stopped.set()
+
+
+def _write(folder: Path, records: Records, runs: Mapping[str, TrainedRun], settings: Any) -> list[Path]:
+    """Write ``ranks.csv``, ``ranks.json`` and the figures; return their paths, those of figures as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "ranks.csv") as file:
+        _table(records, settings.rtol).to_csv(file, index=False, lineterminator="\r\n")
+    checkpoints = {
+        label: {
+            **runs[label].about,
+            "measurements": {
+                name: {key: value for key, value in record.items() if key != "rows"} for name, record in own.items()
+            },
+        }
+        for label, own in records.items()
+    }
+    versions = {package: version(package) for package in _PACKAGES}
+    document = {"settings": vars(settings), "versions": versions, "rtol": settings.rtol, "checkpoints": checkpoints}
+    # numbers that are not finite, which JSON does not have, become null
+    plain = json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
+    write_json(folder / "ranks.json", plain)
+    figures = _figures(records, settings.rtol)
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    return [folder / name for name in ("ranks.csv", "ranks.json", *(f"{name}.png" for name in figures))]
+
+
+def _table(records: Records, rtol: float) -> pd.DataFrame:
+    """One number per row; the rows of spectra are followed by their ranks at ``rtol``."""
+    rows = []
+    for label, own in records.items():
+        for record in own.values():
+            rows += [[label, *one] for one in record["rows"]]
+            if record["type"] == "spectra":
+                quantity = f"{record['prefix']}rank_at_{rtol:g}"
+                before = f"{record['within']}/" if record["within"] else ""
+                for node, value in _ranks(_spectra(record), rtol).items():
+                    rows.append([label, quantity, f"{before}{node_name(node)}", value, None, None, None])
+    # as objects, so that whole numbers stay whole
+    return pd.DataFrame(rows, columns=_COLUMNS, dtype=object)
+
+
+def _spectra(record: Record) -> NodeSpectra:
+    content = record["content"]
+    nodes = {name: tuple(map(int, name.split("-"))) for name in content["values"]}
+    values = {nodes[name]: torch.tensor(values).double() for name, values in content["values"].items()}
+    tolerance = {nodes[name]: value for name, value in content["tolerance"].items()}
+    return NodeSpectra(values, tolerance, content["log_scale"])
+
+
+def _ranks(spectra: NodeSpectra, rtol: float) -> dict[Node, int]:
+    """Ranks at a relative size, but never one that counts rounding."""
+    numerical = spectra.ranks()
+    return {node: min(rank, numerical[node]) for node, rank in spectra.ranks(rtol).items()}
+
+
+def _figures(records: Records, rtol: float) -> dict[str, Figure]:
+    exact: dict[str, NodeSpectra] = {}
+    sampled: dict[str, NodeSpectra] = {}
+    profiles: dict[str, InteractionProfile] = {}
+    cuts: dict[str, dict[str, Any]] = {}
+    for label, own in records.items():
+        for record in own.values():
+            match record["type"]:
+                case "spectra" if record["prefix"]:
+                    sampled[label] = _spectra(record)
+                case "spectra":
+                    exact[f"{label}, {record['within']}" if record["within"] else label] = _spectra(record)
+                case "profile":
+                    profiles[label] = InteractionProfile.from_dict(record["content"])
+                case "cut":
+                    cuts.setdefault(label, {})[record["name"]] = SimpleNamespace(**record["content"])
+    figures: dict[str, Figure] = {}
+    for prefix, spectra in (("", exact), ("block_", sampled)):
+        if spectra:
+            figures[f"{prefix}spectra"] = spectra_figure(spectra)
+        trees: dict[ModeTree, dict[str, dict[Node, int]]] = {}
+        for label, one in spectra.items():
+            ranks = _ranks(one, rtol)
+            # cuts that overlap form no tree
+            with suppress(ValueError):
+                trees.setdefault(ModeTree(list(one)), {})[label] = ranks
+        for number, (tree, by_label) in enumerate(trees.items(), start=1):
+            name = f"{prefix}tree" if number == 1 else f"{prefix}tree_{number}"
+            figures[name] = tree_figure(tree, by_label, f"rank at {rtol:g}")
+    if profiles:
+        figures["profile"] = profile_figure(profiles)
+    if cuts:
+        figures["cuts"] = cut_figure(cuts)
+    return figures
+
+
+def _summary(records: Records, rtol: float) -> Table:
+    """The headline numbers of every checkpoint."""
+    table = Table("checkpoint", "measured", "result")
+    for label, own in records.items():
+        lines = [line for name, record in own.items() for line in _headlines(name, record, rtol)]
+        for number, line in enumerate(lines, start=1):
+            table.add_row(label if number == 1 else "", *line, end_section=number == len(lines))
+    return table
+
+
+def _headlines(name: str, record: Record, rtol: float) -> Iterator[tuple[str, str]]:
+    content = record["content"]
+    match record["type"]:
+        case "spectra":
+            spectra = _spectra(record)
+            numbers: dict[str, list[float]] = {
+                "rank": [*spectra.ranks().values()],
+                f"rank at {rtol:g}": [*_ranks(spectra, rtol).values()],
+                "effective rank": [float(one["effective_rank"]) for one in spectra.table()],
+            }
+            for quantity, values in numbers.items():
+                yield f"{name}: {quantity}", f"{min(values):.3g} to {max(values):.3g}, median {median(values):.3g}"
+        case "cut":
+            yield name, f"{100 * content['share']:.3g} % +- {100 * content['standard_error']:.3g} %"
+        case "profile" if content["mean_distance"] is None:
+            yield name, "no interaction between patches"
+        case "profile":
+            low, high = content["mean_distance_low"], content["mean_distance_high"]
+            band = "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
+            equal = f"{content['uniform_mean_distance']:.3g} if all pairs were equal"
+            yield "mean distance", f"{content['mean_distance']:.3g} px{band}, {equal}"
+            yield "r50, r90", f"{content['r50']:g} px, {content['r90']:g} px"

@@ -51,7 +51,7 @@ class AbstractPatches(ABC):
 
 
 def box_mask(boxes: Sequence[Tensor | int], image: Tensor) -> Tensor:
-    """Masks ``(N, 1, H, W)`` of boxes ``(top, left, height, width)``, numbers or ``(N,)``, in images ``(..., H, W)``."""
+    """Masks ``(N, 1, H, W)`` of boxes ``(top, left, height, width)``, numbers or ``(N,)``, in images of this size."""
     # non_blocking: copying a few numbers must not synchronise with the device
     top, left, tall, wide = (torch.as_tensor(n).to(image.device, non_blocking=True).reshape(-1, 1) for n in boxes)
     y, x = (torch.arange(n, device=image.device) for n in image.shape[-2:])

@@ -28,13 +28,12 @@ class Pathfinder(AbstractImageDataModule):
 
     The task of "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
     (Razin, Maman, Cohen, 2022), after "Learning long-range spatial dependencies with horizontal gated recurrent units"
-    (Linsley, Kim, Veerabadran, Windolf, Serre, 2018). This package generates the pictures by the published process,
-    without the faults of its first program: a distractor could touch the last dash of a curve, the newest dashes of
-    the two curves could touch each other, the place of a first dash was tested one pixel off, and test pictures were
-    used for validation. ``prepare_data`` generates what is missing under ``root``/pathfinder (0.2 to 0.4 ms per
-    picture and core), and what is incomplete or altered again, with a warning. A picture depends on ``seed``, its
-    split and its number alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard
-    deviation of the training split; labels are int64.
+    (Linsley, Kim, Veerabadran, Windolf, Serre, 2018), by the published process without the faults of its first program:
+    the last dash of a curve could be touched, a first dash was tested one pixel off, and test pictures were used for
+    validation. ``prepare_data`` generates what is missing under ``root``/pathfinder (0.2 to 0.4 ms per picture and
+    core) and, with a warning, what is incomplete or altered. A picture depends on ``seed``, its split and its number
+    alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard deviation of the training
+    split; labels are int64.
 
     Args:
         path_length: Dashes per curve; published: 3, 5, 7 and 9. None: that of ``curves``, by default 9.

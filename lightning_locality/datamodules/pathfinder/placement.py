@@ -6,6 +6,7 @@ __all__: list[str] = []
 
 import functools
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -216,8 +217,7 @@ class _Batch:
     def place(self) -> Placement:
         self._place_targets()
         self._place_distractors()
-        tables = self.grids.tables
-        at = np.stack(np.divmod(self.at, tables.side), axis=2) - tables.guard
+        at = np.stack(np.divmod(self.at, self.grids.tables.side), axis=2) - self.grids.tables.guard
         other = np.where(self.label == 1, self.marked, 1 - self.marked)
         ends = [at[self.rows, self.marked * self.length], at[self.rows, other * self.length + self.length - 1]]
         at[self.stroke < 0] = 0
@@ -260,8 +260,7 @@ class _Batch:
                     "larger window"
                 )
         # each grid still lacks the last dash of its own curve; from here on both hold everything
-        for number in (0, 1):
-            last = number * self.length + self.length - 1
+        for number, last in ((0, self.length - 1), (1, 2 * self.length - 1)):
             self.grids.cover(self.rows, number, self.at[:, last], self.stroke[:, last])
 
     def _start_targets(self, rows: Integers) -> Integers:
@@ -286,14 +285,13 @@ class _Batch:
 
     def _place_distractors(self) -> None:
         """Place distractors one after the other; one that does not fit after all tries is left out."""
-        curves, count = self.curves, len(self.rows)
-        length = curves.paddles_per_distractor
+        curves, length = self.curves, self.curves.paddles_per_distractor
         largest = self.grids.tables.area.shape[1] * curves.max_paddles
         interior = (self.grids.end - self.grids.border) ** 2
         may_fill = interior - largest < curves.stop_with_availability * curves.window**2
         # distractors placed or left out; tries of the current one; of the current try its dashes, the places that
         # had no room for the first one, and that one's direction
-        self.number, self.tries, self.placed, self.misses, self.heading = np.zeros((5, count), dtype=np.int64)
+        self.number, self.tries, self.placed, self.misses, self.heading = np.zeros((5, len(self.rows)), dtype=np.int64)
         rows = self.rows if curves.distractor_count else self.rows[:0]
         while rows.size:
             fresh = rows[(self.placed[rows] == 0) & (self.misses[rows] == 0)]
@@ -344,10 +342,9 @@ class _Batch:
 
     def _finish(self, rows: Integers) -> None:
         """Cover the completed distractors in both grids."""
-        for dash in range(self.curves.paddles_per_distractor):
+        for dash, grid in product(range(self.curves.paddles_per_distractor), (0, 1)):
             slot = self._slot(rows, dash)
-            for grid in (0, 1):
-                self.grids.cover(rows, grid, self.at[rows, slot], self.stroke[rows, slot])
+            self.grids.cover(rows, grid, self.at[rows, slot], self.stroke[rows, slot])
         self._next(rows)
 
     def _next(self, rows: Integers) -> None:

@@ -1,7 +1,5 @@
 """Tensor factorisations, mode trees, and observations of tensors."""
 
-from __future__ import annotations
-
 __all__ = [
     "CP",
     "Chain",

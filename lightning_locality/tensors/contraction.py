@@ -18,29 +18,24 @@ from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
 # tensors with more entries are never formed; larger sizes count as equal when nodes are grouped
 MAX_ENTRIES = 2**32
+# outputs by number of the group, in any collection
+Outputs = Sequence[Tensor] | Mapping[int, Tensor]
+PerNode = Mapping[Node, int]
 
 
 @final
 class NodeGroup(nn.Module):
     """Nodes of the same height, in depth-first order, whose weights and whose children's sizes agree.
 
-    Args:
-        nodes: The nodes.
-        sizes: Number of entries under each child; for a leaf, its own.
-        sources: Group and position therein of every child, node by node; empty for leaves.
-        lengths: Number of nodes of every earlier group.
-        chain: The weights ``(n, R_node or D, R_parent)``, or ``(1, ...)`` if the nodes share them.
+    ``sizes`` are the numbers of entries under each child, or that of a leaf; ``sources`` the group and the position
+    therein of every child, node by node, empty for leaves; ``lengths`` the numbers of nodes of all groups; the weights
+    in ``chain`` are ``(n, R_node or D, R_parent)``, or ``(1, ...)`` if the nodes share them.
     """
 
     modes: Tensor
 
     def __init__(
-        self,
-        nodes: Sequence[Node],
-        sizes: tuple[int, ...],
-        sources: Sequence[tuple[int, int]],
-        lengths: Sequence[int],
-        chain: Chain,
+        self, nodes: Sequence[Node], sizes: Node, sources: Sequence[tuple[int, int]], lengths: list[int], chain: Chain
     ) -> None:
         super().__init__()
         self.nodes, self.sizes, self.size, self.chain = tuple(nodes), sizes, math.prod(sizes), chain
@@ -62,23 +57,21 @@ class NodeGroup(nn.Module):
 
     def weight(self) -> Tensor:
         """The weights ``(n, R_node or D, R_parent)``."""
-        weight: Tensor = self.chain()
-        return weight.expand(len(self.nodes), -1, -1)
+        return cast(Tensor, self.chain().expand(len(self.nodes), -1, -1))
 
-    def gather(self, outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    def gather(self, outputs: Outputs) -> list[Tensor]:
         """Gather outputs ``(n', ...)`` of earlier groups for the children: one ``(n, ...)`` per child."""
         if self.aligned:
-            output = _present(outputs[self.sources[0]])
+            output = outputs[self.sources[0]]
             return list(output.reshape(len(self.nodes), len(self.sizes), *output.shape[1:]).unbind(1))
         gathered = []
         for child, groups in enumerate(self.sources_of_child):
-            found = [_present(outputs[group]) for group in groups]
-            joined = found[0] if len(found) == 1 else torch.cat(found)
+            joined = outputs[groups[0]] if len(groups) == 1 else torch.cat([outputs[group] for group in groups])
             gathered.append(joined.index_select(0, self.get_buffer(f"places_{child}")))
         return gathered
 
     def scatter(self, values: Sequence[Tensor], outputs: dict[int, Tensor]) -> None:
-        """Write values of the children, one ``(n, ...)`` per child, to the outputs of the groups they come from."""
+        """Write values ``(n, ...)``, one per child, to the outputs of the groups that the children belong to."""
         if self.aligned:
             outputs[self.sources[0]] = torch.stack(list(values), 1).flatten(0, 1)
             return
@@ -97,34 +90,22 @@ class NodeGroups(nn.ModuleList):
         return cast(Iterator[NodeGroup], super().__iter__())
 
 
-def _present(output: Tensor | None) -> Tensor:
-    assert output is not None, "groups are visited children first"
-    return output
-
-
 def node_groups(
-    tree: ModeTree,
-    shape: Sequence[int],
-    widths: Mapping[Node, int],
-    depths: Mapping[Node, int],
-    outputs: int = 1,
-    shared: bool = False,
+    tree: ModeTree, shape: Sequence[int], widths: PerNode, depths: PerNode, outputs: int = 1, shared: bool = False
 ) -> NodeGroups:
     """Group the nodes of a tree, with ``outputs`` columns at the root; ``shared``: one matrix of weights per group."""
     place = {mode: k for k, mode in enumerate(tree.traversal)}
-    size: dict[Node, int] = {}
-    members: dict[tuple[Any, ...], list[Node]] = {}
+    size, members = dict[Node, int](), dict[tuple[Any, ...], list[Node]]()
     for node in sorted(tree.nodes, key=lambda node: (tree.height(node), min(place[mode] for mode in node))):
         children = tree.children(node)
         sizes = tuple(size[child] for child in children) or (shape[node[0]],)
         size[node] = min(math.prod(sizes), MAX_ENTRIES + 1)
         columns = outputs if node == tree.root else widths[tree.parent(node)]
         rows = widths[node] if children else sizes[0]
-        key = (tree.height(node), rows, columns, depths[node], sizes, bool(children))
-        members.setdefault(key, []).append(node)
+        members.setdefault((tree.height(node), rows, columns, depths[node], sizes), []).append(node)
     groups, found = NodeGroups(), dict[Node, tuple[int, int]]()
     lengths = [len(nodes) for nodes in members.values()]
-    for k, ((_, rows, columns, depth, sizes, _), nodes) in enumerate(members.items()):
+    for k, ((_, rows, columns, depth, sizes), nodes) in enumerate(members.items()):
         sources = [found[child] for node in nodes for child in tree.children(node)]
         chain = Chain((1 if shared else len(nodes), rows, columns), depth)
         groups.append(NodeGroup(nodes, sizes, sources, lengths, chain))
@@ -137,17 +118,16 @@ def per_node(
 ) -> dict[Node, int]:
     """Expand one number, numbers by level from the bottom up, or numbers by node to a number for every node.
 
-    Nodes may be written as tuples or, as in YAML, as ``"0-1"``. ``name`` is that of the argument and ``first``
-    describes the lowest level, for errors.
+    Nodes may be written as tuples or, as in YAML, as ``"0-1"``. The argument's name and the first level are for errors.
     """
     nodes = [node for level in levels for node in level]
+    if isinstance(value, int):
+        value = [value] * len(levels)
     if isinstance(value, Mapping):
         named = {key if isinstance(key, str) else node_name(tuple(key)): number for key, number in value.items()}
         for wrong in named.keys() - {node_name(node) for node in nodes}:
             raise ValueError(f"{name} has a value for {wrong}, which is no such node of the tree: remove it")
         found = {node: named.get(node_name(node), 0) for node in nodes}
-    elif isinstance(value, int):
-        found = dict.fromkeys(nodes, value)
     elif len(value) != len(levels):
         raise ValueError(
             f"{name} must be one number, or one for each of the {len(levels)} levels of the tree from the bottom up, "
@@ -157,9 +137,8 @@ def per_node(
         found = {node: number for level, number in zip(levels, value, strict=True) for node in level}
     for node, number in found.items():
         if number < 1:
-            raise ValueError(
-                f"{name} must be at least 1 at every node, got {number or 'none'} for node {node_name(node)}"
-            )
+            got = f"got {number or 'none'} for node {node_name(node)}"
+            raise ValueError(f"{name} must be at least 1 at every node, {got}")
     return found
 
 
@@ -174,12 +153,9 @@ def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 
 
 def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
-    r"""Form the intermediate tensors of a group of nodes.
+    r"""Form the intermediate tensors :math:`U_\nu = (\bigodot_{c \in C(\nu)} U_c) W_\nu` of a group of nodes.
 
-    .. math:: U_\nu = \left( \bigodot_{c \in C(\nu)} U_c \right) W_\nu
-
-    The children's are ``(n, D_c, R)``, rows in depth-first order of their modes, the weights ``(n, R, R_parent)`` and
-    the result ``(n, prod D_c, R_parent)``.
+    Those of the children are ``(n, D_c, R)``, with rows in depth-first order of their modes.
     """
     if weight.shape[2] > 1:
         return _khatri_rao(children) @ weight
@@ -209,8 +185,8 @@ class EntryQuery:
     def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """Row-major indices of the parents, whose children have these sizes."""
         rows = operands[0]
-        for part, size in zip(operands[1:], sizes[1:], strict=True):
-            rows = rows * size + part
+        for operand, size in zip(operands[1:], sizes[1:], strict=True):
+            rows = rows * size + operand
         return rows
 
     def gather(self, table: Tensor, operands: Tensor) -> Tensor:
@@ -256,25 +232,18 @@ def contract(groups: Iterable[NodeGroup], query: EntryQuery | RankOneQuery) -> T
     A node is contracted by its intermediate tensors ("table") if forming these costs less than it saves, and otherwise
     by the product of its children's results.
     """
-    operands: list[Tensor | None] = []
-    tables: list[Tensor | None] = []
-    values: list[Tensor | None] = []
-    for group in groups:
+    operands, tables, values = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+    for k, group in enumerate(groups):
         weight = group.weight()
-        operand, table, value = None, None, None
         if group.leaf:
-            operand, table = query.operands(group), weight
-        elif all(tables[k] is not None for k in group.sources) and query.should_materialize(group, weight):
-            operand = query.join(group.gather(operands), group.sizes)
-            table = expand(group.gather(tables), weight)
+            operands[k], tables[k] = query.operands(group), weight
+        elif tables.keys() >= set(group.sources) and query.should_materialize(group, weight):
+            operands[k] = query.join(group.gather(operands), group.sizes)
+            tables[k] = expand(group.gather(tables), weight)
         else:
-            for k in group.sources:
-                if values[k] is None:
-                    values[k] = query.gather(_present(tables[k]), _present(operands[k]))
-            value = product(group.gather(values)) @ weight
-        operands.append(operand)
-        tables.append(table)
-        values.append(value)
-    if values[-1] is None:
-        values[-1] = query.gather(_present(tables[-1]), _present(operands[-1]))
-    return _present(values[-1])[0]
+            for source in group.sources:
+                if source not in values:
+                    values[source] = query.gather(tables[source], operands[source])
+            values[k] = product(group.gather(values)) @ weight
+    root = values[k] if k in values else query.gather(tables[k], operands[k])
+    return root[0]

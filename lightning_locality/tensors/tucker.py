@@ -21,14 +21,10 @@ class Tucker(Factorization):
 
     .. math:: \mathcal W = \mathcal G \times_1 V_1 \times_2 V_2 \cdots \times_N V_N
 
-    At depth 2 or more every column of :math:`V_n` is a chain of square matrices applied to a vector (:class:`Chain`),
-    as in the authors' code for deep Tucker (Hariz, Kadri, Ayache, Moakher, Artières, 2024). *Implicit Regularization
-    in Deep Tensor Factorization* (Milanesi, Kadri, Ayache, Artières, 2021) also trains a deep Tucker model, whose
-    parameterisation we have not seen.
-
-    With :math:`G_{(n)}` the core with mode n as rows, gradient flow conserves
-    :math:`V_n^\top V_n - G_{(n)} G_{(n)}^\top` at depth 1 and its diagonal at larger depths, where the norm of one
-    factor of the chain stands for that of the column.
+    At depth 2 or more every column of :math:`V_n` is a :class:`Chain`. With :math:`G_{(n)}` the core with mode n as
+    rows, gradient flow conserves :math:`V_n^\top V_n - G_{(n)} G_{(n)}^\top` at depth 1 and its diagonal at larger
+    depths, where the norm of one factor of the chain stands for that of the column. Further arguments, and errors, are
+    those of :class:`Factorization`.
 
     Args:
         shape: Sizes of the modes D_n.
@@ -36,22 +32,11 @@ class Tucker(Factorization):
         depth: Factors of every column of V_n: one number, or one per mode.
         init: ``"normal"``; ``"balanced"``: the same, moved to a balanced point of its tensor; ``"slices"``: a normal
             core, and normal factors of column j of V_n, scaled to the norm of slice j of the core in mode n (the
-            authors' code for deep Tucker).
-        init_scale: Standard deviation of the weights (for ``"slices"``, of the core), or root mean square of the
-            entries of the tensor.
-        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
-        init_mean: Mean of the weights.
-        seed: Seed of the weights, which are the same for all types and devices.
-        dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
-
-    Raises:
-        ValueError: Sizes, ranks, depths or scale out of range.
+            authors' code for deep Tucker), where ``init_scale`` is that of the core.
 
     Example:
-        >>> model = Tucker((3, 4, 5), rank=2)
-        >>> tuple(model.core.shape), model.to_tensor().shape
-        ((2, 2, 2), torch.Size([3, 4, 5]))
+        >>> Tucker((3, 4, 5), rank=2).core.shape
+        torch.Size([2, 2, 2])
     """
 
     def __init__(
@@ -70,18 +55,14 @@ class Tucker(Factorization):
         super().__init__(shape)
         self.rank = per_mode("rank", self.shape if rank is None else rank, self.order)
         self.depth = per_mode("depth", depth, self.order)
+        self.degree = 1 + sum(self.depth)
         self._slices = init == "slices"
         self.core = nn.Parameter(torch.zeros(self.rank, dtype=torch.float64))
         self.chains = nn.ModuleList(
             Chain((size, width), depth) for size, width, depth in zip(self.shape, self.rank, self.depth, strict=True)
         )
-        law: InitLaw = "balanced" if init == "balanced" else "normal"
-        self._initialize(law, init_scale, init_of, init_mean, seed, dtype, device)
-
-    @property
-    def degree(self) -> int:
-        """One for the core, and the depths."""
-        return 1 + sum(self.depth)
+        self._initialize(init, init_scale, init_of, init_mean, seed)
+        self._convert(dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -95,8 +76,8 @@ class Tucker(Factorization):
     def entries(self, indices: Tensor) -> Tensor:
         """Entries ``(B,)`` at ``(B, N)``: the core times rows of the matrices."""
         self._check_indices(indices)
-        columns = indices.long().unbind(1)
-        return self._contract([nn.functional.embedding(i, v) for i, v in zip(columns, self.factors, strict=True)])
+        rows = zip(indices.long().T, self.factors, strict=True)
+        return self._contract([nn.functional.embedding(index, factor) for index, factor in rows])
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
         """Inner products ``(B,)``: the core times the vectors in the matrices' columns."""

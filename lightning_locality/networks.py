@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.contraction import RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
-from lightning_locality.tensors.mode_tree import ModeTree, node_name
+from lightning_locality.tensors.mode_tree import ModeTree
 
 
 class _Block(nn.Module):
@@ -221,7 +221,7 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         for name, value in (("outputs", outputs), ("patch", patch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.widths = per_node(widths, tree.levels, "widths", f"node {node_name(tree.interior[0])}")
+        self.widths = per_node("widths", widths, tree)
         self.groups = node_groups(tree, self.shape, self.widths, dict.fromkeys(tree.nodes, 1), outputs, shared)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

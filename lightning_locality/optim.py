@@ -294,7 +294,7 @@ class GradientFlow(_OneGroupOptimizer):
     def _parts(self, position: _Vector) -> list[tuple[Tensor, Tensor]]:
         """Every weight with its part of a position."""
         weights: list[Tensor] = self.param_groups[0]["params"]
-        parts = torch.from_numpy(position).split([weight.numel() for weight in weights])
+        parts = torch.split(torch.from_numpy(position), [weight.numel() for weight in weights])
         return list(zip(weights, parts, strict=True))
 
     @torch.no_grad()

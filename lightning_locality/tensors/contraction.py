@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
-# tensors with more entries are never formed; larger sizes count as equal when nodes are grouped
-MAX_ENTRIES = 2**32
+# entries of the largest tensor that is formed; larger sizes count as equal when nodes are grouped
+MAX_SIZE = 2**32
 # outputs by number of the group, in any collection
 Outputs = Sequence[Tensor] | Mapping[int, Tensor]
 PerNode = Mapping[Node, int]
@@ -70,6 +70,25 @@ class NodeGroup(nn.Module):
             gathered.append(joined.index_select(0, self.get_buffer(f"places_{child}")))
         return gathered
 
+    def product(self, outputs: Outputs) -> Tensor:
+        """Elementwise product over the children; unlike that of ``torch.prod``, its gradient does not divide."""
+        return reduce(torch.mul, self.gather(outputs))
+
+    def expand(self, tables: Outputs, weight: Tensor) -> Tensor:
+        r"""Form intermediate tensors :math:`U_\nu = (\bigodot_{c \in C(\nu)} U_c) W_\nu` from those of the children.
+
+        These are ``(n, D_c, R)``, with rows in depth-first order of their modes.
+        """
+        children = self.gather(tables)
+        if weight.shape[2] > 1:
+            return _khatri_rao(children) @ weight
+        # one column: a matrix product of two halves avoids the Khatri-Rao product of all children
+        sizes, half = [child.shape[1] for child in children], 1
+        while math.prod(sizes[:half]) < math.prod(sizes[half + 1 :]):
+            half += 1
+        left, right = _khatri_rao(children[:half]), _khatri_rao(children[half:])
+        return ((left * weight.mT) @ right.mT).flatten(1).unsqueeze(2)
+
     def scatter(self, values: Sequence[Tensor], outputs: dict[int, Tensor]) -> None:
         """Write values ``(n, ...)``, one per child, to the outputs of the groups that the children belong to."""
         if self.aligned:
@@ -99,7 +118,7 @@ def node_groups(
     for node in sorted(tree.nodes, key=lambda node: (tree.height(node), min(place[mode] for mode in node))):
         children = tree.children(node)
         sizes = tuple(size[child] for child in children) or (shape[node[0]],)
-        size[node] = min(math.prod(sizes), MAX_ENTRIES + 1)
+        size[node] = min(math.prod(sizes), MAX_SIZE + 1)
         columns = outputs if node == tree.root else widths[tree.parent(node)]
         rows = widths[node] if children else sizes[0]
         members.setdefault((tree.height(node), rows, columns, depths[node], sizes), []).append(node)
@@ -114,12 +133,13 @@ def node_groups(
 
 
 def per_node(
-    value: int | Sequence[int] | Mapping[Any, int], levels: Sequence[Sequence[Node]], name: str, first: str
-) -> dict[Node, int]:
+    name: str, value: int | Sequence[int] | Mapping[Any, int], tree: ModeTree, leaves: bool = False
+) -> PerNode:
     """Expand one number, numbers by level from the bottom up, or numbers by node to a number for every node.
 
-    Nodes may be written as tuples or, as in YAML, as ``"0-1"``. The argument's name and the first level are for errors.
+    The leaves are left out unless ``leaves``. Nodes may be written as tuples or, as in YAML, as ``"0-1"``.
     """
+    levels = (tree.leaves, *tree.levels) if leaves else tree.levels
     nodes = [node for level in levels for node in level]
     if isinstance(value, int):
         value = [value] * len(levels)
@@ -131,7 +151,7 @@ def per_node(
     elif len(value) != len(levels):
         raise ValueError(
             f"{name} must be one number, or one for each of the {len(levels)} levels of the tree from the bottom up, "
-            f"beginning with {first}; got {list(value)}"
+            f"beginning with {'the leaves' if leaves else f'node {node_name(nodes[0])}'}; got {list(value)}"
         )
     else:
         found = {node: number for level, number in zip(levels, value, strict=True) for node in level}
@@ -142,29 +162,9 @@ def per_node(
     return found
 
 
-def product(factors: Sequence[Tensor]) -> Tensor:
-    """Elementwise product; unlike the gradient of ``torch.prod``, its gradient does not divide."""
-    return reduce(torch.mul, factors)
-
-
 def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     """Column-wise Kronecker products ``(n, D_1 D_2 ..., R)`` of ``(n, D_c, R)``."""
     return reduce(lambda a, b: (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2), factors)
-
-
-def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
-    r"""Form the intermediate tensors :math:`U_\nu = (\bigodot_{c \in C(\nu)} U_c) W_\nu` of a group of nodes.
-
-    Those of the children are ``(n, D_c, R)``, with rows in depth-first order of their modes.
-    """
-    if weight.shape[2] > 1:
-        return _khatri_rao(children) @ weight
-    # one column: a matrix product of two halves avoids the Khatri-Rao product of all children
-    sizes, half = [child.shape[1] for child in children], 1
-    while math.prod(sizes[:half]) < math.prod(sizes[half + 1 :]):
-        half += 1
-    left, right = _khatri_rao(children[:half]), _khatri_rao(children[half:])
-    return ((left * weight.mT) @ right.mT).flatten(1).unsqueeze(2)
 
 
 @final
@@ -239,11 +239,10 @@ def contract(groups: Iterable[NodeGroup], query: EntryQuery | RankOneQuery) -> T
             operands[k], tables[k] = query.operands(group), weight
         elif tables.keys() >= set(group.sources) and query.should_materialize(group, weight):
             operands[k] = query.join(group.gather(operands), group.sizes)
-            tables[k] = expand(group.gather(tables), weight)
+            tables[k] = group.expand(tables, weight)
         else:
             for source in group.sources:
                 if source not in values:
                     values[source] = query.gather(tables[source], operands[source])
-            values[k] = product(group.gather(values)) @ weight
-    root = values[k] if k in values else query.gather(tables[k], operands[k])
-    return root[0]
+            values[k] = group.product(values) @ weight
+    return values[k][0] if k in values else query.gather(tables[k], operands[k])[0]

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.tensors.balance import balance_components
-from lightning_locality.tensors.contraction import (
-    MAX_ENTRIES,
-    EntryQuery,
-    RankOneQuery,
-    contract,
-    expand,
-    node_groups,
-    per_node,
-    product,
-)
+from lightning_locality.tensors.contraction import MAX_SIZE, EntryQuery, RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
@@ -30,8 +21,7 @@ from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 class HierarchicalTensorFactorization(Factorization):
     r"""Hierarchical tensor factorisation over a mode tree.
 
-    .. math::
-        \mathcal{W}^{(\{n\}, r)} = W^{(\{n\})}_{:, r}, \qquad
+    .. math:: \mathcal{W}^{(\{n\}, r)} = W^{(\{n\})}_{:, r}, \qquad
         \mathcal{W}^{(\nu, r)} = \sum_{r'=1}^{R_\nu} W^{(\nu)}_{r', r}
             \bigotimes_{c \in C(\nu)} \mathcal{W}^{(c, r')}, \qquad
         \mathcal{W} = \mathcal{W}^{([N], 1)}
@@ -78,8 +68,8 @@ class HierarchicalTensorFactorization(Factorization):
             got = f"got {len(self.shape)}: {self.shape}"
             raise ValueError(f"shape must have as many modes as the tree, which has {tree.order}, {got}")
         self.tree = tree
-        self.widths = per_node(widths, tree.levels, "widths", f"node {node_name(tree.interior[0])}")
-        depths = per_node(depth, (tree.leaves, *tree.levels), "depth", "the leaves")
+        self.widths = per_node("widths", widths, tree)
+        depths = per_node("depth", depth, tree, leaves=True)
         self.degree = sum(depths.values())
         self.groups = node_groups(tree, self.shape, self.widths, depths)
         self._found = {node: (group, k) for group in self.groups for k, node in enumerate(group.nodes)}
@@ -95,13 +85,13 @@ class HierarchicalTensorFactorization(Factorization):
 
     def to_tensor(self) -> Tensor:
         """The tensor, of at most 2^32 entries."""
-        if math.prod(self.shape) > MAX_ENTRIES:
+        if math.prod(self.shape) > MAX_SIZE:
             count = f"10^{sum(map(math.log10, self.shape)):.0f}"
             raise ValueError(f"shape has {count} entries, too many to store: use entries, inner, norm or log_norm")
         tables: list[Tensor] = []
         for group in self.groups:
             weight = group.weight()
-            tables.append(weight if group.leaf else expand(group.gather(tables), weight))
+            tables.append(weight if group.leaf else group.expand(tables, weight))
         walk = self.tree.traversal
         walked = tables[-1].reshape([self.shape[mode] for mode in walk])
         return walked.permute(sorted(range(self.order), key=walk.__getitem__))
@@ -126,7 +116,7 @@ class HierarchicalTensorFactorization(Factorization):
             if group.leaf:
                 gram, log = weight.mT @ weight, weight.new_zeros(len(weight))
             else:
-                gram = weight.mT @ product(group.gather(grams)) @ weight
+                gram = weight.mT @ group.product(grams) @ weight
                 log = torch.stack(group.gather(logs)).sum(0)
             # divided by the largest diagonal entry at every node: at order 4096 plain products underflow
             scale = gram.detach().diagonal(dim1=1, dim2=2).amax(1)
@@ -143,8 +133,7 @@ class HierarchicalTensorFactorization(Factorization):
             weight = group.weight().double()
             columns.append(weight.norm(dim=1))
             if not group.leaf:
-                of_group = weight.norm(dim=2) * product(group.gather(columns))
-                norms |= dict(zip(group.nodes, of_group.unbind(), strict=True))
+                norms |= dict(zip(group.nodes, weight.norm(dim=2) * group.product(columns), strict=True))
         return {node: norms[node] for node in self.tree.interior}
 
     @torch.no_grad()

@@ -64,9 +64,8 @@ class TensorTrain(Factorization):
         self.depth = per_mode("depth", depth, self.order)
         self.degree = sum(self.depth)
         widths = (1, *self.rank, 1)
-        self.chains = nn.ModuleList(
-            Chain((widths[n], size, widths[n + 1]), self.depth[n]) for n, size in enumerate(self.shape)
-        )
+        shapes = zip(widths[:-1], self.shape, widths[1:], strict=True)
+        self.chains = nn.ModuleList(map(Chain, shapes, self.depth))
         self._initialize(init, init_scale, init_of, init_mean, seed)
         self._convert(dtype, device)
 
@@ -167,18 +166,16 @@ class TensorTrain(Factorization):
 
     def _left_triangles(self) -> list[tuple[Tensor, Tensor]]:
         """For every core, the triangular factor of all cores up to it and the logarithm of its scale."""
-        triangles = []
-        triangle, scale = torch.ones((1, 1), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for core in self.factors:
-            above = triangle.to(core.device) @ core.double().flatten(1)
-            triangle, extra = _triangle(above.reshape(-1, core.shape[2]))
-            scale = scale.to(core.device) + extra
+        cores, triangles = [core.double() for core in self.factors], []
+        triangle, scale = cores[0].new_ones((1, 1)), cores[0].new_zeros(())
+        for core in cores:
+            triangle, extra = _triangle((triangle @ core.flatten(1)).reshape(-1, core.shape[2]))
+            scale = scale + extra
             triangles.append((triangle, scale))
         return triangles
 
 
 def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The triangular factor, scaled to a largest entry of 1, and the logarithm of the scale."""
-    triangle = torch.linalg.qr(matrix, mode="r")[1]
-    scaled, scale = divided(triangle)
+    scaled, scale = divided(torch.linalg.qr(matrix, mode="r")[1])
     return scaled, scale.log()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.balance import balance_cyclically, balance_neighbours
 from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf, divided, per_mode
+from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
 
 
 @final
@@ -58,9 +58,7 @@ class Tucker(Factorization):
         self.degree = 1 + sum(self.depth)
         self._slices = init == "slices"
         self.core = nn.Parameter(torch.zeros(self.rank, dtype=torch.float64))
-        self.chains = nn.ModuleList(
-            Chain((size, width), depth) for size, width, depth in zip(self.shape, self.rank, self.depth, strict=True)
-        )
+        self.chains = nn.ModuleList(map(Chain, zip(self.shape, self.rank, strict=True), self.depth))
         self._initialize(init, init_scale, init_of, init_mean, seed)
         self._convert(dtype, device)
 
@@ -107,9 +105,8 @@ class Tucker(Factorization):
                 unfolded = core.movedim(mode, 0).flatten(1)
                 columns, slices = factors[mode].norm(dim=0), unfolded.norm(dim=1)
                 squares = columns.pow(1 / depth).square(), slices.square()
-                factors[mode], unfolded, imbalance = balance_neighbours(
-                    factors[mode], unfolded, (columns[None], slices[None]), (depth, 1), squares
-                )
+                pair, norms = (factors[mode], unfolded), (columns[None], slices[None])
+                factors[mode], unfolded, imbalance = balance_neighbours(*pair, norms, (depth, 1), squares)
                 core = unfolded.reshape(-1, *(r for m, r in enumerate(self.rank) if m != mode)).movedim(0, mode)
                 largest = max(largest, imbalance)
             return largest

@@ -33,13 +33,7 @@ from lightning_locality.tensors.tucker import Tucker
 
 @final
 class RepeatedBatch:
-    """A loader that yields one batch, always the same object, ``steps`` times.
-
-    Example:
-        >>> loader = RepeatedBatch(RecoveryBatch(None, None, None), steps=3)
-        >>> len(loader), len({id(batch) for batch in loader})
-        (3, 1)
-    """
+    """A loader that yields one batch, always the same object, ``steps`` times."""
 
     def __init__(self, batch: RecoveryBatch, steps: int) -> None:
         self.batch, self.steps = batch, steps
@@ -127,7 +121,7 @@ def planted_tensor(
 ) -> Factorization:
     r"""Sample a tensor of given rank and Frobenius norm: all weights N(0, 1), then scaled by one number.
 
-    With probability one, ``rank`` is exactly the rank of the matrix, of the Tucker matricisations or of the bonds of
+    The factorisation is in float64 on the CPU, without gradients. With probability one, ``rank`` is exactly the rank of the matrix, of the Tucker matricisations or of the bonds of
     the tensor train; it bounds the CP rank; and it is the number of local components of a hierarchical tensor, which
     bounds the ranks at the children of their nodes.
 
@@ -138,14 +132,10 @@ def planted_tensor(
     Args:
         target: Format.
         shape: Sizes of the modes.
-        rank: ``matrix``, ``cp``: a number. ``tucker``: one for all modes or one each. ``tt``: likewise for the
-            bonds. ``ht``: one for all levels of interior nodes or one each, from the bottom up.
+        rank: As for :class:`TensorRecovery`.
         tree: Mode tree of ``ht``; None for the perfect binary one that merges neighbours.
         norm: Frobenius norm.
         seed: Seed of the weights.
-
-    Returns:
-        The factorisation, in float64 on the CPU, without gradients.
 
     Raises:
         ValueError: A rank that no tensor of this shape has or needs, a tree of another order, or a norm that is not
@@ -166,16 +156,12 @@ def planted_tensor(
     law: dict[str, Any] = {"init_scale": 1.0, "seed": seed, "dtype": torch.float64, "device": "cpu"}
     planted: Factorization
     match target:
-        case "matrix":
-            if order != 2:
+        case "matrix" | "cp":
+            if target == "matrix" and order != 2:
                 raise ValueError(f"shape of target 'matrix' must hold 2 sizes, got {tuple(shape)}")
             (number,) = per_mode("rank", rank, 1)
-            _check("rank", number, min(shape))
-            planted = DeepMatrix(shape, depth=2, hidden=number, **law)
-        case "cp":
-            (number,) = per_mode("rank", rank, 1)
             _check("rank", number, math.prod(shape) // max(shape))
-            planted = CP(shape, number, **law)
+            planted = CP(shape, number, **law) if target == "cp" else DeepMatrix(shape, 2, number, **law)
         case "tucker":
             ranks = per_mode("rank", rank, order)
             for mode, here in enumerate(ranks):
@@ -222,7 +208,7 @@ def _widths(tree: ModeTree, shape: Sequence[int], rank: int | Sequence[int]) -> 
 
 # 4096 entries each; those of matrices, cp and ht are the published ones
 _SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
-_SHAPE_OF_ORDER_3 = (16, 16, 16)
+_OTHER_SHAPE = (16, 16, 16)
 # entries of the largest tensor that is formed: 128 MiB in float64
 _MAX_DENSE = 2**24
 
@@ -235,13 +221,11 @@ class TensorRecovery(AbstractRecoveryDataModule):
     the test set. Sensing: inner products :math:`\langle \bigotimes_n x^n, W^* \rangle` with vectors of independent
     entries N(0, 1) / (number of entries)^(1 / 2N), which give the loss the scale that it has in completion, and as many
     new ones for the test. The target is that of :func:`planted_tensor`. Everything is determined by the arguments, up
-    to the rounding of another machine.
+    to the rounding of another machine. A tensor of more than 2^24 entries is never formed: it has no
+    :attr:`target_tensor`, and its test set in completion is no larger than the training set.
 
     The defaults are the published ones: 4096 entries (64x64, 16x16x16 or 8x8x8x8), half of them observed, rank 5,
     Frobenius norm 64.
-
-    A tensor of more than 2^24 entries is never formed: it has no :attr:`target_tensor`, and its test set in
-    completion is no larger than the training set.
 
     Source: Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks (Noam
     Razin, Asaf Maman, Nadav Cohen, 2022) and, with norm 1, Implicit Regularization in Tensor Factorization (the same,
@@ -251,8 +235,8 @@ class TensorRecovery(AbstractRecoveryDataModule):
     Args:
         target: Format in which the target has low rank.
         shape: Sizes of the modes; the default is the published one of the format (16x16x16 for ``tucker``, ``tt``).
-        rank: ``matrix``, ``cp``: a number. ``tucker``: one for all modes or one each. ``tt``: likewise for the
-            bonds. ``ht``: one for all levels of interior nodes or one each, from the bottom up.
+        rank: ``matrix``, ``cp``: a number. ``tucker``, ``tt``, ``ht``: one for all modes, bonds or levels of interior
+            nodes (from the bottom up), or one for each.
         tree: Mode tree of ``ht``, or its interior nodes; None for the perfect binary one that merges neighbours.
         norm: Frobenius norm of the target; None for the square root of the number of entries.
         task: ``completion`` or ``sensing``.
@@ -294,7 +278,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
             raise ValueError(f"task must be 'completion' or 'sensing', got {task!r}")
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a standard deviation of at least 0, got {noise}")
-        self.shape = _SHAPES.get(target, _SHAPE_OF_ORDER_3) if shape is None else tuple(shape)
+        self.shape = _SHAPES.get(target, _OTHER_SHAPE) if shape is None else tuple(shape)
         self.entries = math.prod(self.shape)
         self.task, self.noise, self.seed = task, noise, seed
         if self.entries > 1e300:
@@ -329,10 +313,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
         target = self.planted.to_tensor().contiguous() if self.entries <= _MAX_DENSE else None
         train: Observations
         test: Observations | None
-        if self.task == "completion":
-            train, test = self._complete()
-        else:
-            train, test = self._sense("train"), self._sense("test")
+        train, test = self._complete() if self.task == "completion" else (self._sense("train"), self._sense("test"))
         if self.noise:
             generator = seeded_generator(self.seed, "noise")
             noise = torch.randn(self.observations, dtype=torch.float64, generator=generator)
@@ -348,7 +329,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
             distinct = _distinct_indices(self.shape, count, generator)
         order = torch.randperm(self.entries if distinct is None else count, generator=generator)[:count]
         # in memory order, since a full batch has no order of its own
-        parts = [part.sort().values for part in (order[: self.observations], order[self.observations :])]
+        parts = [part.sort().values for part in order.split([self.observations, held])]
         if distinct is None:
             indices = [torch.stack(torch.unravel_index(part, self.shape), dim=1) for part in parts]
         else:
@@ -359,10 +340,8 @@ class TensorRecovery(AbstractRecoveryDataModule):
     def _sense(self, split: str) -> RankOneMeasurements:
         generator = seeded_generator(self.seed, "vectors", split)
         scale = self.entries ** (-0.5 / len(self.shape))
-        vectors = tuple(
-            scale * torch.randn(self.observations, size, dtype=torch.float64, generator=generator)
-            for size in self.shape
-        )
+        sizes = [(self.observations, size) for size in self.shape]
+        vectors = tuple(scale * torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes)
         return RankOneMeasurements(vectors, self.planted.inner(vectors))
 
 

@@ -31,19 +31,6 @@ def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-class _EpochOrder:
-    """The seeded order of an epoch; Lightning finds ``set_epoch`` at ``loader.sampler``."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def sample(self) -> Tensor:
-        return torch.randperm(self.size, generator=seeded_generator(self.seed, "order", self.epoch))
-
-
 @final
 class IndexLoader:
     r"""Batches of sample indices that visit every sample exactly once per epoch across all processes.
@@ -78,7 +65,7 @@ class IndexLoader:
         [8] [7]
     """
 
-    sampler: _EpochOrder
+    sampler: IndexLoader
 
     def __init__(
         self,
@@ -107,16 +94,23 @@ class IndexLoader:
                 f"{world} processes in the same number of steps: use a batch_size of at least 2 and at least "
                 f"{world} samples, or a multiple of {world} samples"
             )
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         if shuffle:
-            # only if shuffled: to overfit, the Trainer would unshuffle any loader that has a sampler
-            self.sampler = _EpochOrder(size, seed)
-        self.shuffle = shuffle
+            # where Lightning looks for set_epoch; only if shuffled: to overfit, the Trainer would unshuffle any loader
+            # that has a sampler
+            self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order comes next."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[SplitBatch]:
-        order = self.sampler.sample() if self.shuffle else torch.arange(self.size)
+        order = torch.arange(self.size)
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=seeded_generator(self.seed, "order", self.epoch))
         mine = order[self.rank :: self.world]
         if self.drop_last:
             mine = mine[: self.steps * self.batch_size]

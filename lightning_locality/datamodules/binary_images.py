@@ -49,8 +49,7 @@ class BinaryImages(AbstractRecoveryDataModule):
         epoch_length: Training steps per epoch of Lightning.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: More images than available, a label that does not occur, or equal values.
+        ValueError: Unknown source, more images than available, a label that does not occur, or equal values.
 
     Example:
         >>> train = BinaryImages(source="digits", positive=6).problem.train

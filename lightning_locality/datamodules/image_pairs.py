@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_locality.datamodules.base import Split, seeded_generator
 from lightning_locality.datamodules.source_images import AbstractSourceImages, ClassImages
 
+Box = tuple[int, int, int, int]
+
 
 class Pairs(NamedTuple):
     """Pairs of images: indices ``(N,)`` of the left and the right image, and labels ``(N,)``."""
@@ -22,9 +24,6 @@ class Pairs(NamedTuple):
     left: Tensor
     right: Tensor
     label: Tensor
-
-
-Box = tuple[int, int, int, int]
 
 
 class AbstractImagePairs(AbstractSourceImages):
@@ -54,8 +53,7 @@ class AbstractImagePairs(AbstractSourceImages):
         options: Further arguments of :class:`AbstractSourceImages`.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: The images do not fit the canvas, or a number is out of range.
+        ValueError: Unknown source, images that do not fit the canvas, or a number out of range.
     """
 
     unit = "pair"
@@ -82,14 +80,12 @@ class AbstractImagePairs(AbstractSourceImages):
         if distractors < 0:
             raise ValueError(f"distractors must be at least 0 images, got {distractors}")
         self.distractors = distractors
-        for argument, value in (("train", train), ("validation", validation), ("test", test)):
+        self.sizes: dict[Split, int] = {"train": train, "validation": validation, "test": test}
+        for argument, value in self.sizes.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1 pair, got {value}")
-        self.sizes: dict[Split, int] = {
-            "train": train,
-            "validation": test if self.validation_is_test else validation,
-            "test": test,
-        }
+        if self.validation_is_test:
+            self.sizes["validation"] = test
         if isinstance(background, str) and background not in ("mean", "black"):
             raise ValueError(f"background must be 'mean', 'black' or a number, got {background!r}")
         self.distinct, self.balanced, self.background = distinct, balanced, background
@@ -127,7 +123,9 @@ class AbstractImagePairs(AbstractSourceImages):
 
     def sample(self, split: Split) -> Tensor:
         """Sample the pairs of a split, ``(3 + distractors, N)``: left, right, distractors from left to right, label."""
-        stream, size = self.stream(split), self.size(split)
+        size = self.size(split)
+        # with validation_is_test, validation repeats the test samples
+        stream = "test" if self.part(split) == "test" else split
         labels, candidates = self.images(self.part(split)).labels, self.candidates(split)
         generator = seeded_generator(self.seed, "pairs", stream)
         left, right, label = self.sample_pairs(labels, candidates, size, generator)

@@ -21,6 +21,18 @@ from torchvision import datasets
 from lightning_locality.datamodules.base import seeded_generator
 
 Resize = Literal["bilinear", "area", "pad"]
+SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
+Part = Literal["train", "test"]
+
+# of torchvision; the path under root is one whose absence tells a missing set from a damaged one
+_TORCHVISION: dict[str, tuple[Any, str]] = {
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+    "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+    "mnist": (datasets.MNIST, "MNIST/raw"),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
+    "svhn": (datasets.SVHN, "{part}_32x32.mat"),
+}
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 class LabelledImages(NamedTuple):
@@ -72,8 +84,6 @@ def convert_channels(images: Tensor, channels: Literal[1, 3]) -> Tensor:
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split images by their labels ``(N,)`` into those kept and the same share of every class held out, ascending."""
-    if not 0 < share < 1:
-        raise ValueError(f"the share held out must be between 0 and 1, got {share}")
     kept, held = [], []
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().squeeze(1)
@@ -98,20 +108,6 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     if min(deviations) == 0:
         raise ValueError("a channel of the images is constant, its standard deviation is 0: give mean and std")
     return torch.stack(means), torch.stack(deviations)
-
-
-SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
-Part = Literal["train", "test"]
-
-# of torchvision; the path under root is one whose absence tells a missing set from a damaged one
-_TORCHVISION: dict[str, tuple[Any, str]] = {
-    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
-    "cifar100": (datasets.CIFAR100, "cifar-100-python"),
-    "mnist": (datasets.MNIST, "MNIST/raw"),
-    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
-    "svhn": (datasets.SVHN, "{part}_32x32.mat"),
-}
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 class UnknownSourceError(ValueError):

@@ -13,6 +13,9 @@ from torch import Tensor
 from lightning_locality.datamodules.image_pairs import AbstractImagePairs, Pairs
 from lightning_locality.datamodules.source_images import ClassImages
 
+Order = Literal["circle", "line"]
+Negatives = Literal["any", "same_class"]
+
 
 def sample_same_class(
     labels: Tensor,
@@ -181,9 +184,6 @@ class SameParity(AbstractLabelConditionalPairs):
         return torch.stack([pair * ~same, pair * same])
 
 
-Order = Literal["circle", "line"]
-
-
 @final
 class IsGreater(AbstractLabelConditionalPairs):
     r"""Two images at a distance; label 1 if the class number of the left one is ahead of the right one's (ours).
@@ -246,9 +246,6 @@ class IsGreater(AbstractLabelConditionalPairs):
             ahead = (steps >= 1) & (steps <= (count - 1) // 2)
         greater = ahead.to(torch.float64) / ahead.sum()
         return torch.stack([greater.T, greater])
-
-
-Negatives = Literal["any", "same_class"]
 
 
 @final

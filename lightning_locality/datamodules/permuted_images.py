@@ -20,8 +20,6 @@ def window_permutation(size: int, window: int, generator: torch.Generator) -> Te
 
     New pixel k, counted row by row, is the old pixel with number k of the result, ``(size * size,)``, int64.
     """
-    if not 1 <= window <= size:
-        raise ValueError(f"window must be from 1 to the image's {size} pixels, got {window}")
     number = torch.arange(size * size).reshape(size, size)
     moved = torch.empty_like(number)
     corners = range(0, size, window)
@@ -54,8 +52,7 @@ class PermutedImages(AbstractSourceImages):
         options: Further arguments of :class:`AbstractSourceImages`.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: A number is out of range, or (at ``setup``) exceeds the number of images.
+        ValueError: Unknown source, or a number out of range or (at ``setup``) above the number of images.
 
     Example:
         >>> data = PermutedImages(source="digits", scramble=3 / 7, image_size=8)

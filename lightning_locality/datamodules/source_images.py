@@ -26,6 +26,16 @@ from lightning_locality.datamodules.image_sets import (
     stratified_split,
 )
 
+# splits that a stage needs
+_STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+# as published; of the training images, to three digits
+_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
+
 
 class ClassImages:
     """Images ``candidates`` ``(K,)`` grouped by their ``labels`` ``(M,)``; a class is its place among ``classes``."""
@@ -61,17 +71,6 @@ class ClassImages:
     def _image(self, kind: Tensor, place: Tensor) -> Tensor:
         first = self.counts.cumsum(0) - self.counts
         return self._by_class[first[kind] + place]
-
-
-# splits that a stage needs
-_STAGES: dict[str, tuple[Split, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("test",),
-}
-# as published; of the training images, to three digits
-_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
 
 
 class AbstractSourceImages(AbstractImageDataModule):
@@ -202,10 +201,6 @@ class AbstractSourceImages(AbstractImageDataModule):
         if missing := sorted(set(self.classes) - set(known)):
             raise ValueError(f"classes {missing} are not in {self.source}, which has {known}")
         return candidates[torch.isin(labels[candidates], torch.tensor(list(self.classes)))]
-
-    def stream(self, split: Split) -> Split:
-        """Name of a split's random stream; with ``validation_is_test``, validation repeats the test samples."""
-        return "test" if self.part(split) == "test" else split
 
     def table(self, split: Split) -> Tensor:
         """The samples of a split as returned by :meth:`sample`; RuntimeError before ``setup``."""

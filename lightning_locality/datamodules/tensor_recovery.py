@@ -7,6 +7,7 @@ __all__ = ["AbstractRecoveryDataModule", "TargetFormat", "TensorRecovery", "plan
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import repeat
 from typing import Any, Literal, final, get_args
 
@@ -29,6 +30,14 @@ from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorizat
 from lightning_locality.tensors.mode_tree import ModeTree, node_name
 from lightning_locality.tensors.tensor_train import TensorTrain
 from lightning_locality.tensors.tucker import Tucker
+
+TargetFormat = Literal["matrix", "cp", "tucker", "tt", "ht"]
+
+# 4096 entries each; those of matrices, cp and ht are the published ones
+_SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
+_OTHER_SHAPE = (16, 16, 16)
+# entries of the largest tensor that is formed: 128 MiB in float64
+_MAX_DENSE = 2**24
 
 
 @final
@@ -64,19 +73,16 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
         if epoch_length < 1:
             raise ValueError(f"epoch_length must be at least 1 training step, got {epoch_length}")
         self.epoch_length = epoch_length
-        self._problem: RecoveryBatch | None = None
         self._moved: tuple[torch.device, RecoveryBatch] | None = None
 
     @abstractmethod
     def build(self) -> RecoveryBatch:
         """Build the problem on the CPU, the same one every time."""
 
-    @property
+    @cached_property
     def problem(self) -> RecoveryBatch:
         """The problem, on the CPU, built on first use."""
-        if self._problem is None:
-            self._problem = self.build()
-        return self._problem
+        return self.build()
 
     def setup(self, stage: str | None = None) -> None:
         """Build the problem, which is the same for all stages."""
@@ -108,9 +114,6 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
         return self._moved[1]
 
 
-TargetFormat = Literal["matrix", "cp", "tucker", "tt", "ht"]
-
-
 def planted_tensor(
     target: TargetFormat,
     shape: Sequence[int],
@@ -121,13 +124,12 @@ def planted_tensor(
 ) -> Factorization:
     r"""Sample a tensor of given rank and Frobenius norm: all weights N(0, 1), then scaled by one number.
 
-    The factorisation is in float64 on the CPU, without gradients. With probability one, ``rank`` is exactly the rank of the matrix, of the Tucker matricisations or of the bonds of
-    the tensor train; it bounds the CP rank; and it is the number of local components of a hierarchical tensor, which
-    bounds the ranks at the children of their nodes.
+    The factorisation is in float64 on the CPU, without gradients. With probability one, ``rank`` is exactly the rank of
+    the matrix, of the Tucker matricisations or of the bonds of the tensor train; it bounds the CP rank; and it is the
+    number of local components of a hierarchical tensor, which bounds the ranks at the children of their nodes.
 
-    Source: the laws for ``matrix`` (:math:`U V^\top`), ``cp`` and ``ht`` are those of Implicit Regularization in
-    Hierarchical Tensor Factorization and Deep Convolutional Neural Networks (Noam Razin, Asaf Maman, Nadav Cohen,
-    2022). Using the same rule for ``tucker`` and ``tt`` is ours.
+    Source: the laws for ``matrix`` (:math:`U V^\top`), ``cp`` and ``ht`` are those of the paper of 2022 named at
+    :class:`TensorRecovery`. Using the same rule for ``tucker`` and ``tt`` is ours.
 
     Args:
         target: Format.
@@ -204,13 +206,6 @@ def _widths(tree: ModeTree, shape: Sequence[int], rank: int | Sequence[int]) -> 
             sizes.append(min(entries, widths.get(child, entries)))
         _check(f"rank at node {node_name(node)}", width, math.prod(sizes) // max(sizes))
     return widths
-
-
-# 4096 entries each; those of matrices, cp and ht are the published ones
-_SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
-_OTHER_SHAPE = (16, 16, 16)
-# entries of the largest tensor that is formed: 128 MiB in float64
-_MAX_DENSE = 2**24
 
 
 @final
@@ -329,7 +324,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
             distinct = _distinct_indices(self.shape, count, generator)
         order = torch.randperm(self.entries if distinct is None else count, generator=generator)[:count]
         # in memory order, since a full batch has no order of its own
-        parts = [part.sort().values for part in order.split([self.observations, held])]
+        parts = [part.sort().values for part in (order[: self.observations], order[self.observations :])]
         if distinct is None:
             indices = [torch.stack(torch.unravel_index(part, self.shape), dim=1) for part in parts]
         else:

@@ -60,10 +60,10 @@ def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor
         top, left = (size - height) // 2, (size - width) // 2
         return functional.pad(images, (left, size - width - left, top, size - height - top))
     resized = images.new_empty((*images.shape[:2], size, size))
+    shrunk = how == "bilinear" and min(height, width) > size
     # chunks bound the memory of the float copies
     for start in range(0, len(images), 4096):
         chunk = images[start : start + 4096].to(torch.float32)
-        shrunk = how == "bilinear" and min(height, width) > size
         chunk = functional.interpolate(chunk, size=(size, size), mode=how, antialias=shrunk)
         resized[start : start + 4096] = chunk.round_().clamp_(0, 255).to(torch.uint8)
     return resized

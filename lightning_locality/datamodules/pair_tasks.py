@@ -17,83 +17,6 @@ Order = Literal["circle", "line"]
 Negatives = Literal["any", "same_class"]
 
 
-def sample_same_class(
-    labels: Tensor,
-    candidates: Tensor,
-    size: int,
-    generator: torch.Generator,
-    *,
-    distinct: bool = True,
-    balanced: bool = False,
-) -> Pairs:
-    """Sample pairs of images of the same class (label 1) or of two classes (label 0).
-
-    A positive pair: a uniform class, then two of its images. A negative pair: a uniform first class, a second class
-    uniform among the others, then an image of each. Pair i uses row i of the generator's stream, so a longer sample
-    begins with the shorter one.
-    """
-    images = ClassImages(labels, candidates)
-    number = len(images.classes)
-    if number < 2:
-        raise ValueError(f"pairs need at least 2 classes, got {images.classes.tolist()}")
-    if distinct:
-        images.require_two_images(torch.ones(number, dtype=torch.bool))
-    # columns: coin, left class, right class, left image, right image; float64 resolves every image index
-    uniform = torch.rand((size, 5), dtype=torch.float64, generator=generator).unbind(1)
-    label = _coin(uniform[0], balanced)
-    left = (uniform[1] * number).long()
-    other = (uniform[2] * (number - 1)).long()
-    other = other + (other >= left)
-    right = torch.where(label == 1, left, other)
-    return Pairs(*images.two(left, right, (uniform[3], uniform[4]), distinct), label)
-
-
-def _coin(uniform: Tensor, balanced: bool) -> Tensor:
-    """Labels ``(N,)`` from uniform numbers; if balanced, one of pairs 0 and 1, of 2 and 3, and so on is positive."""
-    label = (uniform < 0.5).long()
-    if balanced:
-        label[1::2] = 1 - label[::2][: len(label) // 2]
-    return label
-
-
-def sample_by_class_law(
-    labels: Tensor,
-    candidates: Tensor,
-    size: int,
-    generator: torch.Generator,
-    law: Tensor,
-    *,
-    distinct: bool = True,
-    balanced: bool = False,
-) -> Pairs:
-    """Sample pairs: the label by a fair coin, the two classes given the label, then a uniform image of each class.
-
-    If a class is as likely on one side under label 0 as under label 1, the image on that side is independent of the
-    label: given its class it is uniform, even if ``distinct`` forbids pairing an image with itself. Pair i uses row i
-    of the generator's stream. ``law`` is that of :meth:`AbstractLabelConditionalPairs.law`.
-    """
-    images = ClassImages(labels, candidates)
-    count = len(images.classes)
-    # written so that NaN is rejected
-    if law.shape != (2, count, count) or not ((law >= 0).all() and (law.sum((1, 2)) - 1).abs().max() < 1e-6):
-        raise ValueError(
-            f"law must be a table of probabilities of {count}x{count} classes, which sum to 1, for each of two labels; "
-            f"got shape {tuple(law.shape)}: {law.tolist()}"
-        )
-    if distinct:
-        images.require_two_images((law.diagonal(dim1=1, dim2=2) > 0).any(0))
-    # columns: coin, the two classes, left image, right image; float64 resolves every image index
-    uniform = torch.rand((size, 4), dtype=torch.float64, generator=generator).unbind(1)
-    label = _coin(uniform[0], balanced)
-    # a cell of probability 0 adds nothing to the sum and is never the first above the uniform number
-    sums = law.to(torch.float64).flatten(1).cumsum(1)
-    sums = sums / sums[:, -1:]
-    point = uniform[1].contiguous()
-    negative, positive = (torch.searchsorted(row, point, right=True) for row in sums)
-    cell = torch.where(label == 1, positive, negative)
-    return Pairs(*images.two(cell // count, cell % count, (uniform[2], uniform[3]), distinct), label)
-
-
 class AbstractLabelConditionalPairs(AbstractImagePairs):
     """A pair task defined by the law of the two classes given the label; arguments of :class:`AbstractImagePairs`."""
 
@@ -103,17 +26,42 @@ class AbstractLabelConditionalPairs(AbstractImagePairs):
 
         Args:
             classes: Class numbers in use, ascending, ``(C,)``.
-
-        Raises:
-            ValueError: The task cannot be built from these classes.
         """
 
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
-        """Sample by :func:`sample_by_class_law`."""
-        law = self.law(torch.unique(labels[candidates]))
-        return sample_by_class_law(
-            labels, candidates, size, generator, law, distinct=self.distinct, balanced=self.balanced
-        )
+        """Sample the label by a fair coin, the two classes given the label, then a uniform image of each class.
+
+        If a class is as likely on one side under label 0 as under label 1, the image on that side is independent of the
+        label: given its class it is uniform, even if ``distinct`` forbids pairing an image with itself.
+        """
+        images = ClassImages(labels, candidates)
+        law, count = self.law(images.classes), len(images.classes)
+        # written so that NaN is rejected
+        if law.shape != (2, count, count) or not ((law >= 0).all() and (law.sum((1, 2)) - 1).abs().max() < 1e-6):
+            raise ValueError(
+                f"law must be a table of probabilities of {count}x{count} classes, which sum to 1, for each of two "
+                f"labels; got shape {tuple(law.shape)}: {law.tolist()}"
+            )
+        if self.distinct:
+            images.require_two_images((law.diagonal(dim1=1, dim2=2) > 0).any(0))
+        # columns: coin, the two classes, left image, right image; float64 resolves every image index
+        uniform = torch.rand((size, 4), dtype=torch.float64, generator=generator).unbind(1)
+        label = _coin(uniform[0], self.balanced)
+        # a cell of probability 0 adds nothing to the sum and is never the first above the uniform number
+        sums = law.to(torch.float64).flatten(1).cumsum(1)
+        sums = sums / sums[:, -1:]
+        point = uniform[1].contiguous()
+        negative, positive = (torch.searchsorted(row, point, right=True) for row in sums)
+        cell = torch.where(label == 1, positive, negative)
+        return Pairs(*images.two(cell // count, cell % count, (uniform[2], uniform[3]), self.distinct), label)
+
+
+def _coin(uniform: Tensor, balanced: bool) -> Tensor:
+    """Labels ``(N,)`` from uniform numbers; if balanced, one of pairs 0 and 1, of 2 and 3, and so on is positive."""
+    label = (uniform < 0.5).long()
+    if balanced:
+        label[1::2] = 1 - label[::2][: len(label) // 2]
+    return label
 
 
 @final
@@ -130,18 +78,28 @@ class SameClass(AbstractImagePairs):
     Networks (Noam Razin, Asaf Maman, Nadav Cohen, 2022), the experiments on "Is Same Class".
 
     Example:
-        >>> data = SameClass(source="cifar10", root="data", distance=160)
-        >>> data.image_shape, data.num_classes
-        ((3, 224, 224), 2)
-        >>> data.boxes  # top, left, height, width
+        >>> SameClass(source="cifar10", root="data", distance=160).boxes  # top, left, height, width
         ((96, 0, 32, 32), (96, 192, 32, 32))
     """
 
     class_names = ("different", "same class")
 
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
-        """Sample by :func:`sample_same_class`."""
-        return sample_same_class(labels, candidates, size, generator, distinct=self.distinct, balanced=self.balanced)
+        """Sample the label by a fair coin, a uniform class, its own or a uniform other class, then an image of each."""
+        images = ClassImages(labels, candidates)
+        number = len(images.classes)
+        if number < 2:
+            raise ValueError(f"pairs need at least 2 classes, got {images.classes.tolist()}")
+        if self.distinct:
+            images.require_two_images(torch.ones(number, dtype=torch.bool))
+        # columns: coin, left class, right class, left image, right image; float64 resolves every image index
+        uniform = torch.rand((size, 5), dtype=torch.float64, generator=generator).unbind(1)
+        label = _coin(uniform[0], self.balanced)
+        left = (uniform[1] * number).long()
+        other = (uniform[2] * (number - 1)).long()
+        other = other + (other >= left)
+        right = torch.where(label == 1, left, other)
+        return Pairs(*images.two(left, right, (uniform[3], uniform[4]), self.distinct), label)
 
 
 @final
@@ -151,17 +109,14 @@ class SameParity(AbstractLabelConditionalPairs):
     Comparing the images is not enough: classes that look different may share a label. The parity of the left image is
     a fair coin and so is the label; together they fix the parity of the right one. A class is then uniform among the
     n(p) classes of its parity p. A class c therefore has probability 1 / (2 n(c mod 2)) on either side under either
-    label, whatever the classes in use: one image alone says nothing about the label.
-
-    The arguments are those of :class:`AbstractImagePairs`.
+    label, whatever the classes in use: one image alone says nothing about the label. The arguments are those of
+    :class:`AbstractImagePairs`.
 
     Raises:
         ValueError: As for :class:`AbstractImagePairs`; at ``setup``: all classes are even or all are odd.
 
     Example:
         >>> data = SameParity(source="mnist", distance=96)
-        >>> data.boxes
-        ((96, 32, 32, 32), (96, 160, 32, 32))
         >>> data.law(torch.tensor([1, 3, 4]))[1]  # both odd, or both even
         tensor([[0.1250, 0.1250, 0.0000],
                 [0.1250, 0.1250, 0.0000],
@@ -269,8 +224,7 @@ class DistantHalves(AbstractLabelConditionalPairs):
         ValueError: As for :class:`AbstractImagePairs`, or unknown ``negatives``, or an odd ``image_size``.
 
     Example:
-        >>> data = DistantHalves(source="cifar10", distance=160)
-        >>> data.boxes  # top, left, height, width
+        >>> DistantHalves(source="cifar10", distance=160).boxes  # top, left, height, width
         ((96, 16, 32, 16), (96, 192, 32, 16))
     """
 

@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -184,8 +184,9 @@ class AbstractSourceImages(AbstractImageDataModule):
     def images(self, part: Part) -> LabelledImages:
         """The source's official train or test images ``(N, C, s, s)``, uint8, and their labels."""
         if part not in self._parts:
-            shape: dict[str, Any] = {"image_size": self.image_size, "resize": self.resize, "channels": self.channels}
-            self._parts[part] = load_images(self.source, part, self.root, **shape)
+            self._parts[part] = load_images(
+                self.source, part, self.root, image_size=self.image_size, resize=self.resize, channels=self.channels
+            )
         return self._parts[part]
 
     def candidates(self, split: Split) -> Tensor:

@@ -244,11 +244,9 @@ class TensorRecovery(AbstractRecoveryDataModule):
         ValueError: More observations than entries, a tree of another order, or ranks, sizes or numbers out of range.
 
     Example:
-        >>> problem = TensorRecovery(target="matrix", seed=0).problem
-        >>> problem.train.indices.shape, problem.test.indices.shape
-        (torch.Size([2048, 2]), torch.Size([2048, 2]))
-        >>> round(problem.target.norm().item(), 10), torch.linalg.matrix_rank(problem.target).item()
-        (64.0, 5)
+        >>> target = TensorRecovery(target="matrix", seed=0).target_tensor
+        >>> target.shape, round(target.norm().item(), 10), torch.linalg.matrix_rank(target).item()
+        (torch.Size([64, 64]), 64.0, 5)
     """
 
     def __init__(

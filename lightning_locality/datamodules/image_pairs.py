@@ -38,7 +38,8 @@ class AbstractImagePairs(AbstractSourceImages):
     independent of the pair, of its label and of the other distractors (ours).
 
     Args:
-        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractSourceImages`.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
+            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         distance: Pixels between the inner edges of the two images.
         train: Number of training pairs.

@@ -43,7 +43,8 @@ class PermutedImages(AbstractSourceImages):
     splits and channels.
 
     Args:
-        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractSourceImages`.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
+            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         scramble: 0 (unchanged images) to 1 (no locality left).
         train: Number of training images, a random choice; all by default.

@@ -1,4 +1,4 @@
-"""Speed and memory of the Pathfinder pictures, beside a straightforward twin that draws one at a time.
+"""Speed and memory of the Pathfinder pictures, compared with a straightforward twin that draws one at a time.
 
     python benchmarks/pathfinder.py                          # milliseconds per picture on one core
     python benchmarks/pathfinder.py --memory 100000          # also peak memory while that many are written
@@ -23,16 +23,15 @@ from typing import Any
 
 import numpy as np
 import PIL
+from joblib import cpu_count
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pathfinder_twin import SlowPicture
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import place
-from lightning_locality.datamodules.pathfinder.rendering import draw, pictures
-from lightning_locality.datamodules.pathfinder.store import ImageFile, draw_in_order, usable_cores
-
-AT_ONCE = 128
+from lightning_locality.datamodules.pathfinder.placement import pictures, place
+from lightning_locality.datamodules.pathfinder.rendering import render
+from lightning_locality.datamodules.pathfinder.store import AT_ONCE, PictureStore
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
@@ -56,7 +55,7 @@ def speed(length: int, batches: int, twins: int) -> dict[str, Any]:
         index = range(number * AT_ONCE, (number + 1) * AT_ONCE)
         placements = []
         placing.append(milliseconds(lambda i=index, p=placements: p.append(place(curves, 0, 0, i))) / AT_ONCE)  # type: ignore[misc]
-        drawing.append(milliseconds(lambda p=placements: draw(curves, p[0])) / AT_ONCE)  # type: ignore[misc]
+        drawing.append(milliseconds(lambda p=placements: render(curves, *p[0][1:])) / AT_ONCE)  # type: ignore[misc]
         images: list[Any] = []
         whole.append(milliseconds(lambda i=index, p=images: p.append(pictures(curves, 0, "train", i))) / AT_ONCE)  # type: ignore[misc]
         if number < twins:
@@ -79,15 +78,15 @@ def speed(length: int, batches: int, twins: int) -> dict[str, Any]:
 def memory(count: int) -> dict[str, Any]:
     curves = PathfinderCurves()
     with tempfile.TemporaryDirectory() as folder:
-        file = ImageFile(Path(folder) / "pictures.json", curves.parameters(), (count, curves.size, curves.size))
+        store = PictureStore(Path(folder), curves, 0, "train", count)
         before, start = peak_memory(), time.perf_counter()
-        file.write(draw_in_order(curves, 0, "train", count, workers=1))
+        store.generate(workers=1)
         written, wall = peak_memory(), time.perf_counter() - start
         start = time.perf_counter()
-        file.load()
+        size = store.load().images.size
         return {
             "pictures": count,
-            "file_mb": round(file.bytes / 1e6),
+            "file_mb": round(size / 1e6),
             "peak_mb_before": round(before),
             "peak_mb_after": round(written),
             "write_seconds_one_worker": round(wall, 1),
@@ -111,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/pathfinder.py", *sys.argv[1:]]),
-        "hardware": {"processor": processor(), "cores": usable_cores(), "load": round(os.getloadavg()[0], 2)},
+        "hardware": {"processor": processor(), "cores": cpu_count(), "load": round(os.getloadavg()[0], 2)},
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "pillow": PIL.__version__},
         "unit": "ms of processor time per finished 150x150 picture, one core, one process",
     }

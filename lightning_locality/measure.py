@@ -97,7 +97,7 @@ def rank(
         float64: Evaluate networks in float64.
         accelerator: Where to measure; auto uses a GPU if there is one.
         devices: Number of devices that share the measurements; the numbers do not depend on it.
-        chunk: Images per call of the network; the default is as many as memory allows.
+        chunk: Images per call of the network, halved when memory runs out; the default depends on their size.
     """
     # all options: nothing else is local yet
     settings = SimpleNamespace(**locals())
@@ -115,7 +115,7 @@ def rank(
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     missing = [one for one in plan if one.result() is None]
     try:
-        _run(missing, workers, chunk, torch.float64 if float64 else None, console)
+        _measure_all(missing, workers, chunk, torch.float64 if float64 else None, console)
     except KeyboardInterrupt:
         done = sum(one.result() is not None for one in plan)
         where = f"{done} of {len(plan)} measurements are done and kept in {folder / 'parts'}"
@@ -178,7 +178,7 @@ def _devices(accelerator: str, count: int) -> list[torch.device]:
     return [torch.device("cuda", number) for number in range(count)]
 
 
-def _run(
+def _measure_all(
     missing: Sequence[Measurement],
     devices: Sequence[torch.device],
     chunk: int | None,
@@ -209,7 +209,7 @@ def _run(
                 raise CancelledError
             progress.update(own, completed=done, total=total)
 
-        own, started = progress.add_task(f"{one.label}: {one.name}"), time.monotonic()
+        own, started = progress.add_task(f"{one.label}: {one.name}", total=None), time.monotonic()
         # devices have weights of their own
         model = (copy.deepcopy(one.model) if len(devices) > 1 else one.model).to(device)
         try:

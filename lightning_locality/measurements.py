@@ -32,7 +32,7 @@ from lightning_locality.ranks.nodes import node_spectra
 from lightning_locality.ranks.profile import interaction_profile
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.results import read_settings
-from lightning_locality.tasks.classification import Classification, refuse_other_model
+from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree, node_name
 
@@ -107,8 +107,8 @@ def load_run(path: Path) -> TrainedRun:
     # torch raises a different type for every way in which a file can be something else
     except Exception as error:
         raise ValueError(
-            f"--checkpoint {path}: not a checkpoint with a state_dict that can be read safely "
-            f"({str(error).splitlines()[0][:100]}); pass a last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
+            f"--checkpoint {path}: not a checkpoint with a state_dict that can be read safely ({error!r:.100}); pass a "
+            f"last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
         ) from error
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
@@ -118,7 +118,7 @@ def load_run(path: Path) -> TrainedRun:
             module, data = _build(config, given)
             _attach(module, data, stored.get("hyper_parameters", {}))
         module.on_load_checkpoint(stored)
-        refuse_other_model(module, weights)
+        check_state_dict(module, weights)
     except ValueError as error:
         raise ValueError(f"--checkpoint {path}: {error}") from error
     finally:

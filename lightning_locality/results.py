@@ -237,7 +237,7 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
     if "finished" in frame:
         values = values.where(frame["finished"])
     groups = frame[list(keys)].assign(value=values).groupby(list(keys), sort=False, dropna=False)["value"]
-    table = groups.agg(
+    table: pd.DataFrame = groups.agg(  # type: ignore[assignment]
         mean=lambda own: own.mean(),
         std=lambda own: own.std(ddof=0) if own.count() > 1 else np.nan,
         sem=lambda own: own.sem(),

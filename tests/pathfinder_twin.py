@@ -123,13 +123,16 @@ class SlowPicture:
             )
             for a in arc.tolist()
         }
-        wide = round_dilation(np.pad(mask, 40, constant_values=255), curves.margin)
+        reach = radius + curves.margin
+        top, left = joint[0] + 40 - reach, joint[1] + 40 - reach
+        around = np.pad(mask, 40, constant_values=255)[top : top + 2 * reach + 1, left : left + 2 * reach + 1]
+        wide = round_dilation(around, curves.margin)
         choices, weights = [], []
         for down, right in sorted(steps):
             angle = math.atan2(down, right)
             turn = min(abs(angle - heading), 2 * math.pi - abs(angle - heading))
             straight = math.cos(min(turn * curves.continuity, math.pi / 2)) ** 2
-            free = 255 - int(wide[joint[0] + down + 40, joint[1] + right + 40])
+            free = 255 - int(wide[reach + down, reach + right])
             choices.append(((joint[0] + down, joint[1] + right), angle))
             weights.append(free * round(straight * 65536))
         total = sum(weights)
@@ -201,12 +204,12 @@ class SlowPicture:
         for _ in range(16):
             down, right = divmod(self.below(side * side), side)
             start = (curves.padding + down, curves.padding + right)
-            if self.has_room(mask, start, heading):
+            if self.has_room(mask, [start], heading):
                 break
             start = None
         if start is None:
             inner = range(curves.padding, curves.window - curves.padding)
-            free = [(y, x) for y in inner for x in inner if self.has_room(mask, (y, x), heading)]
+            free = self.has_room(mask, [(y, x) for y in inner for x in inner], heading)
             if not free:
                 return None
             start = free[self.below(len(free))]
@@ -222,14 +225,13 @@ class SlowPicture:
             dashes.append((end, back(heading)))
         return dashes
 
-    def has_room(self, mask: Array, spot: Spot, angle: float) -> bool:
-        if mask[spot] > 0.3 * 255:
-            return False
+    def has_room(self, mask: Array, spots: list[Spot], angle: float) -> list[Spot]:
+        """Those of the places where a curve has room to start."""
         small = stamp(self.curves, angle)[1]
-        half = small.shape[0] // 2
+        half, whole = small.shape[0] // 2, small == 255
         padded = np.pad(mask, half, constant_values=255)
-        window = padded[spot[0] : spot[0] + 2 * half + 1, spot[1] : spot[1] + 2 * half + 1]
-        return bool((window[small == 255] <= 0.3 * 255).all())
+        cut = lambda spot: padded[spot[0] : spot[0] + 2 * half + 1, spot[1] : spot[1] + 2 * half + 1]
+        return [s for s in spots if mask[s] <= 0.3 * 255 and (cut(s)[whole] <= 0.3 * 255).all()]
 
 
 def back(angle: float) -> float:

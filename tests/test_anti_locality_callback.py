@@ -15,9 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_locality.callbacks.anti_locality import AntiLocalityCallback
-from lightning_locality.regularizer.anti_locality import AntiLocality
-from lightning_locality.regularizer.patches import UniformPatches
+from lightning_locality import AntiLocality, AntiLocalityCallback, UniformPatches
 
 WEIGHT = 2.0
 
@@ -92,9 +90,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-@pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize(
+    ("accumulate", "clip", "update"),
+    [(1, None, True), (1, 0.3, False), (2, None, False), (2, 0.3, True), (4, None, True), (4, 0.3, False)],
+)
 def test_equals_the_term_in_the_loss(accumulate: int, clip: float | None, update: bool) -> None:
     # 22 samples in batches of 4: a smaller last batch, and for 4 a window of 2 batches at the end
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
@@ -160,19 +159,16 @@ def test_batches_of_other_forms() -> None:
     assert difference(reference, own) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("batch", "got"),
-    [
+def test_unknown_batches_ask_for_a_function() -> None:
+    callback = AntiLocalityCallback(new_penalty(), WEIGHT)
+    for batch, got in (
         ({"pixels": torch.zeros(2), "y": torch.zeros(2)}, r"batch \(\['pixels', 'y'\]\)"),
         (torch.zeros(2), r"batch \(Tensor\)"),
         ((torch.zeros(2),), r"batch \(tuple\)"),
         (("a", "b"), r"batch \(tuple\)"),
-    ],
-)
-def test_unknown_batches_ask_for_a_function(batch: Any, got: str) -> None:
-    callback = AntiLocalityCallback(new_penalty(), WEIGHT)
-    with pytest.raises(ValueError, match=got + ".*pass batch="):
-        callback.on_train_batch_start(Trainer.__new__(Trainer), Anybodys(), batch, 0)
+    ):
+        with pytest.raises(ValueError, match=got + ".*pass batch="):
+            callback.on_train_batch_start(Trainer.__new__(Trainer), Anybodys(), batch, 0)
 
 
 def test_frozen_and_unused_parameters_are_left_alone() -> None:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_locality.runner import run
 from lightning_locality.sweep_file import SweepFile
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DIGITS = ("--data.source=digits", "--data.train=8", "--data.validation=8", "--data.test=8", "--data.batch_size=2")
-CURVES = ("--data.train=4", "--data.validation=2", "--data.test=2", "--data.batch_size=2", "--data.workers=1")
+# R is measured by the quick start
+UNMEASURED = ("--model.measured_batches=0",)
+DIGITS = (
+    *UNMEASURED,
+    "--data.source=digits",
+    "--data.train=8",
+    "--data.validation=8",
+    "--data.test=8",
+    "--data.batch_size=2",
+)
+CURVES = (
+    *UNMEASURED,
+    "--data.train=4",
+    "--data.validation=2",
+    "--data.test=2",
+    "--data.batch_size=2",
+    "--data.workers=1",
+)
+UNTESTED = ("--test_after_fit=no",)
 QUICK = ("--data.batch_size=4",)
 CASES = {
     "same_class": (["same_class.yaml"], DIGITS),
@@ -67,8 +87,17 @@ RECOVERY = {
 SWEEP_OPTIONS = {
     "binary_images": BITS,
     "binary_images_small": BITS,
-    **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), DIGITS),
-    **dict.fromkeys(("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"), CURVES),
+    **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), (*DIGITS, *UNTESTED)),
+    **dict.fromkeys(
+        ("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"), (*CURVES, *UNTESTED)
+    ),
+    **dict.fromkeys(
+        (
+            *("quickstart", "quickstart_seeds", "quickstart_slurm", "quickstart_smoke"),
+            *("same_class_small", "same_class_small_resnet34", "same_class_comparisons_small"),
+        ),
+        (*QUICK, *UNTESTED),
+    ),
 }
 # needs a GPU: parsed here, run by the test marked gpu
 PARSED_ONLY = {"overlays/gpu.yaml"}
@@ -124,20 +153,43 @@ def test_gpu_overlay_parses(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "precision: bf16-mixed" in capsys.readouterr().out
 
 
+def kind(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Configurations and options of a run, without the options whose value is a number."""
+    files = [str(Path(one.partition("=")[2]).resolve()) for one in arguments if one.startswith("--config=")]
+    others = [one for one in arguments if not re.match(r"--(config|run_dir|labels)=|.*=-?[\d.e+-]+$", one)]
+    return (*files, *others)
+
+
+COVERED = {
+    kind(["fit", *(f"--config={CONFIGS / file}" for file in files)])
+    for files in [*(files for files, _ in CASES.values()), *([f"recovery/{name}.yaml"] for name in RECOVERY)]
+}
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_sweep_runs_are_known_to_the_command_line(path: Path, tmp_path: Path) -> None:
-    runs = SweepFile.read(path, tmp_path).runs()
+def test_sweep_runs_are_known_to_the_command_line(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run, and one of every variant: a batch, unless another has run one with other numbers; then parsed."""
     if "comparisons" in path.stem:
         pytest.importorskip("timm")
-    seen = set()
-    for one in runs:
-        if one.labels["variant"] in seen:
-            continue
-        seen.add(one.labels["variant"])
-        options = list(SWEEP_OPTIONS.get(path.stem, ()))
-        if "pathfinder" in path.stem:
-            options.append(f"--data.root={tmp_path}")
-        assert run([*one.arguments, *options, "--trainer.fast_dev_run=1"]).trainer.global_step == 1
+    options = [*SWEEP_OPTIONS.get(path.stem, ()), "--trainer.fast_dev_run=1"]
+    if "pathfinder" in path.stem:
+        options.append(f"--data.root={tmp_path}")
+    base = yaml.safe_load(path.read_text()).get("base")
+    run_elsewhere = SweepFile.read(path.parent / base).runs() if base else ()
+    covered = COVERED | {kind(one.arguments) for one in run_elsewhere}
+    # reversed, so that the first run of a variant is the one kept
+    variants = {one.labels["variant"]: one.arguments for one in reversed(SweepFile.read(path, tmp_path).runs())}
+    for number, arguments in enumerate(reversed(variants.values())):
+        if number == 0 or kind(arguments) not in covered:
+            covered.add(kind(arguments))
+            assert run([*arguments, *options]).trainer.global_step == 1
+        else:
+            with pytest.raises(SystemExit) as stop:
+                run([*arguments, *options, "--print_config"])
+            assert stop.value.code == 0
+            capsys.readouterr()
 
 
 def test_every_file_is_covered() -> None:
@@ -150,7 +202,7 @@ def test_every_file_is_covered() -> None:
 
 @pytest.mark.images
 def test_same_class_as_published_on_cifar10(image_root: Path) -> None:
-    options = (f"--data.root={image_root}", "--data.batch_size=4", "--data.download=false")
+    options = (f"--data.root={image_root}", "--data.batch_size=2", "--data.download=false", *UNMEASURED, *UNTESTED)
     cli = run(fast(["same_class.yaml", "overlays/anti_locality.yaml"], options, image_root))
     assert cli.datamodule.image_shape == (3, 224, 224)
     assert cli.trainer.global_step == 1

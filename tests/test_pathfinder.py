@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
 
-from lightning_locality.datamodules.pathfinder.module import Pathfinder, make_pathfinder
+from lightning_locality import Pathfinder
+from lightning_locality.cli import main
+from lightning_locality.datamodules.pathfinder import make_pathfinder
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.rendering import pictures
+from lightning_locality.datamodules.pathfinder.placement import pictures
 
 LENGTHS = (3, 5, 7, 9)
 SMALL = PathfinderCurves(path_length=3, window=160, size=80, padding=15, seed_distance=20, distractors=4)
@@ -41,11 +45,36 @@ def test_batches(module: Pathfinder, device: torch.device) -> None:
 
 
 def test_stages_load_what_they_need(module: Pathfinder) -> None:
-    module.file("test").path.unlink()
+    shutil.rmtree(module.store("test").folder)
     module.setup("fit")
     module.setup("validate")
     with pytest.raises(FileNotFoundError, match="call prepare_data"):
         module.setup("test")
+
+
+def test_the_message_names_the_command_that_makes_the_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Pathfinder(train=3, validation=2, test=4, seed=5, root=tmp_path / "some folder", curves=SMALL)
+    with pytest.raises(
+        FileNotFoundError, match=r"does not exist; call prepare_data\(\) before setup\(\), or"
+    ) as raised:
+        module.setup()
+    command = shlex.split(str(raised.value).partition("or run: ")[2])
+    assert command[0] == "lightning-locality"
+    folder = module.store("test").folder
+    folder.parent.mkdir(parents=True)
+    folder.with_name(f"{folder.name}.json").write_text("a sidecar of version 0.1")
+    with caplog.at_level(logging.INFO):
+        main(command[1:])
+    assert caplog.text.count("has the format of version 0.1, which is no longer read") == 1
+    module.setup()
+    assert module.compose("test", torch.arange(4))[0].shape == (4, 1, 80, 80)
+    shutil.rmtree(folder)
+    with pytest.raises(
+        FileNotFoundError, match=r"\(.*\.json has the format of version 0\.1, which.*or run: lightning-"
+    ):
+        Pathfinder(train=3, validation=2, test=4, seed=5, root=tmp_path / "some folder", curves=SMALL).setup()
 
 
 def test_validation_is_test(tmp_path: Path) -> None:
@@ -55,7 +84,7 @@ def test_validation_is_test(tmp_path: Path) -> None:
     assert module.size("validation") == 6
     index = torch.arange(6)
     assert torch.equal(module.compose("validation", index)[0], module.compose("test", index)[0])
-    assert len(list((tmp_path / "pathfinder").glob("*.json"))) == 2
+    assert len(list((tmp_path / "pathfinder").iterdir())) == 2
 
 
 def test_trainer_runs(module: Pathfinder) -> None:
@@ -89,52 +118,50 @@ def test_trainer_runs(module: Pathfinder) -> None:
     assert [shape[0] for shape in shapes] == [8] * 5 + [8, 2] + [8, 8, 4]
 
 
-def test_damaged_file_is_reported_and_drawn_again(module: Pathfinder, caplog: pytest.LogCaptureFixture) -> None:
-    file = module.file("test")
-    before = file.load().images.copy()
-    (data,) = file.path.parent.glob("*-test-*.npy")
+def test_damaged_folder_is_reported_and_generated_again(module: Pathfinder, caplog: pytest.LogCaptureFixture) -> None:
+    store = module.store("test")
+    before = store.load().images.copy()
+    data = store.folder / "images.npy"
     data.write_bytes(data.read_bytes()[:-7])
     with caplog.at_level(logging.WARNING):
         module.prepare_data()
-    assert "altered or cut short" in caplog.text
-    assert np.array_equal(file.load().images, before)
+    assert "altered or truncated" in caplog.text
+    assert np.array_equal(store.load().images, before)
     caplog.clear()
     module.prepare_data()
     assert not caplog.text
 
 
 def test_more_training_images_leave_the_rest(tmp_path: Path) -> None:
-    paths = [make_pathfinder(3, n, 4, 6, root=tmp_path, curves=SMALL) for n in (5, 9)]
-    assert paths[0]["test"] == paths[1]["test"]
-    assert paths[0]["train"] != paths[1]["train"]
-    few, more = (Pathfinder(train=n, test=6, root=tmp_path, curves=SMALL).file("train").load().images for n in (5, 9))
-    assert np.array_equal(few, more[:5])
+    few, more = (make_pathfinder(3, n, 4, 6, root=tmp_path, curves=SMALL) for n in (5, 9))
+    assert few["test"] == more["test"]
+    assert few["train"] != more["train"]
+    assert np.array_equal(np.load(few["train"] / "images.npy"), np.load(more["train"] / "images.npy")[:5])
 
 
-def test_parameters_have_files_of_their_own() -> None:
-    plain = {Pathfinder(path_length=length, seed=seed).file("train").path for length in LENGTHS for seed in (0, 1)}
+def test_parameters_have_folders_of_their_own() -> None:
+    plain = {Pathfinder(path_length=length, seed=seed).store("train").folder for length in LENGTHS for seed in (0, 1)}
     for field in dataclasses.fields(PathfinderCurves):
         value = getattr(PathfinderCurves(), field.name)
         other = {"window": 450, "size": 100, "distractors": 7, "distractor_length": 2, "balanced": True}.get(
             field.name, 8 if value is None else value * 0.9 if isinstance(value, float) else value + 1
         )
-        plain.add(Pathfinder(curves=dataclasses.replace(PathfinderCurves(), **{field.name: other})).file("train").path)
+        plain.add(
+            Pathfinder(curves=dataclasses.replace(PathfinderCurves(), **{field.name: other})).store("train").folder
+        )
     assert len(plain) == 8 + len(dataclasses.fields(PathfinderCurves))
     assert Pathfinder(path_length=5, curves=SMALL).curves == dataclasses.replace(SMALL, path_length=5)
     assert Pathfinder(curves=SMALL).curves == SMALL
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
+def test_wrong_module() -> None:
+    for wrong, message in (
         ({"train": 0}, "train must be a number of pictures"),
         ({"validation": 1.5}, "validation must be a number of pictures"),
         ({"seed": -1}, "seed must be between 0"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"path_length": 0}, "path_length must be an integer of at least 2"),
-    ],
-)
-def test_wrong_module(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Pathfinder(**wrong)
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pathfinder(**wrong)

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_locality.regularizer.anti_locality import AbsoluteCosine, AntiLocality, input_gradient_change
-from lightning_locality.regularizer.patches import (
-    AbstractPatches,
-    Box,
+from lightning_locality import (
+    AntiLocality,
     ContentPatches,
     FarField,
     GivenPatches,
     RandomPatches,
     UniformPatches,
+    input_gradient_change,
 )
+from lightning_locality.regularizer import AbstractPatches
+from lightning_locality.regularizer.anti_locality import AbsoluteCosine
+from lightning_locality.regularizer.patches import Box
 
 I, J = (0, 1, 3, 4), (5, 6, 4, 3)
 
@@ -499,9 +501,8 @@ class FullyShardedDataParallel(nn.Sequential):
     """By name what torch's is."""
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_wrong_input_of_the_function() -> None:
+    for changes, message in (
         ({"box_i": (0, 0, 3, 12)}, "box_i: .* not a box inside an image of 10 x 11"),
         ({"box_j": (-1, 0, 2, 2)}, "box_j: .* not a box inside"),
         ({"box_i": (0, 0, 0, 2)}, "not a box inside"),
@@ -523,11 +524,9 @@ class FullyShardedDataParallel(nn.Sequential):
         ({"model": nn.Sequential(nn.SyncBatchNorm(2), Residual(1))}, "SyncBatchNorm has no second derivative"),
         ({"model": FullyShardedDataParallel(Residual(1))}, "FSDP cannot be differentiated twice: use DDP"),
         ({"model": Residual(1).half()}, "float16 overflows.*bf16"),
-    ],
-)
-def test_wrong_input_of_the_function(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(**changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**changes)
 
 
 def test_wrong_input_of_the_module() -> None:

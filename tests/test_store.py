@@ -4,233 +4,225 @@ import errno
 import hashlib
 import json
 import os
+import resource
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lightning_locality.datamodules.pathfinder.store import CorruptFileError, ImageFile
+from lightning_locality.datamodules.pathfinder import store as module
+from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
+from lightning_locality.datamodules.pathfinder.placement import pictures
+from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
 
-Chunk = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-SHAPE = (10, 6, 7)
-
-
-def content(seed: int = 0) -> Chunk:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, SHAPE, dtype=np.uint8), rng.integers(0, 2, SHAPE[0], dtype=np.uint8)
+TINY = PathfinderCurves(2, 96, 32, padding=6, seed_distance=13, paddle_length=4, margin=2, distractors=1)
+COUNT = 10
 
 
-def chunks(seed: int = 0, size: int = 4) -> Iterator[Chunk]:
-    images, labels = content(seed)
-    for start in range(0, len(images), size):
-        yield images[start : start + size], labels[start : start + size]
+def new_store(folder: Path, seed: int = 0) -> PictureStore:
+    return PictureStore(folder, TINY, seed, "train", COUNT)
 
 
-def stored(folder: Path, seed: int = 0, **parameters: Any) -> ImageFile:
-    file = ImageFile(folder / "some-set.json", parameters or {"a": 1}, SHAPE)
-    file.write(chunks(seed))
-    return file
+def stored(folder: Path, seed: int = 0) -> PictureStore:
+    store = new_store(folder, seed)
+    store.generate(workers=1)
+    return store
 
 
-def data_of(file: ImageFile) -> Path:
-    (data,) = file.path.parent.glob("some-set.*.npy")
-    return data
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    file = stored(tmp_path / "new" / "folder")
-    images, labels = content()
-    read = file.load()
-    assert np.array_equal(read.images, images)
-    assert np.array_equal(read.labels, labels)
-    assert isinstance(read.images.base, np.memmap) or isinstance(read.images, np.memmap)
+def test_what_is_written_is_read_by_the_package_and_by_numpy(tmp_path: Path) -> None:
+    store = stored(tmp_path / "new" / "folder", seed=3)
+    images, labels = pictures(TINY, 3, "train", range(COUNT))
+    read = store.load()
+    assert isinstance(read.images, np.memmap)
     assert read.mean == pytest.approx(images.mean() / 255, rel=1e-12)
     assert read.std == pytest.approx(images.std() / 255, rel=1e-12)
+    for name, mine, expected in (("images", read.images, images), ("labels", read.labels, labels)):
+        assert np.array_equal(mine, expected)
+        plain = np.load(store.folder / f"{name}.npy", mmap_mode="r")
+        assert plain.dtype == np.uint8
+        assert np.array_equal(plain, expected)
+    header = json.loads((store.folder / "pathfinder.json").read_text())
+    assert (header["seed"], header["split"], header["shape"]) == (3, "train", [COUNT, 32, 32])
+    assert header["parameters"] == TINY.parameters() | {"process": 1}
+    for name, digest in header["sha256"].items():
+        assert digest == hashlib.sha256((store.folder / name).read_bytes()).hexdigest()
 
 
-def test_sidecar_tells_what_the_data_are(tmp_path: Path) -> None:
-    file = ImageFile(tmp_path / "some-set.json", {"length": 9, "seed": 3}, SHAPE)
-    file.write(chunks())
-    header = json.loads(file.path.read_text())
-    assert header["parameters"] == {"length": 9, "seed": 3}
-    assert header["shape"] == list(SHAPE)
-    assert header["sha256"] == hashlib.sha256(data_of(file).read_bytes()).hexdigest()
-    assert np.load(data_of(file)).shape == (10 * 6 * 7 + 10,)
+def children() -> list[str]:
+    """Command lines of the processes that this one has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append((path / "cmdline").read_text())
+        except (OSError, ValueError):
+            continue
+    return [command for command in found if "popen_loky" in command]
 
 
-def test_bytes_do_not_depend_on_chunks(tmp_path: Path) -> None:
-    first, second = (ImageFile(tmp_path / name / "some-set.json", {}, SHAPE) for name in "ab")
-    first.write(chunks(size=3))
-    second.write(chunks(size=10))
-    assert data_of(first).read_bytes() == data_of(second).read_bytes()
-    assert first.path.read_bytes() == second.path.read_bytes()
+def test_processes_do_not_matter_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = stored(tmp_path / "one")
+    monkeypatch.setattr(module, "AT_ONCE", 3)
+    several = new_store(tmp_path / "several")
+    several.generate(workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "several")
+    assert not children()
+    with pytest.raises(KeyError, match="no split"):
+        replace(several, root=tmp_path / "none", split="no split").generate(workers=2)
+    assert not contents(tmp_path / "none")
+    assert not children()
+    assert one.load().images.shape == (COUNT, 32, 32)
 
 
-@pytest.mark.parametrize("position", [0, 60, 200, -1])
-def test_altered_byte(tmp_path: Path, position: int) -> None:
-    file = stored(tmp_path)
-    file.load()
-    data = bytearray(data_of(file).read_bytes())
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
     data[position] ^= 1
-    data_of(file).write_bytes(data)
-    with pytest.raises(CorruptFileError, match="altered or cut short"):
-        file.load()
+    path.write_bytes(data)
 
 
-def test_truncated_and_lengthened(tmp_path: Path) -> None:
-    file = stored(tmp_path)
-    data = data_of(file).read_bytes()
-    for other in (data[:-1], data[:100], b"", data + b"\0"):
-        data_of(file).write_bytes(other)
-        with pytest.raises(CorruptFileError, match="altered or cut short"):
-            file.load()
-    data_of(file).unlink()
-    with pytest.raises(CorruptFileError, match="lost its data file"):
-        file.load()
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_altered_sidecar(tmp_path: Path) -> None:
-    file = stored(tmp_path)
-    text = file.path.read_text()
-    mean = f'"mean": {json.loads(text)["mean"]}'
-    altered = [text.replace(mean, '"mean": 0.5'), text[:50], "", "[]", "{}", "\ud7ff", text.replace(".npy", "")]
-    for other in altered:
-        assert other != text
-        file.path.write_text(other)
-        with pytest.raises(CorruptFileError, match="some-set"):
-            file.load()
-    file.path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CorruptFileError, match="cannot be read"):
-        file.load()
-    file.path.write_text(text)
-    file.load()
+CUT = "that was altered or truncated"
+DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
+    *(("images.npy", lambda path, at=at: flip(path, at), CUT) for at in (0, 60, 200, -1)),
+    ("labels.npy", lambda path: flip(path, -1), CUT),
+    ("images.npy", lambda path: path.write_bytes(path.read_bytes()[:-1]), CUT),
+    ("images.npy", lambda path: path.write_bytes(path.read_bytes() + b"\0"), CUT),
+    ("labels.npy", lambda path: path.write_bytes(b""), CUT),
+    ("images.npy", Path.unlink, "has lost images.npy"),
+    ("labels.npy", Path.unlink, "has lost labels.npy"),
+    *(
+        ("pathfinder.json", lambda path, text=text: path.write_bytes(text), "cannot be read")
+        for text in (b"", b"{", b"[]", b"{}", b"\xff\xfe\x00")
+    ),
+    ("pathfinder.json", lambda path: edit(path, mean="?"), "cannot be read"),
+    ("pathfinder.json", lambda path: edit(path, sha256={}), CUT),
+    ("pathfinder.json", lambda path: edit(path, seed=1), r"was made with other parameters \(seed\)"),
+    ("pathfinder.json", lambda path: edit(path, shape=[COUNT, 16, 64]), r"other parameters \(shape\)"),
+    ("pathfinder.json", lambda path: edit(path, parameters={}), r"other parameters \(parameters\)"),
+    ("pathfinder.json", lambda path: edit(path, format=3), "has format 3, this version of the package reads 2"),
+]
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
+    sound = stored(tmp_path / "sound")
+    expected = contents(tmp_path / "sound")
+    for number, (name, damage, message) in enumerate(DAMAGES):
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "sound", root)
+        store = new_store(root)
+        store.load()
+        damage(store.folder / name)
+        with pytest.raises(CorruptStoreError, match=rf"length2-train-seed0-10-\w+ .*{message}.*; delete it, or let"):
+            store.load()
+        store.generate(workers=1)
+        assert contents(root) == expected
+    (sound.folder / "pathfinder.json").unlink()
     with pytest.raises(FileNotFoundError):
-        ImageFile(tmp_path / "none.json", {}, SHAPE).load()
+        sound.load()
+    sound.generate(workers=1)
+    assert contents(tmp_path / "sound") == expected
 
 
-def test_other_parameters_shape_and_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = stored(tmp_path)
-    for other in (ImageFile(file.path, {"a": 2}, SHAPE), ImageFile(file.path, {"a": 1}, (5, 12, 7))):
-        with pytest.raises(CorruptFileError, match="other parameters"):
-            other.load()
-    monkeypatch.setattr("lightning_locality.datamodules.pathfinder.store.FORMAT", 2)
-    with pytest.raises(CorruptFileError, match="format 1"):
-        file.load()
+def test_readers_are_not_disturbed_by_a_repair(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    mapped = store.load().images
+    (store.folder / "labels.npy").unlink()
+    store.generate(workers=1)
+    assert np.array_equal(mapped, store.load().images)
 
 
-class FullDisk:
-    """Raises ENOSPC at the n-th call of a function."""
+@pytest.mark.parametrize("function", ["numpy.save", "pathlib.Path.write_text", "pathlib.Path.rename"])
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    stored(tmp_path, seed=1)
+    kept = contents(tmp_path)
 
-    def __init__(self, function: Any, call: int) -> None:
-        self.function, self.left = function, call
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.function(*args, **kwargs)
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize(("function", "call"), [("fsync", 0), ("fsync", 1), ("replace", 0), ("replace", 1)])
-def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, function: str, call: int) -> None:
-    if before:
-        old = stored(tmp_path, seed=1)
-    kept = names(tmp_path)
-    monkeypatch.setattr(os, function, FullDisk(getattr(os, function), call))
-    with pytest.raises(OSError, match=r"some-set\.json could not be written .*no space left") as raised:
+    monkeypatch.setattr(function, full)
+    message = r"train-seed2.* could not be written \(0 MB needed\): no space left on the disk; nothing was left behind"
+    with pytest.raises(OSError, match=message) as raised:
         stored(tmp_path, seed=2)
     assert raised.value.errno == errno.ENOSPC
-    assert names(tmp_path) == kept
-    if before:
-        assert np.array_equal(old.load().images, content(1)[0])
+    assert contents(tmp_path) == kept
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(errno.ENOSPC, "full")])
-def test_interrupted_write(tmp_path: Path, error: type[BaseException] | BaseException) -> None:
-    def broken() -> Iterator[Chunk]:
-        yield from list(chunks())[:2]
-        raise error
-
-    old = stored(tmp_path, seed=1)
-    kept = names(tmp_path)
-    with pytest.raises(error if isinstance(error, type) else OSError):
-        old.write(broken())
-    assert names(tmp_path) == kept
-    assert np.array_equal(old.load().images, content(1)[0])
+def test_pictures_that_exceed_the_limit_of_a_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written .*File too large"):
+            stored(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_write_to_a_full_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, mode="r": opened(Path("/dev/full"), mode.replace("x", "w")))
-    with pytest.raises(OSError, match="no space left"):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    write, calls = module._write_pictures, iter(range(9))
+
+    def broken(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise error
+        return write(*args)
+
+    monkeypatch.setattr(module, "AT_ONCE", 3)
+    monkeypatch.setattr(module, "_write_pictures", broken)
+    with pytest.raises(error):
         stored(tmp_path)
-    assert names(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
-def test_rewritten_after_damage_and_older_data_removed(tmp_path: Path) -> None:
-    file = stored(tmp_path, seed=1)
-    mapped = file.load().images
-    data_of(file).rename(tmp_path / "some-set.0123456789ab.npy")
-    with pytest.raises(CorruptFileError):
-        file.load()
-    file.write(chunks(2))
-    assert np.array_equal(file.load().images, content(2)[0])
-    assert len(names(tmp_path)) == 2
-    assert np.array_equal(mapped, content(1)[0])  # a reader of the old file is not disturbed
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_writers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    expected = contents(stored(tmp_path / "alone").folder)
+    store = new_store(tmp_path / "both")
+    if damaged:
+        store.generate(workers=1)
+        flip(store.folder / "images.npy", -1)
+    barrier, install, errors = threading.Barrier(2), PictureStore._install, []
 
+    def in_step(self: PictureStore, part: Path) -> None:
+        barrier.wait()
+        install(self, part)
 
-def test_two_writers_at_once(tmp_path: Path) -> None:
-    file = ImageFile(tmp_path / "some-set.json", {}, SHAPE)
-    barrier = threading.Barrier(2)
+    def run() -> None:
+        try:
+            store.generate(workers=1)
+            assert contents(store.folder) == expected
+        except BaseException as error:
+            errors.append(error)
 
-    def in_step() -> Iterator[Chunk]:
-        for chunk in chunks():
-            barrier.wait()
-            yield chunk
-
-    threads = [threading.Thread(target=lambda: file.write(in_step())) for _ in range(2)]
+    monkeypatch.setattr(PictureStore, "_install", in_step)
+    threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert np.array_equal(file.load().images, content()[0])
-    assert len(names(tmp_path)) == 2
+    assert not errors
+    assert os.listdir(tmp_path / "both") == [store.folder.name]
 
 
 def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
-    old, fresh = tmp_path / ".some-set.aaaa.part", tmp_path / ".some-set.bbbb.part"
+    store = new_store(tmp_path)
+    old, fresh = (tmp_path / f".{store.folder.name}.{token}.part" for token in ("aaaa", "bbbb"))
     for path in (old, fresh):
-        path.write_bytes(b"half")
+        path.mkdir()
+        (path / "images.npy").write_bytes(b"half")
     os.utime(old, (0, 0))
-    stored(tmp_path)
+    store.generate(workers=1)
     assert not old.exists()
     assert fresh.exists()  # may belong to a process that is still writing
-
-
-def test_wrong_chunks_and_arguments(tmp_path: Path) -> None:
-    file = ImageFile(tmp_path / "some-set.json", {}, SHAPE)
-    images, labels = content()
-    for wrong in ([(images[:4], labels[:4])], [(images, labels), (images, labels)], []):
-        with pytest.raises(ValueError, match=r"is for 10 images|need at least one"):
-            file.write(wrong)
-    with pytest.raises(ValueError, match="chunks must be bytes"):
-        file.write([(images.astype(float), labels)])
-    with pytest.raises(ValueError, match="chunks must be bytes"):
-        file.write([(images, labels[:3])])
-    assert names(tmp_path) == []
-    with pytest.raises(ValueError, match=r"end in \.json"):
-        ImageFile(tmp_path / "x.npy", {}, SHAPE)
-    with pytest.raises(ValueError, match="shape"):
-        ImageFile(tmp_path / "x.json", {}, (0, 6, 7))

@@ -1,4 +1,4 @@
-"""The anti-locality term for any LightningModule, without a change to it."""
+"""The anti-locality term for any unmodified LightningModule."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _KEYS = (("image", "label"), ("x", "y"))
 
 @final
 class AntiLocalityCallback(Callback):
-    r"""Adds ``weight * R`` to the loss of any LightningModule that is trained by automatic optimisation.
+    r"""Add ``weight * R`` to the loss of any LightningModule trained by automatic optimisation.
 
-    After every backward pass, the gradient of ``weight * penalty(module, x, y)`` is added to that of the loss:
-    divided by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes under DDP, and
-    clipped with it. The module is called as ``module(x)``. Training goes the same way as with the term inside the
-    loss, for one forward more. The value is logged as ``train/regularizer``.
+    After every backward pass the gradient of ``weight * penalty(module, x, y)`` is added to that of the loss: divided
+    by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes under DDP, and clipped
+    with it. The module is called as ``module(x)``. Training is the same as with the term inside the loss, at the cost
+    of one more forward pass. The value is logged as ``train/regularizer``.
 
     Args:
-        penalty: The term; its draws are kept in the checkpoint.
+        penalty: The term; its random state is kept in the checkpoint.
         weight: Weight of the term, 0 or more; nothing is computed at 0.
-        every_n_batches: The term is added at every n-th batch of an epoch only, from the first; its weight there is
-            ``weight`` itself, not n times that.
-        batch: Gives images ``(B, C, H, W)`` and labels ``(B,)`` or None of a batch; None: a batch is a tuple or list
-            that begins with both, or a mapping with "image" and "label" or "x" and "y".
+        every_n_batches: Add the term only at every n-th batch of an epoch, starting with the first; its weight there
+            is ``weight``, not n times that.
+        batch: Function that extracts images ``(B, C, H, W)`` and labels ``(B,)`` or None from a batch; None: a batch
+            is a tuple or list that begins with both, or a mapping with "image" and "label" or "x" and "y".
 
     Raises:
         ValueError: Negative weight, a batch of unknown form, a model with SyncBatchNorm.
-        MisconfigurationException: Manual optimisation, float16 precision, FSDP, DeepSpeed and other strategies than
-            one device or DDP.
+        MisconfigurationException: Manual optimisation, float16 precision, FSDP, DeepSpeed, or any strategy other than
+            a single device or DDP.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class AntiLocalityCallback(Callback):
         self._images: tuple[Tensor, Tensor | None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers of draws so far."""
+        """State of the penalty's random numbers."""
         return {"penalty": self.penalty.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the draws where the checkpoint was."""
+        """Continue with the random numbers of the checkpoint."""
         self.penalty.load_state_dict(state_dict["penalty"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be differentiated twice, or not from outside."""
+        """Reject what cannot be differentiated twice, or not from outside the module."""
         if stage != "fit" or self.weight == 0:
             return
         known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
@@ -78,17 +78,16 @@ class AntiLocalityCallback(Callback):
                 f"AntiLocalityCallback adds to the gradient of automatic optimisation, and {type(pl_module).__name__} "
                 "optimises by itself: add weight * penalty(self, x, y) to the loss in its training_step"
             )
-        precision = str(trainer.precision)
-        if precision.startswith("16"):
+        if str(trainer.precision).startswith("16"):
             raise MisconfigurationException(
-                f"precision={precision!r}: float16 overflows in the second derivatives; use 'bf16-mixed' or '32-true'"
+                f"precision={trainer.precision!r}: float16 overflows in double backward; use 'bf16-mixed' or '32-true'"
             )
-        _refuse_synchronized(pl_module)
+        _reject_sync_batch_norm(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look again: DDP has converted the normalisations by now if ``sync_batchnorm`` is set."""
+        """Check again: with ``sync_batchnorm`` DDP has converted the normalisations by now."""
         if self.weight > 0:
-            _refuse_synchronized(pl_module)
+            _reject_sync_batch_norm(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the images and labels of the batch."""
@@ -103,22 +102,20 @@ class AntiLocalityCallback(Callback):
         with trainer.precision_plugin.forward_context():
             value = self.penalty(pl_module, x, y)
             term = value * (self.weight / trainer.accumulate_grad_batches)
-        parameters = [p for p in pl_module.parameters() if p.requires_grad]
-        _add(trainer, parameters, torch.autograd.grad(term, parameters, allow_unused=True))
-        several = trainer.world_size > 1
-        pl_module.log(
-            "train/regularizer", value.detach(), on_step=False, on_epoch=True, batch_size=len(x), sync_dist=several
-        )
+        _add_gradient(trainer, [p for p in pl_module.parameters() if p.requires_grad], term)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": trainer.world_size > 1}
+        pl_module.log("train/regularizer", value.detach(), batch_size=len(x), **options)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let the batch go."""
+        """Release the batch."""
         self._images = None
 
 
-def _add(trainer: Trainer, parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> None:
-    """Add gradients to those of the loss, averaged over the processes first, in one message."""
+def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor) -> None:
+    """Add the gradient of the term to that of the loss, first averaged over the processes in a single message."""
+    gradients = torch.autograd.grad(term, parameters, allow_unused=True)
     used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     summands = [gradient for _, gradient in used]
     if trainer.world_size > 1 and used:
@@ -134,21 +131,19 @@ def _add(trainer: Trainer, parameters: list[nn.Parameter], gradients: tuple[Tens
                 parameter.grad.add_(gradient)
 
 
-def _refuse_synchronized(module: nn.Module) -> None:
+def _reject_sync_batch_norm(module: nn.Module) -> None:
     if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
         raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d and Trainer(sync_batchnorm=False)")
 
 
 def _images(batch: Any) -> tuple[Tensor, Tensor | None]:
-    pair: tuple[Any, Any] | None = None
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        pair = (batch[0], batch[1])
-    elif isinstance(batch, Mapping):
+    pair: Any = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) >= 2 else None
+    if isinstance(batch, Mapping):
         pair = next(((batch[x], batch[y]) for x, y in _KEYS if x in batch and y in batch), None)
     if pair is None or not all(isinstance(part, Tensor) for part in pair):
         form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             f"batch ({form}) is neither (images, labels, ...) nor a mapping with 'image' and 'label' or 'x' and 'y': "
-            "pass batch=, a function that gives images (B, C, H, W) and labels (B,) or None"
+            "pass batch=, a function that returns images (B, C, H, W) and labels (B,) or None"
         )
-    return pair
+    return pair[0], pair[1]

@@ -1,4 +1,4 @@
-"""When to stop: the published rule, and at the end of a time slot."""
+"""Stopping rules: once the training data are fitted, and at the end of a time slot."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from pytorch_lightning.utilities import rank_zero_info
 
 
 class StopOnceFitted(Callback):
-    """Stop once a training metric has held a value for a number of checks in a row.
+    """Stop once a training metric has reached a value in a number of consecutive epochs.
 
-    The rule of *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
-    Networks* (Razin, Maman, Cohen, 2022; from the authors' code): stop when the training accuracy has been 1
-    for 21 epochs.
+    The rule of "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
+    (Razin, Maman, Cohen, 2022; from the authors' code): training accuracy 1 for 21 epochs.
 
     Args:
-        monitor: Logged metric to watch, checked at the end of every training epoch.
-        threshold: Value that counts as fitted (at least this).
+        monitor: Logged metric, checked at the end of every training epoch.
+        threshold: The least value that counts as fitted.
         checks: Consecutive checks at or above the threshold.
 
     Raises:
@@ -30,32 +29,28 @@ class StopOnceFitted(Callback):
     def __init__(self, monitor: str = "train/accuracy", threshold: float = 1.0, checks: int = 21) -> None:
         if checks < 1:
             raise ValueError(f"checks must be at least 1, got {checks}")
-        self.monitor, self.threshold, self.checks = monitor, threshold, checks
-        self.count = 0
+        self.monitor, self.threshold, self.checks, self.count = monitor, threshold, checks, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was killed after its last epoch has none to go."""
+        """Stop at once if the run was killed after its last epoch."""
         if self.count >= self.checks:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count, and stop where the count is reached."""
+        """Count, and stop once the count is reached."""
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             raise ValueError(
-                f"StopOnceFitted watches {self.monitor!r}, which is not logged; logged are "
-                f"{sorted(trainer.callback_metrics)}"
+                f"monitor={self.monitor!r}, which is not logged; logged are {sorted(trainer.callback_metrics)}"
             )
         self.count = self.count + 1 if float(value) >= self.threshold else 0
         if self.count >= self.checks:
             trainer.should_stop = True
-            rank_zero_info(
-                f"stopped after epoch {trainer.current_epoch}: {self.monitor} has been at least "
-                f"{self.threshold:g} for {self.checks} checks"
-            )
+            reached = f"{self.monitor} has been at least {self.threshold:g} for {self.checks} checks"
+            rank_zero_info(f"stopped after epoch {trainer.current_epoch}: {reached}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The count so far, so that a resumed run stops where an uninterrupted one would."""
+        """The count so far, so that a resumed run stops when an uninterrupted one would."""
         return {"count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -64,11 +59,11 @@ class StopOnceFitted(Callback):
 
 
 class StopAfter(Callback):
-    """Stop at the end of the first epoch after which the time is up, to be continued with ``--ckpt_path last``.
+    """Stop at the end of the first epoch after which the time is up, to be resumed with ``--ckpt_path last``.
 
-    Unlike Lightning's Timer it counts the time of this process alone, so that a run can be spread over
-    several slots of the same length, and it never stops within an epoch, which would make the continuation
-    inexact. A run it has stopped is unfinished: it is not tested and leaves no summary.
+    Unlike Lightning's Timer it counts the time of this process only, so that a run can be spread over several slots of
+    the same length, and it never stops within an epoch, which would make the resumed run inexact. A run that it has
+    stopped is unfinished: it is not tested and writes no summary.
 
     Args:
         seconds: Time after the start of training.
@@ -80,9 +75,7 @@ class StopAfter(Callback):
     def __init__(self, seconds: float) -> None:
         if not seconds > 0:
             raise ValueError(f"seconds must be positive, got {seconds}")
-        self.seconds = seconds
-        self.stopped = False
-        self._start = 0.0
+        self.seconds, self.stopped, self._start = seconds, False, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

@@ -1,5 +1,13 @@
 """Figures of runs: each kind is a function of runs that returns a figure and the numbers in it."""
 
-import lazy_loader
+import lazy_loader  # type: ignore[import-untyped]
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+# on first use: seaborn takes most of a second to import
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "comparison": ["accuracy", "depth", "observations", "rank", "xy"],
+        "recovery": ["components", "curve_summary", "dynamics", "growth", "norm", "value"],
+        "training": ["accuracy_curves", "example_inputs", "training_curves"],
+    },
+)

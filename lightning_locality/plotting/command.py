@@ -18,12 +18,10 @@ from rich.table import Table
 
 from lightning_locality import plotting
 from lightning_locality.plotting.recovery import read_curves
-from lightning_locality.plotting.style import save_figure, shown
+from lightning_locality.plotting.style import Drawn, save_figure, shown
 from lightning_locality.results import COUNTS, atomic_write, find_column, nearest, ordered, read_runs
 
-Kind = Callable[..., tuple[Figure, pd.DataFrame]]
-
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Callable[..., Drawn]] = {
     name: getattr(plotting, name)
     for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations", "growth")
 }
@@ -46,9 +44,9 @@ def draw_figure(args: Sequence[str]) -> None:
         ValueError: No such file or column, nothing left to draw, or a file that must not be overwritten.
         SystemExit: With status 2 and a message if an option is wrong.
     """
-    options = _parser().parse_args(_gather(args)).as_dict()
-    kind = options.pop("subcommand")
-    options = options[kind]
+    given = _parser().parse_args(_gather(args)).as_dict()
+    kind = given["subcommand"]
+    options = given[kind]
     paths = [Path(path) for path in options.pop("runs")]
     out, where, title = options.pop("out"), options.pop("where", None), options.pop("title")
     notes: list[str] = []
@@ -58,7 +56,7 @@ def draw_figure(args: Sequence[str]) -> None:
         runs = select(read_runs(paths), where or [])
         if names := list(runs["run"][~runs["finished"]]):
             listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{_counted(len(names))} not finished and left out: {listed}")
+            notes.append(f"{len(names)} run{'s' if len(names) > 1 else ''} not finished and left out: {listed}")
     figure, numbers = KINDS[kind](runs, **options)
     if title:
         figure.suptitle(title, fontsize=9)
@@ -194,7 +192,7 @@ def _gather(args: Sequence[str]) -> list[str]:
 
     Example:
         >>> _gather(["xy", "runs", "--group", "a", "b", "--points", "--labels", "weight=w"])
-        ['xy', 'runs', '--group=["a", "b"]', '--points=true', '--labels={"weight": "w"}']
+        ['xy', 'runs', '--points=true', '--group=["a", "b"]', '--labels={"weight": "w"}']
     """
     # those of xy are accuracy's as well
     kinds = [KINDS[name] for name in ("xy", *args[:1]) if name in KINDS]
@@ -240,19 +238,10 @@ def _print(numbers: pd.DataFrame, notes: Sequence[str]) -> None:
         table.add_column(str(name), justify="left" if rows[name].map(lambda v: isinstance(v, str)).any() else "right")
     for row in rows.itertuples(index=False):
         table.add_row(*("-" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-    _print_wide(table)
     console = Console()
+    # without a terminal rich would wrap the table at 80 columns
+    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
     if len(numbers) > _PRINTED:
         console.print(f"and {len(numbers) - _PRINTED} more rows")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
-
-
-def _print_wide(table: Table) -> None:
-    # without a terminal rich would wrap the table at 80 columns
-    console = Console()
-    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
-
-
-def _counted(number: int) -> str:
-    return f"{number} run{'s' if number > 1 else ''}"

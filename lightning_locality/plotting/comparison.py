@@ -146,9 +146,7 @@ def xy(
             below = number + grid.shape[1] >= len(titles)
             axes.tick_params(labelbottom=below)
             axes.set(xlabel=texts["x"] if below else "", ylabel="" if number % grid.shape[1] else texts["y"])
-        if along in log or across in log:
-            kept = {"x": along if "x" in log else "", "y": across if "y" in log else ""}
-            grid[0, 0].set(**{f"{axis}scale": "log" for axis in kept.values() if axis})
+        grid[0, 0].set(**{f"{axis}scale": "log" for name, axis in (("x", along), ("y", across)) if name in log})
         if numeric:
             _tick_places(grid[0, 0], sorted(set(drawn["x"])), labels, "x" in log)
         legend_below(figure, _column(groups[0], labels) if len(groups) == 1 and groups[0] != "variant" else None)

@@ -16,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, finished, line_style, shown
 from lightning_locality.results import find_column, history, nearest, read_settings
@@ -188,7 +189,7 @@ def components(
     x: Literal["iteration", "time"] = "iteration",
     width: Width = "text",
 ) -> Drawn:
-    """What grows and the reconstruction error: :func:`dynamics` without the loss, ``groups`` for ``magnitudes``."""
+    """What grows and the reconstruction error against the iteration: dynamics without the loss."""
     return dynamics(runs, groups, top, x, loss=False, width=width)
 
 
@@ -354,6 +355,19 @@ def _problem(run: Path) -> _Problem | None:
     return data["z"], data["z_prime"], data["eps"], data["rows"] > 2
 
 
+def lower_bound(losses: NDArray[Any], z: float, z_prime: float, eps: float, larger: bool) -> NDArray[Any]:
+    """Return the lower bound of the unobserved entry of ``UnboundedCompletion``, NaN where there is none.
+
+    The formula, with its derivation, of :func:`lightning_locality.datamodules.unbounded.lower_bound`.
+    """
+    off = np.sqrt(2 * losses)
+    off = np.where(off < 1, off, np.nan) if larger else off
+    through = off**2 / (2 * (1 - off)) if larger else 0.0
+    off = off + through
+    bound = (abs(z) - off) * (abs(z_prime) - off) / (abs(eps) + off) - through
+    return np.where((off < min(abs(z), abs(z_prime))) & (bound > 0), bound, np.nan)
+
+
 def _draw_values(
     axes: Axes,
     runs: Mapping[str, Sequence[pd.DataFrame]],
@@ -372,19 +386,15 @@ def _draw_values(
             axes.plot(rows[_LOSS], rows[column].abs(), label=None if number else label, linewidth=1.0, **style)
             losses += rows[_LOSS][rows[_LOSS] > 0].tolist()
         # the runs of a label with several problems share no bound
-        if len(problems[label]) == 1 and (problem := next(iter(problems[label]))) is not None:
-            bounds[problem] = style["color"]
+        if len(problems[label]) == 1 and (own_problem := next(iter(problems[label]))) is not None:
+            bounds[own_problem] = style["color"]
     low, high = axes.get_ylim()
     if losses and bounds:
-        # here, because the data modules load Lightning
-        from lightning_locality.datamodules.unbounded import lower_bound
-
         shared = len(set().union(*problems.values())) == 1
-        for (*arguments, larger), color in bounds.items():
+        for problem, color in bounds.items():
             at = np.geomspace(min(losses), max(losses), 400)
-            bound = np.array([lower_bound(float(loss), *arguments, larger=larger) for loss in at])
             color = "black" if shared else color
-            axes.plot(at, np.where(bound > 0, bound, np.nan), color=color, linewidth=0.8, linestyle=":")
+            axes.plot(at, lower_bound(at, *problem), color=color, linewidth=0.8, linestyle=":")
         axes.plot([], [], color="black" if shared else "0.4", linewidth=0.8, linestyle=":", label="lower bound")
     # the bound starts at zero, far below the runs
     axes.set_ylim(low, high)
@@ -418,11 +428,12 @@ def read_curves(paths: Sequence[Path]) -> pd.DataFrame:
 
 def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
     """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
-    groups = curves.groupby(CURVES[:4], sort=False)
-    fitted = groups[["size", "rate"]].apply(lambda own: np.polyfit(*np.log(own.to_numpy().T.copy()), 1)[0])
-    table: pd.DataFrame = fitted.rename("fitted").reset_index()
-    table.insert(4, "predicted", [predicted(*case) for case in table[CURVES[:3]].to_numpy().tolist()])
-    return table
+    rows = []
+    case: Any
+    for case, own in curves.groupby(CURVES[:4], sort=False):
+        size, rate = (np.log(own[name].to_numpy(copy=True)) for name in ("size", "rate"))
+        rows.append([*case, predicted(*case[:3]), np.polyfit(size, rate, 1)[0]])
+    return pd.DataFrame(rows, columns=[*CURVES[:4], "predicted", "fitted"])
 
 
 def predicted(order: int, matrices: int, quantity: str) -> float:

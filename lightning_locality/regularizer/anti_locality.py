@@ -1,11 +1,11 @@
-"""The anti-locality regulariser: input gradients at one patch must depend on what another patch shows.
+"""The anti-locality regulariser: input gradients at one patch must depend on the content of another patch.
 
 Legend: B batch, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
-__all__ = ["AbsoluteCosine", "AntiLocality", "frozen_statistics", "input_gradient_change"]
+__all__ = ["AntiLocality", "input_gradient_change"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,10 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
 from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
 
+Model = Callable[[Tensor], Any]
+Output = Callable[[Any, Tensor | None], Tensor]
+
 
 @contextmanager
-def frozen_statistics(model: Callable[..., Any]) -> Iterator[None]:
-    """Batch normalisations inside neither update their running statistics nor count the batch."""
+def _frozen_statistics(model: Model) -> Iterator[None]:
+    """Keep batch normalisations from updating their running statistics and from counting the batch."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     # in train mode this flag is read for the update alone, whatever the momentum
     tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
@@ -40,10 +43,10 @@ def frozen_statistics(model: Callable[..., Any]) -> Iterator[None]:
 
 @final
 class AbsoluteCosine(Function):
-    """Absolute cosine ``(B,)`` of two gradients ``(B, C, H, W)`` on a mask; 0 with zero gradient where one vanishes.
+    """Absolute cosine ``(B,)`` of two gradients ``(B, C, H, W)`` on a mask; 0 with zero gradient if one vanishes.
 
-    Each gradient is divided by its largest entry first, so that the value is right down to denormal numbers. Its
-    own gradient, which grows as one over their size, is set to zero before it could overflow (1e-31 in float32).
+    Each gradient is first divided by its largest entry, so that the value is accurate down to denormal numbers. The
+    gradient of the cosine grows as one over their norm and is set to zero before it can overflow (1e-31 in float32).
 
     >>> u, v = torch.tensor([3e-40, 4e-40]), torch.tensor([4e20, 3e20])
     >>> AbsoluteCosine.apply(u.reshape(1, 1, 1, 2), v.reshape(1, 1, 1, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool))
@@ -52,7 +55,7 @@ class AbsoluteCosine(Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Cosines ``(B,)`` of ``u`` and ``v`` ``(B, C, H, W)`` on ``mask`` ``(1 or B, 1, H, W)``."""
+        """Absolute cosines ``(B,)`` of ``u`` and ``v`` ``(B, C, H, W)`` on ``mask`` ``(1 or B, 1, H, W)``."""
         unit_u, norm_u, zero_u = _normalized(u, mask)
         unit_v, norm_v, zero_v = _normalized(v, mask)
         cosine = (unit_u * unit_v).sum((1, 2, 3), keepdim=True).masked_fill(zero_u | zero_v, 0.0)
@@ -62,7 +65,7 @@ class AbsoluteCosine(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients by ``u`` and ``v``."""
+        """Gradients with respect to ``u`` and ``v``."""
         u, v, mask, norm_u, norm_v, cosine = ctx.saved_tensors
         (unit_u, _, _), (unit_v, _, _) = _normalized(u, mask), _normalized(v, mask)
         number = torch.finfo(cosine.dtype)
@@ -75,7 +78,7 @@ class AbsoluteCosine(Function):
 
 
 def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked and divided by its norm, the norm, and where that is zero; in float32 at least."""
+    """Masked ``u`` divided by its norm, the norm, and whether it is zero; in float32 or more."""
     masked = u.to(torch.promote_types(u.dtype, torch.float32)) * mask
     largest = masked.abs().amax((1, 2, 3), keepdim=True)
     zero = largest == 0
@@ -84,12 +87,8 @@ def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return masked / norm.masked_fill(zero, 1.0), norm * largest, zero
 
 
-Model = Callable[[Tensor], Any]
-Output = Callable[[Any, Tensor | None], Tensor]
-
-
 def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
-    """What is differentiated, summed over the batch."""
+    """The scores to differentiate, summed over the batch."""
     if output is not None:
         return output(out, y).sum()
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -105,7 +104,7 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
         raise ValueError(
             f"y must be the labels of the {shape[1]} classes, integers ({batch},), got {got}; or pass output="
         )
-    # on other devices this would wait for them, and gather itself stops there
+    # on other devices this would synchronise, and gather raises an error itself
     if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]:
         raise ValueError(
             f"y must lie in 0..{out.shape[1] - 1}, the model's outputs, got {int(y.min())}..{int(y.max())}"
@@ -118,16 +117,14 @@ def _check_images(x: Tensor) -> None:
         raise ValueError(f"x must be floating-point images (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether calls go through torch.compile: wrapped, compiled in place, or unpacked by Lightning."""
-    names = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
-    return any(getattr(module, name, None) is not None for name in names)
+# a compiled module has one of these: wrapped, compiled in place, or unwrapped by Lightning
+_COMPILED = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
 
 
 def _check_differentiable_twice(model: Model, x: Tensor) -> None:
     _check_images(x)
     if not torch.is_grad_enabled():
-        raise RuntimeError("gradients are switched off here, so there is nothing to train; use measure(model, x, y)")
+        raise RuntimeError("gradients are disabled here, so there is nothing to train; use measure(model, x, y)")
     device = x.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
     for module in model.modules() if isinstance(model, nn.Module) else ():
@@ -135,10 +132,10 @@ def _check_differentiable_twice(model: Model, x: Tensor) -> None:
             raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
         if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
             raise ValueError("FSDP cannot be differentiated twice: use DDP")
-        if _is_compiled(module):
+        if any(getattr(module, name, None) is not None for name in _COMPILED):
             raise ValueError(
                 f"{type(module).__name__} is compiled and cannot be differentiated twice: give the penalty the module "
-                "as it was before torch.compile, with the same weights, and the compiled one to the loss alone"
+                "from before torch.compile, with the same weights, and use the compiled one for the loss alone"
             )
         half = half or any(parameter.dtype is torch.float16 for parameter in module.parameters(recurse=False))
     if half or x.dtype is torch.float16:
@@ -148,9 +145,9 @@ def _check_differentiable_twice(model: Model, x: Tensor) -> None:
 def _input_gradient(
     model: Model, x: Tensor, y: Tensor | None, output: Output | None, *, fast: bool, create_graph: bool, ours: bool
 ) -> tuple[Any, Tensor]:
-    """Output, and gradient of its summed score by ``x``: a leaf that nobody else reads (ours), or the caller's."""
+    """The output, and the gradient of its summed score with respect to ``x``: a leaf read only here (ours), or not."""
     mode = FastDoubleBackward(x if ours else None)
-    # of torch's attentions only the plain one can be differentiated twice
+    # only torch's plain attention can be differentiated twice
     attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
     with attention, mode if fast and create_graph else nullcontext():
         out = model(x)
@@ -171,16 +168,16 @@ def _with_output(
     update_statistics: tuple[bool, bool],
     create_graph: bool = True,
 ) -> tuple[Any, Tensor]:
-    """The model's output on ``x`` and the mean absolute cosine, with the statistics updated by each pass or not."""
-    # a view keeps the way back to what made x
+    """The model's output on ``x`` and the mean absolute cosine; ``update_statistics`` of the passes on x and on x'."""
+    # a view keeps the graph behind x
     ours = not (create_graph and x.requires_grad)
     first = x.detach().requires_grad_() if ours else x.view_as(x)
     with torch.no_grad():
-        # out=: in the memory format of x
+        # out=: keeps the memory format of x
         second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
-    with nullcontext() if update_statistics[0] else frozen_statistics(model):
+    with nullcontext() if update_statistics[0] else _frozen_statistics(model):
         out, u = _input_gradient(model, first, y, output, fast=fast, create_graph=create_graph, ours=ours)
-    with nullcontext() if update_statistics[1] else frozen_statistics(model):
+    with nullcontext() if update_statistics[1] else _frozen_statistics(model):
         _, v = _input_gradient(model, second, y, output, fast=fast, create_graph=create_graph, ours=True)
     return out, AbsoluteCosine.apply(u, v, pair.i).mean()
 
@@ -215,28 +212,29 @@ def input_gradient_change(
     update_statistics: bool = True,
     fast: bool = True,
 ) -> Tensor:
-    r"""How little the input gradient at one patch depends on another patch: 1 not at all, lower is more.
+    r"""Similarity of the input gradients at patch I before and after patch J is replaced: 1 unchanged, lower changed.
 
     ``R = mean_b |cos(grad_{x_I} f(x_b), grad_{x_I} f(x'_b))|``, with ``x'_b`` the sample ``x_b`` whose patch J is
     taken from its donor, and f the logit of ``(B,)`` or ``(B, 1)`` outputs, the logit of the true class of
     ``(B, K)`` outputs, or ``output``. R is 1 if f is a sum or a product of a function of I and one of J. It is
-    differentiable by the parameters (reverse over reverse), 0 with zero gradient where a gradient vanishes, and not
-    finite where one is not finite. Source: "Implicit Regularization in Hierarchical Tensor Factorization and Deep
-    Convolutional Neural Networks" (Razin, Maman, Cohen, 2022).
+    differentiable with respect to the parameters (reverse over reverse), 0 with zero gradient if a gradient vanishes,
+    and not finite if a gradient is not finite. Source: "Implicit Regularization in Hierarchical Tensor Factorization
+    and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022).
 
     Args:
-        model: Network or function of ``x``. Its forward on ``x`` repeats the caller's: it never updates the running
-            statistics of batch normalisation.
-        x: Images ``(B, C, H, W)``; neither it nor its ``grad`` is changed.
-        y: Labels ``(B,)``, needed for multi-class outputs.
+        model: Network or function of ``x``. Its forward pass on ``x`` repeats the caller's and never updates the
+            running statistics of batch normalisation.
+        x: Images ``(B, C, H, W)``; neither they nor their ``grad`` are changed.
+        y: Labels ``(B,)``, required for multi-class outputs.
         box_i: Where gradients are compared: ``(top, left, height, width)`` in pixels, or a boolean mask ``(H, W)``,
             ``(1, 1, H, W)`` or ``(B, 1, H, W)``.
-        box_j: What is replaced, likewise; disjoint from ``box_i``.
+        box_j: What is replaced, in the same form; disjoint from ``box_i``.
         donor: For every sample the index of the one whose patch J it takes, int64 ``(B,)``.
         output: f as a function of the model's output and y, one number per sample.
-        update_statistics: The forward on x' updates the running statistics of batch normalisation (as published).
-        fast: Faster second derivatives of convolutions and batch normalisations, equal up to rounding; see
-            :class:`~lightning_locality.regularizer.double_backward.FastDoubleBackward`. Without: torch's own.
+        update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation (as
+            published).
+        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding; see
+            :class:`~lightning_locality.regularizer.double_backward.FastDoubleBackward`. False: torch's own.
 
     Raises:
         ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
@@ -261,22 +259,22 @@ def input_gradient_change(
 
 
 class AntiLocality(nn.Module):
-    r"""The anti-locality term of a loss: input-gradient change with patches and donors drawn at every call.
+    r"""The anti-locality term of a loss: input-gradient change with patches and donors sampled at every call.
 
-    ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, with one forward less,
+    ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, with one forward pass less,
     ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits and source are those of
-    :func:`input_gradient_change`. What is drawn depends on ``seed`` and the number of draws so far alone, is the
-    same on every device and rank, and goes on where it was when the state dict is loaded.
+    :func:`input_gradient_change`. Samples depend only on ``seed`` and the number of previous calls; they are the same
+    on every device and rank, and continue from where they were when a state dict is loaded.
 
     Args:
-        patches: Rule by which I and J are drawn.
+        patches: Rule by which I and J are sampled.
         donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": the samples
-            are arranged in a circle at random and each takes that of the next, so nobody is its own donor.
+            are arranged in a random circle and each takes that of the next, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
-        update_statistics: The forward on x' updates the running statistics of batch normalisation (published). The
-            repeated forward on x in ``forward`` never does, the one in ``with_output`` always.
-        seed: Seed of all draws.
-        fast: Faster second derivatives of convolutions and batch normalisations, equal up to rounding.
+        update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation
+            (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
+        seed: Seed of all samples.
+        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
 
     Raises:
         ValueError: A batch of one sample; see also :func:`input_gradient_change`.
@@ -301,29 +299,29 @@ class AntiLocality(nn.Module):
         self._draws = {"training": 0, "measurement": 0}
 
     def get_extra_state(self) -> Tensor:
-        """Numbers of draws so far, in training and in measurements."""
+        """Numbers of calls so far, in training and in measurements."""
         return torch.tensor(list(self._draws.values()), dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on after these numbers of draws."""
+        """Continue after these numbers of calls."""
         self._draws = dict(zip(self._draws, state.tolist(), strict=True))
 
     def forward(self, model: Model, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The term, a scalar, of images ``(B, C, H, W)`` and labels ``(B,)``; two forwards of the model."""
+        """The term, a scalar, for images ``(B, C, H, W)`` and labels ``(B,)``; two forward passes of the model."""
         return self._training(model, x.detach(), y, None, update_first=False)[1]
 
     def with_output(
         self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Any, Tensor]:
-        """``model(x)`` and the term, from two forwards; a CPU generator given draws instead of the module's own."""
+        """``model(x)`` and the term, from two forward passes; a CPU ``generator`` replaces the module's own."""
         return self._training(model, x, y, generator, update_first=True)
 
     def measure(
         self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The value alone, also in inference mode; the model, its mode, statistics and gradients stay as they are.
+        """The value only, also in inference mode; the model, its mode, statistics and gradients are left unchanged.
 
-        Without a generator its draws are counted apart, so that training goes the same way with and without it.
+        Without a generator, calls are counted separately, so that measuring does not change training.
         """
         with torch.inference_mode(False), torch.enable_grad():
             # clones: tensors made in inference mode cannot be differentiated
@@ -344,7 +342,7 @@ class AntiLocality(nn.Module):
     def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:
         _check_images(x)
         if len(x) < 2:
-            raise ValueError(f"x has {len(x)} sample, none to take a patch from: use larger batches or drop_last=True")
+            raise ValueError(f"x has {len(x)} sample and no donor for it: use larger batches or drop_last=True")
         if generator is None:
             stream = list(self._draws).index(use)
             word = np.random.SeedSequence((self.seed, stream, self._draws[use])).generate_state(1, np.uint64)[0]

@@ -1,11 +1,11 @@
-"""Convolution and batch normalisation with fast second derivatives, for any network and without a change to it.
+"""Convolution and batch normalisation with fast second derivatives, for any unmodified network.
 
-Legend: n numbers per channel, g gradient at a layer's output, v what the second backward brings to its input gradient.
+Legend: n numbers per channel, g gradient at a layer's output, v gradient of the loss at the layer's input gradient.
 """
 
 from __future__ import annotations
 
-__all__ = ["FastDoubleBackward"]
+__all__: list[str] = []
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +63,7 @@ class _Convolution(Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         last = not ctx.mode.only_inputs
-        # the network's input is ours: nobody reads its gradient after the input gradients are taken
+        # the network's input is our own leaf: its gradient is not read after the input gradients are taken
         mask = (need_x and not (last and ctx.is_input), need_weight and last, need_bias and last)
         return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
 
@@ -97,27 +97,23 @@ class _ConvolutionBackward(Function):
         if v_weight is not None and need_x:
             grad_x = geometry.backward(g, x, v_weight, (True, False, False))[0]
         if v is not None and need_weight:
-            # torch takes a convolution whose kernel is as large as the image here; this is the usual weight gradient
+            # torch uses a convolution with a kernel as large as the image here; this is the usual weight gradient
             grad_weight = geometry.backward(g, v, weight, (False, True, False))[1]
         return grad_g, grad_x, grad_weight, None, None
 
 
+_Running = tuple[Tensor | None, Tensor | None, float, float]
+"""Running mean and variance, momentum and epsilon."""
+
+
 class _BatchNorm(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        out, mean, inverse, reserve, kind = torch.ops.aten._batch_norm_impl_index(
-            x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, running: _Running) -> Tensor:
+        mean, var, momentum, eps = running
+        out, mean, rstd, reserve, kind = torch.ops.aten._batch_norm_impl_index(
+            x, weight, bias, mean, var, True, momentum, eps, torch.backends.cudnn.enabled
         )
-        ctx.save_for_backward(x, weight, mean, inverse, reserve)
+        ctx.save_for_backward(x, weight, mean, rstd, reserve)
         ctx.kind, ctx.eps = kind, eps
         normalized: Tensor = out
         return normalized
@@ -125,21 +121,21 @@ class _BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _BatchNormBackward.apply(g, *ctx.saved_tensors, ctx.kind, ctx.eps)
-        needed = zip(gradients, ctx.needs_input_grad, strict=False)
-        return (*(gradient if need else None for gradient, need in needed), None, None, None, None)
+        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
+        return (*(gradient if need else None for gradient, need in needed), None)
 
 
 def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Input gradient, sum of ``g x_hat`` and sum of ``g`` per channel."""
-    x, weight, mean, inverse, reserve = saved
+    """Input gradient, and the sums of ``g x_hat`` and ``g`` per channel."""
+    x, weight, mean, rstd, reserve = saved
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._batch_norm_impl_index_backward(
-        kind, x, g, weight, None, None, mean, inverse, True, eps, [True, True, True], reserve
+        kind, x, g, weight, None, None, mean, rstd, True, eps, [True, True, True], reserve
     )
     return out
 
 
 class _BatchNormBackward(Function):
-    r"""``γ σ (g - mean(g) - x_hat mean(g x_hat))`` with its derivatives by ``g``, ``x`` and ``γ``."""
+    r"""``γ σ (g - mean(g) - x_hat mean(g x_hat))`` and its derivatives with respect to ``g``, ``x`` and ``γ``."""
 
     @staticmethod
     def forward(
@@ -148,13 +144,13 @@ class _BatchNormBackward(Function):
         x: Tensor,
         weight: Tensor,
         mean: Tensor,
-        inverse: Tensor,
+        rstd: Tensor,
         reserve: Tensor,
         kind: int,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_x, sum_gx, sum_g = _batch_norm_backward(g, (x, weight, mean, inverse, reserve), kind, eps)
-        ctx.save_for_backward(g, x, weight, mean, inverse, reserve, sum_gx, sum_g)
+        grad_x, sum_gx, sum_g = _batch_norm_backward(g, (x, weight, mean, rstd, reserve), kind, eps)
+        ctx.save_for_backward(g, x, weight, mean, rstd, reserve, sum_gx, sum_g)
         ctx.kind, ctx.eps = kind, eps
         ctx.set_materialize_grads(False)
         return grad_x, sum_gx, sum_g
@@ -166,17 +162,17 @@ class _BatchNormBackward(Function):
     ) -> tuple[Tensor | None, ...]:
         if v_weight is not None or v_bias is not None:
             raise NotImplementedError(
-                "second derivatives through the parameter gradients of batch normalisation are left to torch: "
+                "second derivatives through the parameter gradients of batch normalisation are not implemented: "
                 "pass fast=False to AntiLocality or input_gradient_change"
             )
         if v is None:
             return (None,) * 8
-        g, x, weight, mean, inverse, reserve, sum_gx, sum_g = ctx.saved_tensors
-        # linear and symmetric in g: the derivative by g applied to v is the same map of v
-        grad_g, sum_vx, sum_v = _batch_norm_backward(v, (x, weight, mean, inverse, reserve), ctx.kind, ctx.eps)
+        g, x, weight, mean, rstd, reserve, sum_gx, sum_g = ctx.saved_tensors
+        # linear and symmetric in g: its derivative with respect to g applied to v is the same map of v
+        grad_g, sum_vx, sum_v = _batch_norm_backward(v, (x, weight, mean, rstd, reserve), ctx.kind, ctx.eps)
         accumulate = torch.promote_types(x.dtype, torch.float32)
-        weight_, mean, inverse, sum_gx, sum_g, sum_vx, sum_v = (
-            t.to(accumulate) for t in (weight, mean, inverse, sum_gx, sum_g, sum_vx, sum_v)
+        weight_, mean, rstd, sum_gx, sum_g, sum_vx, sum_v = (
+            t.to(accumulate) for t in (weight, mean, rstd, sum_gx, sum_g, sum_vx, sum_v)
         )
         n = x.numel() // x.shape[1]
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
@@ -186,29 +182,29 @@ class _BatchNormBackward(Function):
         )[1].to(accumulate)
         inner = sum_vg - sum_v * sum_g / n - sum_vx * sum_gx / n
         # grad_x = -γ σ² [inner x_hat + sum_gx (v - mean v - x_hat mean(v x_hat)) + sum_vx (the same of g)] / n,
-        # gathered as a x + b v + c g + d with one number per channel each
-        scale = weight_ * inverse.square() / n
-        a = scale * inverse * (2 * sum_vx * sum_gx / n - inner)
+        # collected as a x + b v + c g + d with one number per channel each
+        scale = weight_ * rstd.square() / n
+        a = scale * rstd * (2 * sum_vx * sum_gx / n - inner)
         b, c = -scale * sum_gx, -scale * sum_vx
         d = -a * mean - (b * sum_v + c * sum_g) / n
         a, b, c, d = (number.reshape(-1, *[1] * (x.dim() - 2)) for number in (a, b, c, d))
         grad_x = torch.addcmul(d, x, a).addcmul_(v, b).addcmul_(g, c).to(x.dtype)
-        return grad_g, grad_x, (inner * inverse).to(weight.dtype), None, None, None, None, None
+        return grad_g, grad_x, (inner * rstd).to(weight.dtype), None, None, None, None, None
 
 
 @final
 class FastDoubleBackward(TorchFunctionMode):
-    r"""Inside, convolutions and train-mode batch normalisations are differentiable twice at the usual cost.
+    r"""Make convolutions and train-mode batch normalisations in the context twice differentiable at the usual cost.
 
-    The numbers are those of torch up to rounding. Torch's second derivative of a convolution takes one with a kernel
-    as large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight
-    gradient, and two fused passes and three elementwise ones. What is not known here
-    (transposed convolutions, padding given as a word, tensor subclasses, other layers) goes to torch unchanged.
-    Third derivatives through batch normalisation raise an error.
+    The results equal torch's up to rounding. Torch's second derivative of a convolution uses one with a kernel as
+    large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight gradient,
+    and two fused and three elementwise passes. Everything else (transposed convolutions, padding given as a word,
+    tensor subclasses, other layers) is passed on to torch. Third derivatives through batch normalisation raise an
+    error.
 
     Args:
-        x: Input of the network, a leaf whose gradient is read by :meth:`inputs_only` calls alone: its gradient is
-            not computed again in the last backward pass. None if others may read it.
+        x: Input of the network, a leaf whose gradient is read only in :meth:`inputs_only`: its gradient is not
+            computed again in the last backward pass. None if it may be read elsewhere.
 
     >>> convolution = torch.nn.Conv2d(1, 2, 3)
     >>> x = torch.ones(1, 1, 4, 4, requires_grad=True)
@@ -228,7 +224,7 @@ class FastDoubleBackward(TorchFunctionMode):
 
     @contextmanager
     def inputs_only(self) -> Iterator[None]:
-        """Backward passes inside need input gradients alone; those of the weights are not computed."""
+        """Compute input gradients only in backward passes in the context, not those of the weights."""
         self.only_inputs = True
         try:
             yield
@@ -238,7 +234,7 @@ class FastDoubleBackward(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take the calls that are known, hand on the others."""
+        """Replace the known calls, pass on the others."""
         kwargs = kwargs or {}
         out = None
         if func in _CONVOLUTIONS:
@@ -259,7 +255,7 @@ class FastDoubleBackward(TorchFunctionMode):
         *,
         axes: int,
     ) -> Tensor | None:
-        if isinstance(padding, str) or input.dim() != axes + 2 or not _are_known(input, weight, bias):
+        if isinstance(padding, str) or input.dim() != axes + 2 or not _are_plain(input, weight, bias):
             return None
         stride, padding, dilation = (
             [n] * axes if isinstance(n, int) else [*n] * (axes // len(n)) for n in (stride, padding, dilation)
@@ -286,15 +282,15 @@ class FastDoubleBackward(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        # one value per channel is an error that torch words well
+        # one value per channel is an error that torch explains well
         if not training or weight is None or input.dim() < 2 or input.numel() <= input.shape[1]:
             return None
-        if not _are_known(input, weight, bias):
+        if not _are_plain(input, weight, bias):
             return None
-        out: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+        out: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps))
         return out
 
 
-def _are_known(*tensors: Tensor | None) -> bool:
+def _are_plain(*tensors: Tensor | None) -> bool:
     plain = all(t is None or (type(t) in (Tensor, Parameter) and t.is_floating_point()) for t in tensors)
     return plain and torch.is_grad_enabled()

@@ -1,5 +1,6 @@
-"""Pathfinder: are two discs joined by a dashed path?"""
+"""Pathfinder: are two discs on the same dashed curve?"""
 
-__all__ = ["Pathfinder", "make_pathfinder"]
+import lazy_loader
 
-from lightning_locality.datamodules.pathfinder.module import Pathfinder, make_pathfinder
+# lazy: the processes that generate pictures do without torch
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""What a Pathfinder picture is made of: every parameter of the published experiment, with its value there."""
+"""Parameters of a Pathfinder picture, with the values of the published experiment."""
 
 from __future__ import annotations
 
@@ -9,45 +9,50 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+_SMALLEST = {"path_length": 2}
+_SMALLEST |= dict.fromkeys(("window", "size", "seed_distance", "paddle_length", "paddle_thickness"), 1)
+_SMALLEST |= dict.fromkeys(("antialias", "marker_radius", "distractor_length"), 1)
+_SMALLEST |= dict.fromkeys(("padding", "margin", "paddle_retries", "distractors", "distractor_retries"), 0)
+
 
 @dataclass(frozen=True)
 class PathfinderCurves:
-    r"""Two dashed curves, shorter distractors and two discs: are the discs on the same curve?
+    r"""Parameters of a picture: two dashed curves, shorter distractors and two discs.
 
-    A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the one
-    before, with gaps of twice ``margin``. Both target curves are always drawn, the second one starting at
-    ``seed_distance`` from the first. Label 1: the discs lie on the two ends of one curve; label 0: on the start
-    of one and the end of the other. Defaults are those of the experiment in "Implicit Regularization in
-    Hierarchical Tensor Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022),
-    whose pictures follow "Learning long-range spatial dependencies with horizontal gated recurrent units"
-    (Linsley, Kim, Veerabadran, Windolf, Serre, 2018).
+    A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the previous
+    one, with gaps of twice ``margin``. Both target curves are always drawn; the second starts at ``seed_distance``
+    from the first. Label 1: the discs lie on the two ends of one curve; label 0: on the start of one curve and the
+    end of the other. The defaults are those of the experiment in "Implicit Regularization in Hierarchical Tensor
+    Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022), whose pictures follow "Learning
+    long-range spatial dependencies with horizontal gated recurrent units" (Linsley, Kim, Veerabadran, Windolf, Serre,
+    2018).
 
     Args:
         path_length: Dashes per target curve, at least 2; published: 3, 5, 7 and 9.
-        window: Side in pixels of the picture that is drawn.
-        size: Side in pixels of the finished picture, to which the drawn one is reduced with an antialiased
-            bilinear filter; ``window`` is a multiple of it.
-        padding: Width in pixels of the border that no dash starts, ends or touches.
+        window: Side in pixels of the picture before reduction.
+        size: Side in pixels of the final picture, reduced from ``window`` with an antialiased bilinear filter;
+            ``window`` is a multiple of it.
+        padding: Width in pixels of the border in which no dash starts or ends and which none touches.
         seed_distance: Distance in pixels between the starts of the two target curves. The first one starts at
             least twice as far from the border of the picture.
         paddle_length: Length of a dash in pixels.
         paddle_thickness: Thickness of a dash in pixels.
-        margin: Free distance in pixels that a dash keeps round itself; the gap in a curve is twice as long.
-        continuity: How straight curves are. The next dash turns by an angle t with a probability proportional to
+        margin: Distance in pixels that a dash keeps free around itself; the gap in a curve is twice as long.
+        continuity: Straightness of the curves. The next dash turns by an angle t with probability proportional to
             cos(min(continuity t, pi/2))^2.
-        contrast: Brightness of a dash before the picture is divided by its maximum; the discs have 1.
-        antialias: Dashes and discs are drawn that many times larger and reduced.
+        contrast: Brightness of a dash before the picture is divided by its maximum; that of the discs is 1.
+        antialias: Factor by which dashes and discs are drawn larger and then reduced.
         marker_radius: Radius of the two discs in pixels.
-        paddle_retries: How often a dash that would touch another is drawn again before its curve is given up.
+        paddle_retries: Number of times a dash that would touch another is sampled again before its curve is given up.
         distractors: Number of distractor curves; None: as published, 30 / (path_length / 3), rounded up.
         distractor_length: Dashes per distractor; None: as published, path_length / 3, rounded down, at least 1.
-        distractor_retries: How often a distractor that does not fit is tried again before it is left out.
-        stop_with_availability: No more distractors once less than this share of the picture is free.
-        balanced: False, as published: the label is a fair coin for each picture. True: of the pictures 2k and
-            2k + 1 exactly one has label 1.
+        distractor_retries: Number of times a distractor that does not fit is tried again before it is left out.
+        stop_with_availability: Add no more distractors once less than this share of the picture is free.
+        balanced: False, as published: the label is a fair coin for each picture. True: exactly one of the pictures
+            2k and 2k + 1 has label 1.
 
     Raises:
-        ValueError: A parameter is out of its range, or a curve cannot start in so small a window.
+        ValueError: A parameter is out of range, or a curve cannot start in so small a window.
 
     >>> curves = PathfinderCurves(path_length=7)
     >>> curves.distractor_count, curves.paddles_per_distractor, curves.max_paddles
@@ -74,28 +79,13 @@ class PathfinderCurves:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        smallest = {
-            "path_length": 2,
-            "window": 1,
-            "size": 1,
-            "padding": 0,
-            "seed_distance": 1,
-            "paddle_length": 1,
-            "paddle_thickness": 1,
-            "margin": 0,
-            "antialias": 1,
-            "marker_radius": 1,
-            "paddle_retries": 0,
-            "distractors": 0,
-            "distractor_length": 1,
-            "distractor_retries": 0,
-        }
-        for name, least in smallest.items():
+        optional = ("distractors", "distractor_length")
+        for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
-            if value is None and name in ("distractors", "distractor_length"):
+            if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
         for name in ("continuity", "contrast"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -119,22 +109,22 @@ class PathfinderCurves:
 
     @property
     def reduction(self) -> int:
-        """Pixels of the drawn picture per pixel of the finished one, along one side."""
+        """Pixels before reduction per pixel of the final picture, along one side."""
         return self.window // self.size
 
     @property
     def half_stamp(self) -> int:
-        """Distance in pixels up to which a dash with its margin reaches from the end that it is placed by."""
+        """Reach in pixels of a dash with its margin, from the end by which it is placed."""
         return self.paddle_length + self.paddle_thickness + self.margin
 
     @property
     def start_border(self) -> int:
-        """Distance in pixels that the first dash keeps from the border."""
+        """Least distance in pixels of the first dash from the border."""
         return max(self.padding, 2 * self.seed_distance)
 
     @property
     def distractor_count(self) -> int:
-        """Number of distractors that are tried."""
+        """Number of distractors to try."""
         return -(-90 // self.path_length) if self.distractors is None else self.distractors
 
     @property
@@ -144,13 +134,10 @@ class PathfinderCurves:
 
     @property
     def max_paddles(self) -> int:
-        """Number of dashes of a picture in which every distractor found its place."""
+        """Number of dashes in a picture if every distractor fits."""
         return 2 * self.path_length + self.distractor_count * self.paddles_per_distractor
 
     def parameters(self) -> dict[str, Any]:
-        """All parameters by name, the rules that stand for None worked out."""
-        values = dataclasses.asdict(self)
-        return values | {
-            "distractors": self.distractor_count,
-            "distractor_length": self.paddles_per_distractor,
-        }
+        """All parameters by name, with None replaced by the published rule's value."""
+        resolved = {"distractors": self.distractor_count, "distractor_length": self.paddles_per_distractor}
+        return dataclasses.asdict(self) | resolved

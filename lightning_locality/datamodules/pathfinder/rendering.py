@@ -1,107 +1,164 @@
-"""Finished Pathfinder pictures: drawn from their placement and reduced to their final size."""
+"""Rendering of Pathfinder pictures: dashes and discs are stamped, then the picture is reduced to its final size."""
 
 from __future__ import annotations
 
-__all__ = ["STREAMS", "draw", "pictures"]
+__all__: list[str] = []
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
-from lightning_locality.datamodules.pathfinder.dashes import Bytes, Integers, Strokes
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import Placement, place
 
-STREAMS = {"train": 0, "validation": 1, "test": 2}
+Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
-
-def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]) -> tuple[Bytes, Bytes]:
-    """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone.
-
-    Args:
-        curves: Parameters of the pictures.
-        seed: 0 to 2^64 - 1.
-        split: ``train``, ``validation`` or ``test``: disjoint streams of pictures.
-        index: Picture numbers ``(B,)``. They are placed in lock step; 64 to 256 at once are fastest.
-
-    >>> images, labels = pictures(PathfinderCurves(), seed=0, split="test", index=range(4))
-    >>> images.shape, labels.shape, int(images.max())
-    ((4, 150, 150), (4,), 214)
-    """
-    placement = place(curves, seed, STREAMS[split], index)
-    return draw(curves, placement), placement.label.astype(np.uint8)
+INK_SCALE = 1 << 12  # ink is an integer number of 1/4096, so that pictures do not depend on rounding
+DEGREES = 360
 
 
-def draw(curves: PathfinderCurves, placement: Placement) -> Bytes:
-    """Pictures ``(B, size, size)`` of dashes and discs, each divided by its maximum before it is reduced."""
-    sheet = Sheet.of(curves)
-    images = np.empty((len(placement.label), curves.size, curves.size), dtype=np.uint8)
-    # few at a time, so that a sheet is still in the cache when it is reduced
-    for start in range(0, len(images), 16):
-        part = slice(start, start + 16)
-        sheets = sheet.ink(placement.at[part], placement.stroke[part], placement.discs[part])
-        for image, drawn in zip(images[part], sheets, strict=True):
-            image[:] = sheet.reduce(drawn)
-    return images
+class Strokes:
+    """Stamps of a dash in each of about 410 directions, and of a disc.
 
-
-class Sheet:
-    """An empty drawing, its pixels sorted by their phase within the squares that are averaged to one pixel.
-
-    The filter of the reduction is separable; on pixels sorted in this way both of its passes are sums of whole
-    contiguous planes.
-
-    Args:
-        curves: Parameters of the pictures.
+    A dash points along one of 360 whole degrees (the first of a curve) or along one of the whole-pixel steps of the
+    circle of radius ``paddle_length + margin`` (all others). Each has a stamp of ink (a line drawn ``antialias`` times
+    larger, reduced with a Lanczos filter) and one of the area that it keeps free (the line dilated by ``margin``,
+    reduced likewise). A dash along a degree is placed by its start, one along a step by its end; offsets ``(D, P, 2)``
+    are (down, right) from that pixel. The values ``(D, P)`` of a stamp, in units of 1/4096 (ink; filtering makes it
+    exceed 1 in places) or 1/255 (area), decrease and are padded with 0 at a pixel outside the stamp.
     """
 
     def __init__(self, curves: PathfinderCurves) -> None:
-        self.strokes, self.size = Strokes.of(curves), curves.size
+        radius = curves.paddle_length + curves.margin
+        # one sample per pixel of arc, floored to the pixel it lies in
+        angles = np.deg2rad(np.arange(0, DEGREES, DEGREES / (2 * radius * np.pi)))
+        circle = np.stack([np.sin(angles), np.cos(angles)], axis=1) * radius
+        # 9 decimals: what is a whole number in exact arithmetic stays one on every machine
+        self.steps: Integers = np.unique(np.floor(np.round(circle, 9)).astype(np.int64), axis=0)
+        whole = np.deg2rad(np.arange(-180, 180))
+        # radians, clockwise from the right
+        self.directions: Floats = np.concatenate([whole, np.arctan2(self.steps[:, 0], self.steps[:, 1])])
+        self.unit: Floats = np.stack([np.sin(self.directions), np.cos(self.directions)], axis=1)
+        lines, areas = _lines(curves, np.where(np.arange(len(self.unit))[:, None] < DEGREES, self.unit, -self.unit))
+        self.ink_offsets, self.ink = _sparse(np.rint(lines * (curves.contrast * INK_SCALE)).astype(np.int64))
+        self.area_offsets, area = _sparse(areas)
+        self.area: Bytes = area.astype(np.uint8)
+        offsets, values = _sparse(_disc(curves)[None])
+        self.disc_offsets, self.disc = offsets[0], values[0] * INK_SCALE // 255
+
+
+cached_strokes = functools.lru_cache(maxsize=8)(Strokes)
+
+
+def ceil(values: Floats) -> Integers:
+    """Round up, except that a value within 1e-9 of a whole number is that number."""
+    return np.ceil(np.round(values, 9)).astype(np.int64)
+
+
+def _lines(curves: PathfinderCurves, directions: Floats) -> tuple[Floats, Integers]:
+    """Ink and area of a line in each direction ``(D, 2)``, as ``(D, S, S)`` with its start in the middle."""
+    scale, half = curves.antialias, curves.half_stamp
+    large, side = 2 * half * scale + 1, 2 * half + 1
+    centre = half * scale
+    ends = centre + ceil(directions * (curves.paddle_length * scale))
+    drawn = np.zeros((len(directions), large, large), dtype=np.uint8)
+    for number, (down, right) in enumerate(ends.tolist()):
+        picture = Image.new("L", (large, large), 0)
+        ImageDraw.Draw(picture).line([(centre, centre), (right, down)], fill=255, width=curves.paddle_thickness * scale)
+        drawn[number] = np.asarray(picture)
+    reach = curves.margin * scale
+    padded = np.pad(drawn, ((0, 0), (reach, reach), (reach, reach)))
+    dilated = drawn.copy()
+    for down in range(-reach, reach + 1):
+        for right in range(-reach, reach + 1):
+            if down**2 + right**2 <= reach**2:
+                window = padded[:, reach + down : reach + down + large, reach + right : reach + right + large]
+                np.maximum(dilated, window, out=dilated)
+    ink = np.stack([_reduced(line.astype(np.float32), side) for line in drawn])
+    return ink.astype(np.float64) / 255, np.stack([_reduced(area, side) for area in dilated]).astype(np.int64)
+
+
+def _reduced(picture: NDArray[np.float32] | Bytes, side: int) -> NDArray[np.float32] | Bytes:
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
+
+
+def _disc(curves: PathfinderCurves) -> Integers:
+    """A disc, 0 to 255, in the middle of a square with an odd side."""
+    scale, half = curves.antialias, curves.marker_radius + 4
+    at = np.arange((2 * half + 1) * scale) - half * scale
+    inside = at[:, None] ** 2 + at[None, :] ** 2 <= (curves.marker_radius * scale) ** 2
+    return _reduced(np.where(inside, 255, 0).astype(np.uint8), 2 * half + 1).astype(np.int64)
+
+
+def _sparse(stamps: Integers) -> tuple[Integers, Integers]:
+    """Offsets ``(D, P, 2)`` from the middle and values ``(D, P)`` of the positive pixels, largest first."""
+    side = stamps.shape[1]
+    flat = stamps.reshape(len(stamps), -1)
+    count = int((flat > 0).sum(axis=1).max())
+    order = np.argsort(-flat, axis=1, kind="stable")[:, :count]
+    values = np.take_along_axis(flat, order, axis=1)
+    offsets = np.stack(np.divmod(order, side), axis=2) - side // 2
+    # padding must not be a pixel of the stamp: writing it would undo what the stamp has written there
+    offsets[values <= 0] = -(side // 2) - 1
+    return offsets, np.maximum(values, 0)
+
+
+def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
+    """Render pictures ``(B, size, size)`` of a placement, each divided by its maximum before it is reduced."""
+    sheet = _cached_sheet(curves)
+    images = np.empty((len(at), curves.size, curves.size), dtype=np.uint8)
+    # few at a time, so that a sheet is still in the cache when it is reduced
+    for start in range(0, len(images), 16):
+        part = slice(start, start + 16)
+        for image, sheets in zip(images[part], sheet.stamp(at[part], stroke[part], discs[part]), strict=True):
+            image[:] = sheet.reduce(sheets)
+    return images
+
+
+class _Sheet:
+    """A canvas whose pixels are sorted by their phase within the squares that are averaged to one pixel.
+
+    On pixels sorted in this way both passes of the separable filter are sums of whole contiguous planes.
+    """
+
+    def __init__(self, curves: PathfinderCurves) -> None:
+        self.strokes, self.size = cached_strokes(curves), curves.size
         self.factor = factor = curves.reduction
-        # a second curve may start anywhere within the window, so a stamp ends at most this far outside
+        # the second curve may start anywhere within the window, so a stamp reaches at most this far outside
         self.guard = -(-max(curves.half_stamp + 2, curves.marker_radius + 5) // factor)
         self.plane = curves.size + 2 * self.guard
         pixel, phase = np.divmod(np.arange(self.plane * factor), factor)
         self.row = (phase * factor * self.plane + pixel) * self.plane
         self.column = phase * self.plane**2 + pixel
-        # a triangle round the middle of each square, as wide as two of them, in whole numbers that sum to 2 factor^2
+        # a triangle around the middle of each square, twice as wide as the square, in integers of sum 2 factor^2
         weights = {tap: 2 * factor - abs(2 * tap + 1 - factor) for tap in range(-factor, 2 * factor)}
         self.taps = [(tap % factor, self.guard + tap // factor, w) for tap, w in weights.items() if w > 0]
 
-    @staticmethod
-    @functools.lru_cache(maxsize=8)
-    def of(curves: PathfinderCurves) -> Sheet:
-        """The sheet of a set of parameters, worked out at the first call."""
-        return Sheet(curves)
-
-    def _flat(self, at: Integers, offsets: Integers) -> Integers:
-        """Positions in a flat sheet of the pixels ``offsets`` round the places ``at``."""
-        pixels = at + offsets + self.guard * self.factor
-        flat: Integers = self.row.take(pixels[..., 0]) + self.column.take(pixels[..., 1])
-        return flat
-
-    def ink(self, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
+    def stamp(self, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
         """Sheets ``(B, row phase, column phase, rows, columns)`` of pictures, 255 at their brightest pixel."""
         strokes, count = self.strokes, len(at)
         sheets = np.zeros((count, self.factor, self.factor, self.plane, self.plane), dtype=np.uint8)
-        pixels = sheets.reshape(-1)
-        origin = np.arange(count)[:, None] * sheets[0].size
-        brightest = np.where(stroke < 0, 0, strokes.ink[stroke, 0]).max(axis=1, initial=int(strokes.disc[0]))
+        flat, origin = sheets.reshape(-1), np.arange(count)[:, None] * sheets[0].size
+        brightest = np.where(stroke < 0, 0, strokes.ink[stroke, 0]).max(axis=1, initial=int(strokes.disc[0]))[:, None]
+
+        def add(rows: Integers, centres: Integers, offsets: Integers, ink: Integers) -> None:
+            pixels = centres[:, None] + offsets + self.guard * self.factor
+            position = origin[rows] + self.row.take(pixels[..., 0]) + self.column.take(pixels[..., 1])
+            flat[position] = np.maximum(flat.take(position), (ink * 255 // brightest[rows]).astype(np.uint8))
+
         for slot in range(stroke.shape[1]):
             there = np.flatnonzero(stroke[:, slot] >= 0)
             kind = stroke[there, slot]
-            position = origin[there] + self._flat(at[there, slot, None], strokes.ink_offsets[kind])
-            ink = (strokes.ink[kind] * 255 // brightest[there, None]).astype(np.uint8)
-            pixels[position] = np.maximum(pixels.take(position), ink)
-        disc = (strokes.disc * 255 // brightest[:, None]).astype(np.uint8)
+            add(there, at[there, slot], strokes.ink_offsets[kind], strokes.ink[kind])
         for number in (0, 1):
-            position = origin + self._flat(discs[:, number, None], strokes.disc_offsets)
-            pixels[position] = np.maximum(pixels.take(position), disc)
+            add(np.arange(count), discs[:, number], strokes.disc_offsets, strokes.disc)
         return sheets
 
     def reduce(self, sheet: Bytes) -> Bytes:
-        """One finished picture ``(size, size)``; first along rows, then along columns, each rounded to bytes."""
+        """One final picture ``(size, size)``: reduced along rows, then along columns, each rounded to bytes."""
         total = 2 * self.factor**2
         rows = np.full((self.factor, self.plane, self.size), total // 2, dtype=np.uint16)
         for phase, start, weight in self.taps:
@@ -111,3 +168,6 @@ class Sheet:
         for phase, start, weight in self.taps:
             both += rows[phase, start : start + self.size] * np.uint16(weight)
         return (both // total).astype(np.uint8)
+
+
+_cached_sheet = functools.lru_cache(maxsize=8)(_Sheet)

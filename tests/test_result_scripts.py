@@ -1,26 +1,26 @@
-"""The scripts in experiments/, at small size."""
+"""The scripts in results/, at small size."""
 
 from __future__ import annotations
 
 import csv
-import math
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 
-from lightning_locality.plotting.growth import predicted, read_curves, slope
+from lightning_locality.plotting.recovery import growth_fits, predicted, read_curves
 
 ROOT = Path(__file__).parent.parent
 
 
-def load(name: str) -> ModuleType:
-    spec = spec_from_file_location(f"experiments_{name}", ROOT / "experiments" / f"{name}.py")
+def load(folder: str, name: str = "make") -> ModuleType:
+    spec = spec_from_file_location(f"{folder}_{name}", ROOT / "results" / folder / f"{name}.py")
     assert spec
     assert spec.loader
     module = module_from_spec(spec)
@@ -36,7 +36,7 @@ def growth() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def ranks() -> ModuleType:
-    return load("completion_ranks")
+    return load("completion_rank_one", "cp_ranks")
 
 
 LAWS = [(order, 0, "component norm", 2 - 2 / order) for order in (2, 3, 4, 5)]
@@ -51,23 +51,22 @@ def test_growth_exponents_at_balanced_points(
     assert predicted(order, matrices, quantity) == pytest.approx(exponent, rel=1e-15)
     sizes, rates = growth.at_points(order, matrices, quantity, 6, seed=1)
     assert sizes.max() / sizes.min() > 100
-    assert slope((sizes, rates)) == pytest.approx(exponent, abs=1e-6)
+    assert np.polyfit(np.log(sizes), np.log(rates), 1)[0] == pytest.approx(exponent, abs=1e-6)
     factor = order * (matrices + 1 if quantity == "component norm" else 1)
     np.testing.assert_allclose(rates, factor * sizes**exponent, rtol=1e-6)
 
 
 def test_growth_script_fits_writes_and_draws(growth: ModuleType, tmp_path: Path) -> None:
-    fits = growth.main([f"--out={tmp_path}", "--orders", "3", "--matrices", "0", "1", "--points", "8"])
+    fits = growth.main([f"--out={tmp_path}", "--orders", "3", "--matrices", "1", "--points", "5"])
     with (tmp_path / "growth_exponents.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(fits) == 8
+    assert len(rows) == len(fits) == 6
     for row in rows:
         tolerance = {"points": 1e-6, "flow": 1e-4}[row["source"]]
         assert float(row["fitted"]) == pytest.approx(float(row["predicted"]), abs=tolerance)
     assert {round(float(row["predicted"]), 12) for row in rows} == {round(e, 12) for e in (4 / 3, 5 / 3, 7 / 3)}
     assert (tmp_path / "growth_exponents.pdf").exists()
-    curves = read_curves(tmp_path / "growth_curves.csv")
-    assert [slope(curve) for both in curves.values() for curve in both] == [fit.fitted for fit in fits]
+    pd.testing.assert_frame_equal(growth_fits(read_curves([tmp_path])), fits)
 
 
 def test_cp_rank_of_known_tensors(ranks: ModuleType) -> None:
@@ -113,46 +112,6 @@ def test_completion_ranks_of_finished_runs(ranks: ModuleType, tmp_path: Path) ->
         ranks.main([str(folder)])
 
 
-def test_read_off(tmp_path: Path) -> None:
-    read_off = load("read_off")
-    run = tmp_path / "one"
-    run.mkdir()
-    # the loss falls by e every iteration, the entry is the root of 1 / (2 loss), a component comes at iteration 4
-    rows = [
-        {
-            "iteration": i,
-            "train/loss": math.exp(-i),
-            "entry/0-0": -math.sqrt(math.exp(i) / 2),
-            "determinant": -1e-9,
-            "component/1": 2.0 * (i >= 1),
-            "component/2": 1.0 * (i >= 4),
-            "component/3": 1e-4,
-            "reconstruction_error": 0.7**i + 0.005 * (i == 12),
-        }
-        for i in range(13)
-    ]
-    with (run / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    found = {quantity: value for _, quantity, value in read_off.main([str(tmp_path)])}
-    assert found["component/1"] == 2
-    assert found["component/1 at half"] == 1
-    assert found["component/2 at half"] == 4
-    assert "component/3" not in found
-    assert found["error below 0.5 at"] == 2
-    assert found["error below 0.1 at"] == 7
-    assert "error below 0.01 at" not in found
-    assert found["least error"] == pytest.approx(0.7**12 + 0.005)
-    for loss in (1e-1, 1e-2, 1e-3, 1e-4):
-        assert found[f"|entry/0-0| at loss {loss:g}"] == pytest.approx(math.sqrt(1 / (2 * loss)), rel=1e-9)
-        assert found[f"sign of the determinant at loss {loss:g}"] == -1
-    with (tmp_path / "readings.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(found)
-    with pytest.raises(ValueError, match="no runs"):
-        read_off.main([str(run / "nothing")])
-
-
 def test_known_distances_are_found(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)  # as a user runs it
     script = load("known_distances")
@@ -177,16 +136,19 @@ def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:
     sweep, ranks = tmp_path / "sweep", tmp_path / "ranks"
     sweep.mkdir()
     ranks.mkdir()
-    (sweep / "results.csv").write_text(
-        'variant,seed_everything,train/accuracy,test/accuracy\n"far, plain",0,1.0,0.5\n"far, plain",1,0.9,0.625\n'
-    )
+    rows = [
+        'far__plain-seed_everything=0,"far, plain",0,1,1.0,0.5',
+        'far__plain-seed_everything=1,"far, plain",1,1,0.9,0.625',
+    ]
+    header = "run,variant,seed_everything,epochs,train/accuracy,test/accuracy"
+    (sweep / "results.csv").write_text("\n".join([header, *rows]))
     (ranks / "ranks.csv").write_text(
         "checkpoint,quantity,key,value,standard_error,low,high\n"
         "far__plain-seed_everything=1,cut_share,left,0.125,0.01,,\n"
         "far__plain-seed_everything=1,cut_share,top,0.9,0.01,,\n"
         "far__plain-seed_everything=0,cut_share,left,0.002,0.001,,\n"
     )
-    load("share_and_accuracy").main([str(sweep), str(ranks), f"--out={tmp_path / 'out.csv'}"])
+    load("quickstart_ranks", "share_and_accuracy").main([str(sweep), str(ranks), f"--out={tmp_path / 'out.csv'}"])
     assert (tmp_path / "out.csv").read_text().splitlines() == [
         "variant,seed,train_accuracy,test_accuracy,cut_share,standard_error",
         '"far, plain",0,1,0.5,0.002,0.001',

@@ -1,0 +1,3 @@
+from .module import Pathfinder, make_pathfinder
+
+__all__ = ["Pathfinder", "make_pathfinder"]

@@ -65,16 +65,10 @@ class SmallResNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(widths) != len(strides) or not widths:
-            raise ValueError(
-                f"widths and strides must have the same, positive length, got widths={list(widths)} and "
-                f"strides={list(strides)}: one of each for the stem and for every block"
-            )
-        if min(in_channels, outputs, *widths, *strides) < 1:
-            raise ValueError(
-                f"in_channels, outputs, widths and strides must be at least 1, got in_channels={in_channels}, "
-                f"outputs={outputs}, widths={list(widths)}, strides={list(strides)}"
-            )
+        if len(widths) != len(strides) or min(in_channels, outputs, len(widths), *widths, *strides) < 1:
+            each = "widths and strides at least 1, and one each for the stem and for every block"
+            got = f"{in_channels=}, {outputs=}, {widths=}, {strides=}"
+            raise ValueError(f"in_channels and outputs must be at least 1, {each}, got {got}")
         self.strides = tuple(strides)
         convolution = nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False)
         self.stem = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU())
@@ -103,11 +97,6 @@ class SmallResNet(nn.Module):
         return cast(Tensor, self.head(features.mean(dim=(2, 3))))
 
 
-def _place(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
-
-
 def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
     """Change the number of input channels and of outputs of a convolutional network, in place.
 
@@ -128,35 +117,33 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
         >>> network.conv1.in_channels, network.fc.out_features
         (1, 1)
     """
+    kind = type(network).__name__
     convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     if not convolutions:
-        raise ValueError(
-            f"network {type(network).__name__} has no Conv2d to adapt to {in_channels} channels: pass a network "
-            "that already takes them, and omit num_classes and in_channels"
-        )
+        remedy = "pass a network that already takes them, and omit num_classes and in_channels"
+        raise ValueError(f"network {kind} has no Conv2d to adapt to {in_channels} channels: {remedy}")
     name, first = convolutions[0]
     if first.in_channels != in_channels:
         if first.groups != 1:
+            change = f"from {first.in_channels} to {in_channels} channels"
             raise ValueError(
-                f"network {type(network).__name__}: its first convolution has {first.groups} groups and cannot "
-                f"be adapted from {first.in_channels} to {in_channels} channels; adapt it yourself"
+                f"network {kind}: adapt its first convolution, in {first.groups} groups, {change} yourself"
             )
-        _place(network, name, _convolution_like(first, in_channels, first.out_channels))
+        network.set_submodule(name, _convolution_like(first, in_channels, first.out_channels))
     heads = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
     if heads:
         name, linear = heads[-1]
         if linear.out_features != outputs:
             factory = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-            _place(network, name, nn.Linear(linear.in_features, outputs, bias=linear.bias is not None, **factory))
+            head = nn.Linear(linear.in_features, outputs, bias=linear.bias is not None, **factory)
+            network.set_submodule(name, head)
         return network
     name, last = convolutions[-1]
     if last.kernel_size != (1, 1):
-        raise ValueError(
-            f"network {type(network).__name__} ends neither in a linear layer nor in a 1x1 convolution: give it "
-            f"{outputs} outputs yourself"
-        )
+        ends = "ends neither in a linear layer nor in a 1x1 convolution"
+        raise ValueError(f"network {kind} {ends}: give it {outputs} outputs yourself")
     if last.out_channels != outputs:
-        _place(network, name, _convolution_like(last, last.in_channels, outputs))
+        network.set_submodule(name, _convolution_like(last, last.in_channels, outputs))
     return network
 
 
@@ -182,13 +169,11 @@ class ConvolutionalArithmeticCircuit(nn.Module):
 
     Args:
         tree: Over the positions; for images ``ModeTree.perfect(order, pattern="quadrant")`` pools 2 x 2 windows.
-        shape: Length of the vector at every position, or one for all; for images channels times ``patch`` squared,
-            plus one with ``constant``.
+        shape: Length of the vector at every position, or one for all; of images C ``patch``^2, plus 1 for ``constant``.
         widths: Channels R of the layer below every pooling: as in :class:`HierarchicalTensorFactorization`.
         outputs: Number of logits.
         shared: Whether positions of equal height, children and widths share one linear layer, as in a convolution.
-        patch: Side in pixels of the patches that images ``(B, C, H, W)`` are cut into, row by row; None if the input
-            is already ``(B, N, D)``.
+        patch: Side in pixels of the patches that images ``(B, C, H, W)`` are cut into; None for inputs ``(B, N, D)``.
         constant: Whether to append a 1 to every vector: without it an empty patch makes every output zero.
         seed: Seed of the weights, which are normal and map inputs of variance 1 to outputs of variance 1.
 
@@ -240,10 +225,8 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         if self.constant:
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
         if x.ndim != 3 or (x.shape[2],) * x.shape[1] != self.shape:
-            raise ValueError(
-                f"x must give a vector for each of {self.tree.order} positions, of lengths {sorted(set(self.shape))}, "
-                f"and gives {tuple(x.shape)} (batch, positions, length): change patch, tree or shape"
-            )
+            wanted = f"(batch, {self.tree.order}, length) with lengths {sorted(set(self.shape))}"
+            raise ValueError(f"x must give vectors {wanted}, and gives {tuple(x.shape)}: change patch, tree or shape")
         return self.combine(x.unbind(1))
 
     def combine(self, vectors: Sequence[Tensor]) -> Tensor:

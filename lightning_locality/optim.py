@@ -40,8 +40,7 @@ class GroupRMSprop(_OneGroupOptimizer):
 
     where g is the gradient of all weights together and :math:`s_0 = 0`: gradient descent on another time scale.
     From the authors' code of *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional
-    Neural Networks* (Razin, Maman, Cohen, 2022), whose defaults these are. On CUDA no step waits for the device, and
-    steps can be captured in a CUDA graph.
+    Neural Networks* (Razin, Maman, Cohen, 2022), with its defaults. On CUDA steps wait for nothing and can be captured.
 
     Args:
         params: The weights, in one group.
@@ -136,9 +135,8 @@ class GradientFlow(_OneGroupOptimizer):
 
     Args:
         params: The weights, in one group.
-        method: Runge-Kutta pair of order 3(2), 5(4) or 8(5, 3), or the implicit ``"Radau"`` of order 5 for few weights
-            (its Jacobian takes one gradient per weight in every step) and stiff flows, as along a narrow valley, where
-            the others take steps no longer than those of gradient descent.
+        method: Runge-Kutta pair of order 3(2), 5(4) or 8(5, 3), or the implicit ``"Radau"`` of order 5 for stiff flows,
+            where the others need the short steps of gradient descent, and few weights (one gradient each per step).
         rtol: Error allowed per step, relative to each weight.
         atol: Absolute error allowed per step, well below the smallest weights that matter.
         max_step: Longest step.
@@ -151,12 +149,9 @@ class GradientFlow(_OneGroupOptimizer):
         >>> weight = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
         >>> flow = GradientFlow([weight], end_time=2.0)
         >>> def closure():
-        ...     flow.zero_grad()
-        ...     loss = weight.square().sum() / 2
-        ...     loss.backward()
-        ...     return loss
+        ...     weight.grad = weight.detach().clone()  # of the loss weight^2 / 2
         >>> while not flow.finished:
-        ...     loss = flow.step(closure)
+        ...     flow.step(closure)
         >>> abs(weight.item() - math.exp(-2)) < 1e-8
         True
     """
@@ -182,16 +177,12 @@ class GradientFlow(_OneGroupOptimizer):
         super().__init__(params, {"method": method, **numbers, **progress})
         weights: list[Tensor] = self.param_groups[0]["params"]
         if rtol < _MIN_RTOL_SINGLE and any(weight.dtype != torch.float64 for weight in weights):
-            raise ValueError(
-                f"rtol={rtol:g} is below the rounding of {weights[0].dtype} gradients: give the model "
-                f"dtype=torch.float64, or set rtol to {_MIN_RTOL_SINGLE:g} or more"
-            )
+            remedy = f"give the model dtype=torch.float64, or set rtol to {_MIN_RTOL_SINGLE:g} or more"
+            raise ValueError(f"rtol={rtol:g} is below the rounding of {weights[0].dtype} gradients: {remedy}")
         count = sum(weight.numel() for weight in weights)
         if method == "Radau" and count > _MAX_IMPLICIT_WEIGHTS:
-            raise ValueError(
-                f"method='Radau' solves for a matrix of the size of the weights, of which there are {count} (at most "
-                f"{_MAX_IMPLICIT_WEIGHTS}): use 'DOP853'"
-            )
+            most = f"at most {_MAX_IMPLICIT_WEIGHTS} weights, as it solves for a matrix of their size"
+            raise ValueError(f"method='Radau' takes {most}, got {count}: use 'DOP853'")
         self._solver: OdeSolver | None = None
         self._resumed = False
         self._closure: Callable[[], Any] = lambda: None
@@ -242,11 +233,9 @@ class GradientFlow(_OneGroupOptimizer):
                 message = str(error)
         if solver.status == "failed" or solver.t == start:
             self._write(solver.y)
-            raise IntegrationError(
-                f"the flow cannot continue at time {start:g}: no step meets rtol={group['rtol']:g} and "
-                f"atol={group['atol']:g} ({message}); loosen them, use method='Radau' for a stiff flow, or end "
-                f"earlier (end_time)"
-            )
+            tolerance = f"rtol={group['rtol']:g} and atol={group['atol']:g} ({message})"
+            remedy = "loosen them, use method='Radau' for a stiff flow, or end earlier (end_time)"
+            raise IntegrationError(f"the flow cannot continue at time {start:g}: no step meets {tolerance}; {remedy}")
         exact = all(weight.dtype == torch.float64 for weight in group["params"])
         position = None if exact else torch.from_numpy(solver.y.copy())
         group.update(time=float(solver.t), step_size=float(solver.h_abs), position=position)

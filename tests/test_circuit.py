@@ -127,7 +127,7 @@ def test_errors() -> None:
         ({"outputs": 0}, None, "outputs must be at least 1, got 0"),
         ({"patch": 0}, None, "patch must be at least 1, got 0"),
         ({"widths": [1, 2, 3]}, None, "widths must be one number, or one for each of the 2 levels"),
-        ({}, (3, 4, 5), r"x must give a vector for each of 4 positions, of lengths \[2\], and gives \(3, 4, 5\)"),
+        ({}, (3, 4, 5), r"x must give vectors \(batch, 4, length\) with lengths \[2\], and gives \(3, 4, 5\)"),
         ({"patch": 2}, (3, 1, 5, 4), r"multiples of patch, 2, got \(3, 1, 5, 4\)"),
         ({"patch": 2}, (3, 1, 8, 8), r"gives \(3, 16, 4\)"),
     ]

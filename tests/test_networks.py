@@ -67,7 +67,7 @@ def test_errors() -> None:
         adapt(nn.Linear(3, 2), 1, 1)
     with pytest.raises(ValueError, match="neither in a linear layer"):
         adapt(nn.Sequential(nn.Conv2d(3, 4, 3)), 3, 1)
-    with pytest.raises(ValueError, match="same, positive length"):
+    with pytest.raises(ValueError, match="one each for the stem and for every block"):
         SmallResNet(widths=(4, 4), strides=(1,))
     with pytest.raises(ValueError, match="at least 1"):
         SmallResNet(in_channels=0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_locality.datamodules.unbounded import lower_bound
 from lightning_locality.runner import run
+from lightning_locality.tensors.deep_matrix import lower_bound
 
 Rows = list[dict[str, float]]
 CONFIGS = Path(__file__).parent.parent / "configs" / "recovery"

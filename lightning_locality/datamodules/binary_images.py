@@ -24,22 +24,19 @@ class BinaryImages(AbstractRecoveryDataModule):
 
     A pixel rounded to 0 or 1 is the index of a mode of size 2, so an image is an entry of a tensor with one mode per
     pixel (row by row), whose value is given by the label. How well a factorisation of small rank fits the training
-    images and predicts the test images shows how low the rank of the tensor is.
-
-    The values are 0 and 2, whereas published errors refer to labels 0 and 1: the squared error of an image, clamped at
-    4, divided by 4. Predicting the mean of the labels gives :attr:`trivial_error`.
+    images and predicts the test images shows how low the rank of the tensor is. The values are 0 and 2, whereas
+    published errors refer to labels 0 and 1: the squared error of an image, clamped at 4, divided by 4. Predicting the
+    mean of the labels gives :attr:`trivial_error`.
 
     Source: Implicit Regularization in Tensor Factorization (Noam Razin, Asaf Maman, Nadav Cohen, 2021), the
     experiments on tensor rank as a measure of complexity (MNIST and Fashion-MNIST). ``digits``, other sources and
     smaller sets are ours.
 
     Args:
-        source: ``mnist``, ``fashion_mnist``, ``digits`` (8x8, order 64, no download) or any other source of
-            :class:`SameClass`, converted to grey.
+        source: ``mnist``, ``fashion_mnist``, ``digits`` (8x8, no download) or another of :class:`SameClass`, as grey.
         root: Folder of the image set; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         positive: Label of the positive images, which have the second of ``values``.
-        variant: ``original``; ``random_images``: every bit a fair coin, labels kept; ``random_labels``: labels
-            permuted, separately for training and test images.
+        variant: ``original``; ``random_images``: every bit a fair coin; ``random_labels``: permuted within each split.
         train: Number of training images, sampled from the official ones; None for all.
         test: Number of test images, likewise.
         values: Values of the tensor at negative and at positive images.

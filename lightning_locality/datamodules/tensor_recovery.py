@@ -35,12 +35,10 @@ TargetFormat = Literal["matrix", "cp", "tucker", "tt", "ht"]
 
 # 4096 entries each; those of matrices, cp and ht are the published ones
 _SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
-_OTHER_SHAPE = (16, 16, 16)
 # entries of the largest tensor that is formed: 128 MiB in float64
 _MAX_DENSE = 2**24
 
 
-@final
 class RepeatedBatch:
     """A loader that yields one batch, always the same object, ``steps`` times."""
 
@@ -87,10 +85,8 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Build the problem, which is the same for all stages."""
         if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError(
-                f"the Trainer has {self.trainer.world_size} processes, each of which would do the same work: a "
-                "recovery problem is one batch, so pass devices=1 (trainer.devices: 1)"
-            )
+            got = f"the Trainer has {self.trainer.world_size} processes"
+            raise ValueError(f"{got}: a recovery problem is one batch, so pass devices=1 (trainer.devices: 1)")
         _ = self.problem
 
     def train_dataloader(self) -> RepeatedBatch:
@@ -129,24 +125,10 @@ def planted_tensor(
     number of local components of a hierarchical tensor, which bounds the ranks at the children of their nodes.
 
     Source: the laws for ``matrix`` (:math:`U V^\top`), ``cp`` and ``ht`` are those of the paper of 2022 named at
-    :class:`TensorRecovery`. Using the same rule for ``tucker`` and ``tt`` is ours.
-
-    Args:
-        target: Format.
-        shape: Sizes of the modes.
-        rank: As for :class:`TensorRecovery`.
-        tree: Mode tree of ``ht``; None for the perfect binary one that merges neighbours.
-        norm: Frobenius norm.
-        seed: Seed of the weights.
+    :class:`TensorRecovery`, which has the same arguments. Using the same rule for ``tucker`` and ``tt`` is ours.
 
     Raises:
-        ValueError: A rank that no tensor of this shape has or needs, a tree of another order, or a norm that is not
-            positive.
-
-    Example:
-        >>> tensor = planted_tensor("tucker", (3, 4, 5), rank=(1, 2, 2), norm=7.0).to_tensor()
-        >>> round(tensor.norm().item(), 12), torch.linalg.matrix_rank(tensor.flatten(1)).item()
-        (7.0, 1)
+        ValueError: A rank that no tensor of this shape has or needs, a tree of another order, or no positive norm.
     """
     if target not in get_args(TargetFormat):
         raise ValueError(f"target must be one of {', '.join(get_args(TargetFormat))}, got {target!r}")
@@ -178,9 +160,7 @@ def planted_tensor(
         case "ht":
             tree = ModeTree.perfect(order) if tree is None else tree
             if tree.order != order:
-                raise ValueError(
-                    f"tree has {tree.order} modes, shape has {order} sizes ({tuple(shape)}): give a tree of that order"
-                )
+                raise ValueError(f"tree has {tree.order} modes, shape has {order} sizes: give a tree of that order")
             widths = _widths(tree, shape, rank)
             planted = HierarchicalTensorFactorization(tree, shape, widths, **law)
     planted.normalize_(norm)
@@ -189,9 +169,8 @@ def planted_tensor(
 
 def _check(name: str, value: int, largest: int) -> None:
     if value > largest:
-        raise ValueError(
-            f"{name} must be at most {largest}: more adds nothing with this shape and the other ranks, got {value}"
-        )
+        why = "more adds nothing with this shape and the other ranks"
+        raise ValueError(f"{name} must be at most {largest}: {why}, got {value}")
 
 
 def _widths(tree: ModeTree, shape: Sequence[int], rank: int | Sequence[int]) -> dict[tuple[int, ...], int]:
@@ -215,13 +194,11 @@ class TensorRecovery(AbstractRecoveryDataModule):
     Completion: ``observations`` entries, sampled uniformly without replacement, are the training set, all others
     the test set. Sensing: inner products :math:`\langle \bigotimes_n x^n, W^* \rangle` with vectors of independent
     entries N(0, 1) / (number of entries)^(1 / 2N), which give the loss the scale that it has in completion, and as many
-    new ones for the test. The target is that of :func:`planted_tensor`. Everything is determined by the arguments, up
-    to the rounding of another machine. A tensor of more than 2^24 entries is never formed: it has no
-    :attr:`target_tensor`, and its test set in completion is no larger than the training set.
+    new ones for the test. The target is that of :func:`planted_tensor`; all is determined by the arguments, up to
+    rounding. A tensor of more than 2^24 entries is never formed: it has no :attr:`target_tensor`, and its test set in
+    completion is no larger than the training set.
 
-    The defaults are the published ones: 4096 entries (64x64, 16x16x16 or 8x8x8x8), half of them observed, rank 5,
-    Frobenius norm 64.
-
+    The defaults are published: 4096 entries (64x64, 16x16x16 or 8x8x8x8), half of them observed, rank 5, norm 64.
     Source: Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks (Noam
     Razin, Asaf Maman, Nadav Cohen, 2022) and, with norm 1, Implicit Regularization in Tensor Factorization (the same,
     2021). Their matrix sensing uses dense Gaussian matrices, ours rank-one tensors of any order. Targets of low Tucker
@@ -230,8 +207,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
     Args:
         target: Format in which the target has low rank.
         shape: Sizes of the modes; the default is the published one of the format (16x16x16 for ``tucker``, ``tt``).
-        rank: ``matrix``, ``cp``: a number. ``tucker``, ``tt``, ``ht``: one for all modes, bonds or levels of interior
-            nodes (from the bottom up), or one for each.
+        rank: A number, or one for each mode of ``tucker``, bond of ``tt`` or level of ``ht`` from the bottom up.
         tree: Mode tree of ``ht``, or its interior nodes; None for the perfect binary one that merges neighbours.
         norm: Frobenius norm of the target; None for the square root of the number of entries.
         task: ``completion`` or ``sensing``.
@@ -271,30 +247,25 @@ class TensorRecovery(AbstractRecoveryDataModule):
             raise ValueError(f"task must be 'completion' or 'sensing', got {task!r}")
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a standard deviation of at least 0, got {noise}")
-        self.shape = _SHAPES.get(target, _OTHER_SHAPE) if shape is None else tuple(shape)
+        self.shape = _SHAPES.get(target, (16, 16, 16)) if shape is None else tuple(shape)
         self.entries = math.prod(self.shape)
         self.task, self.noise, self.seed = task, noise, seed
         if self.entries > 1e300:
-            raise ValueError(
-                f"shape has {len(self.shape)} modes and more than 1e300 entries, whose norm no float can hold: "
-                "take fewer modes"
-            )
+            have = f"{len(self.shape)} modes and more than 1e300 entries"
+            raise ValueError(f"shape has {have}, whose norm no float can hold: take fewer modes")
         norm = math.sqrt(max(self.entries, 1)) if norm is None else norm
         # hashed, or the target would consist of the numbers that a model of the same seed starts from
         hashed = seeded_generator(seed, "target").initial_seed()
         self.planted = planted_tensor(target, self.shape, rank, None if tree is None else ModeTree(tree), norm, hashed)
         if observations is None and self.entries > _MAX_DENSE:
-            raise ValueError(
-                f"observations must be given: half of the {float(self.entries):.3g} entries of this shape are too many"
-            )
+            half = f"half of the {float(self.entries):.3g} entries of this shape"
+            raise ValueError(f"observations must be given: {half} are too many")
         self.observations = max(self.entries // 2, 1) if observations is None else observations
         if self.observations < 1:
             raise ValueError(f"observations must be at least 1, got {observations}")
         if task == "completion" and self.observations > self.entries:
-            raise ValueError(
-                f"observations={observations} are more than the {self.entries} entries of shape {self.shape}: "
-                "lower it, or take task='sensing'"
-            )
+            most = f"the {self.entries} entries of shape {self.shape}"
+            raise ValueError(f"observations={observations} are more than {most}: lower it, or take task='sensing'")
 
     @property
     def target_tensor(self) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import final
 import torch
 
 from lightning_locality.datamodules.tensor_recovery import AbstractRecoveryDataModule
+from lightning_locality.tensors.deep_matrix import lower_bound
 from lightning_locality.tensors.factorization import Entries, RecoveryBatch
 
 
@@ -68,9 +69,7 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
             if value == 0 and argument != "eps":
                 raise ValueError(f"{argument} must not be 0: the missing entry would have no reason to grow")
         if len(unobserved) != 2 or not set(unobserved) <= {0, 1}:
-            raise ValueError(
-                f"unobserved must be a row and a column of the upper left 2x2 block (each 0 or 1), got {unobserved}"
-            )
+            raise ValueError(f"unobserved must be a row and a column of the 2x2 block (each 0 or 1), got {unobserved}")
         self.save_hyperparameters(logger=False)
         self.shape = (rows, cols)
         self.z, self.z_prime, self.eps = z, z_prime, eps
@@ -94,51 +93,3 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
         seen = torch.ones(self.shape, dtype=torch.bool)
         seen[row, col] = False
         return RecoveryBatch(Entries(seen.nonzero(), matrix[seen]), None, None)
-
-
-def lower_bound(loss: float, z: float = 1.0, z_prime: float = 1.0, eps: float = 0.0, *, larger: bool = False) -> float:
-    r"""Lower bound of the missing entry of :class:`UnboundedCompletion` at a given loss.
-
-    .. math::
-        |w| \ge \frac{(|z| - q)(|z'| - q)}{|\epsilon| + q}, \qquad q = \sqrt{2 \ell}
-
-    It holds for every square matrix whose determinant has the sign ``determinant_sign`` and whose loss is below
-    :math:`\min(z^2, z'^2) / 2`: no observed entry is off by more than q, and by the determinant of the 2x2 block the
-    product of the missing entry and the one opposite exceeds the product of the others.
-
-    Larger matrices: :math:`\det W = \det D \cdot \det(A - B D^{-1} C)`, where D is the identity up to q, so the same
-    holds for the 2x2 matrix in brackets, whose entries differ from those of A by at most
-    :math:`s = q^2 / (2 (1 - q))`. So q becomes q + s, and s is subtracted in the end.
-
-    Source: the order of growth is that of Implicit Regularization in Deep Learning May Not Be Explainable by Norms
-    (Noam Razin, Nadav Cohen, 2020); this elementary bound and the one for larger matrices are ours.
-
-    Args:
-        loss: Half the sum of the squared residuals, :math:`\ell \ge 0`.
-        z: As for :class:`UnboundedCompletion`.
-        z_prime: Likewise.
-        eps: Likewise.
-        larger: Whether the matrix is larger than 2x2.
-
-    Returns:
-        The bound; 0 if the loss is too large for one, infinity at loss 0 with eps 0.
-
-    Raises:
-        ValueError: A negative loss.
-
-    Example:
-        >>> [round(lower_bound(loss), 1) for loss in (1.0, 1e-2, 1e-3, 1e-4)]
-        [0.0, 5.2, 20.4, 68.7]
-    """
-    if not loss >= 0:
-        raise ValueError(f"loss must be at least 0, got {loss}")
-    off, through = math.sqrt(2 * loss), 0.0
-    if larger:
-        if off >= 1:
-            return 0.0
-        through = off * off / (2 * (1 - off))
-        off += through
-    if off >= min(abs(z), abs(z_prime)):
-        return 0.0
-    opposite = abs(eps) + off
-    return max((abs(z) - off) * (abs(z_prime) - off) / opposite - through, 0.0) if opposite else math.inf

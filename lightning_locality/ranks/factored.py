@@ -64,8 +64,8 @@ def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None 
     factors = float64_factors(model)
     widths, depths = dict.fromkeys(tree.interior, model.rank), dict.fromkeys(tree.nodes, 1)
     # one matrix per group: the chains of these groups are not used
-    made = node_groups(tree, model.shape, widths, depths, shared=True).to(factors[0].device)
-    groups = tuple(made)
+    made = node_groups(tree, model.shape, widths, depths, shared=True)
+    groups = tuple(group.to(factors[0].device) for group in made)
     identity = torch.eye(model.rank, dtype=torch.float64, device=factors[0].device)
     weights = []
     for group in groups[:-1]:

@@ -68,11 +68,10 @@ def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
 
     .. math:: w \leftarrow \frac{w}{\|w\|} \Bigl( \prod_{w' \in (\nu, r)} \|w'\| \Bigr)^{1 / (|C(\nu)| + 1)}
 
-    for the local components of one node after the other, repeatedly: scaling a component changes the norms of its
-    neighbours, and the sweeps converge linearly. At a balanced point the matrices of all nodes have the same Frobenius
-    norm; setting that before each sweep spares the many sweeps that would carry it through the tree. A component with
-    a zero vector becomes zero altogether. The method is ours. Groups come children before parents, without chains;
-    the weights are in float64.
+    for the local components of one node after the other, repeatedly, since scaling one changes the norms of its
+    neighbours (linear convergence; the method is ours). At a balanced point the matrices of all nodes have the same
+    Frobenius norm; setting that before each sweep spares the many that would carry it through the tree. A component
+    with a zero vector becomes zero. Groups come children before parents, without chains; the weights are in float64.
     """
     groups = list(groups)
     weights = [group.weight().detach().double().clone() for group in groups]
@@ -96,10 +95,8 @@ def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
                 weights[source] *= factor.unsqueeze(1)
         if moved < 1e-13:
             return weights
-    raise ValueError(
-        f"weights cannot be balanced: after {_MAX_SWEEPS} sweeps a vector still moved by a factor of e^{moved:.0e}; "
-        "are they finite?"
-    )
+    moves = f"after {_MAX_SWEEPS} sweeps a vector still moved by a factor of e^{moved:.0e}"
+    raise ValueError(f"weights cannot be balanced: {moves}; are they finite?")
 
 
 def _equalize(weights: list[Tensor]) -> float:

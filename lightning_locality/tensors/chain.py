@@ -16,12 +16,10 @@ class Chain(nn.Module):
 
     .. math:: v_r = A_{r,1} A_{r,2} \cdots A_{r,k} u_r, \qquad k = \text{depth} - 1
 
-    At depth 1 the columns are the parameters themselves. One chain per column is the parameterisation of the
-    authors' code for deep Tucker (Hariz, Kadri, Ayache, Moakher, Artières, 2024); for CP it is our reading of
-    *Implicit Regularization with Polynomial Growth in Deep Tensor Factorization* (Hariz, Kadri, Ayache, Moakher,
-    Artières, 2022), and for tensor trains and local components our choice. Of that model, and of the deep Tucker and
-    tensor train of *Implicit Regularization in Deep Tensor Factorization* (Milanesi, Kadri, Ayache, Artières, 2021),
-    we have not seen the exact parameterisation.
+    At depth 1 the columns are the parameters themselves. One chain per column is the parameterisation of the authors'
+    code for deep Tucker (Hariz, Kadri, Ayache, Moakher, Artières, 2024); for CP it is our reading of *Implicit
+    Regularization with Polynomial Growth in Deep Tensor Factorization* (the same, 2022), and for tensor trains and
+    local components our choice (results/deep_depth/README.md).
 
     Gradient flow conserves :math:`A_j^\top A_j - A_{j+1} A_{j+1}^\top` (with :math:`A_{k+1} = u`) in every chain. If
     these are zero, every matrix of the chain has rank one and the norm of u.
@@ -29,13 +27,6 @@ class Chain(nn.Module):
     Args:
         shape: ``(..., D, R)``: R columns of length D, for any number of factors.
         depth: Factors per column, at least 1.
-
-    Raises:
-        ValueError: Depth below 1.
-
-    Example:
-        >>> [tuple(p.shape) for p in Chain((3, 2), depth=2).parameters()]
-        [(3, 2), (1, 2, 3, 3)]
     """
 
     matrices: Tensor | None

@@ -5,9 +5,9 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Any, cast, final
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ Outputs = Sequence[Tensor] | Mapping[int, Tensor]
 PerNode = Mapping[Node, int]
 
 
-@final
 class NodeGroup(nn.Module):
     """Nodes of the same height, in depth-first order, whose weights and whose children's sizes agree.
 
@@ -101,18 +100,13 @@ class NodeGroup(nn.Module):
             outputs |= dict(zip(groups, torch.split(joined, lengths), strict=True))
 
 
-@final
-class NodeGroups(nn.ModuleList):
-    """The groups of all nodes of a tree, children before parents, the root alone in the last one."""
-
-    def __iter__(self) -> Iterator[NodeGroup]:
-        return cast(Iterator[NodeGroup], super().__iter__())
-
-
 def node_groups(
     tree: ModeTree, shape: Sequence[int], widths: PerNode, depths: PerNode, outputs: int = 1, shared: bool = False
-) -> NodeGroups:
-    """Group the nodes of a tree, with ``outputs`` columns at the root; ``shared``: one matrix of weights per group."""
+) -> Sequence[NodeGroup]:
+    """Group the nodes of a tree, children before parents, the root alone in the last group, in a ``ModuleList``.
+
+    The root has ``outputs`` columns; ``shared``: one matrix of weights per group.
+    """
     place = {mode: k for k, mode in enumerate(tree.traversal)}
     size, members = dict[Node, int](), dict[tuple[Any, ...], list[Node]]()
     for node in sorted(tree.nodes, key=lambda node: (tree.height(node), min(place[mode] for mode in node))):
@@ -122,14 +116,15 @@ def node_groups(
         columns = outputs if node == tree.root else widths[tree.parent(node)]
         rows = widths[node] if children else sizes[0]
         members.setdefault((tree.height(node), rows, columns, depths[node], sizes), []).append(node)
-    groups, found = NodeGroups(), dict[Node, tuple[int, int]]()
+    groups, found = list[NodeGroup](), dict[Node, tuple[int, int]]()
     lengths = [len(nodes) for nodes in members.values()]
     for k, ((_, rows, columns, depth, sizes), nodes) in enumerate(members.items()):
         sources = [found[child] for node in nodes for child in tree.children(node)]
         chain = Chain((1 if shared else len(nodes), rows, columns), depth)
         groups.append(NodeGroup(nodes, sizes, sources, lengths, chain))
         found |= {node: (k, position) for position, node in enumerate(nodes)}
-    return groups
+    # typed by what it holds
+    return cast(Sequence[NodeGroup], nn.ModuleList(groups))
 
 
 def per_node(
@@ -149,10 +144,9 @@ def per_node(
             raise ValueError(f"{name} has a value for {wrong}, which is no such node of the tree: remove it")
         found = {node: named.get(node_name(node), 0) for node in nodes}
     elif len(value) != len(levels):
-        raise ValueError(
-            f"{name} must be one number, or one for each of the {len(levels)} levels of the tree from the bottom up, "
-            f"beginning with {'the leaves' if leaves else f'node {node_name(nodes[0])}'}; got {list(value)}"
-        )
+        first = "the leaves" if leaves else f"node {node_name(nodes[0])}"
+        each = f"one for each of the {len(levels)} levels of the tree from the bottom up, beginning with {first}"
+        raise ValueError(f"{name} must be one number, or {each}; got {list(value)}")
     else:
         found = {node: number for level, number in zip(levels, value, strict=True) for node in level}
     for node, number in found.items():
@@ -167,13 +161,8 @@ def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     return reduce(lambda a, b: (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2), factors)
 
 
-@final
 class EntryQuery:
     """Entries at indices ``(B, N)``; operands are rows ``(n, B)`` of the tables."""
-
-    # forming an entry of a table with one column is a step of a matrix product: this many take the time of gathering,
-    # multiplying and summing one row of all components (a rough figure, widths of 10 to 500)
-    ENTRIES_PER_ROW = 16
 
     def __init__(self, indices: Tensor) -> None:
         self.by_mode = indices.long().T
@@ -199,10 +188,11 @@ class EntryQuery:
 
     def should_materialize(self, group: NodeGroup, weight: Tensor) -> bool:
         """Whether the table has fewer rows than there are queries."""
-        return group.size <= self.by_mode.shape[1] * (self.ENTRIES_PER_ROW if weight.shape[2] == 1 else 1)
+        # forming 16 entries of one column, by a matrix product, takes the time of gathering, multiplying and summing a
+        # row of all components (a rough figure, widths of 10 to 500)
+        return group.size <= self.by_mode.shape[1] * (16 if weight.shape[2] == 1 else 1)
 
 
-@final
 class RankOneQuery:
     """Inner products with rank-one tensors, one ``(B, D_n)`` per mode; operands are vectors ``(n, B, D)``."""
 

@@ -103,8 +103,7 @@ class CP(Factorization):
     differences of the squared norms of the vectors of a component.
 
     In deep CP every vector is a :class:`Chain`. Weights of modes of equal size and depth share one parameter
-    ``(modes, D, R)``. With 16 modes or more, intermediate results of entries and inner products neither overflow nor
-    underflow. Further arguments, and errors, are those of :class:`Factorization`.
+    ``(modes, D, R)``. Further arguments, and errors, are those of :class:`Factorization`.
 
     Args:
         shape: Sizes of the modes, or one size for all.
@@ -149,8 +148,7 @@ class CP(Factorization):
         )
         places = range(1, max(self.order, 2))
         self._split = min(places, key=lambda k: math.prod(self.shape[:k]) + math.prod(self.shape[k:]))
-        self._initialize(init, init_scale, init_of, init_mean, seed)
-        self._convert(dtype, device)
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:

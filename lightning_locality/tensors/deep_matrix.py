@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["DeepMatrix"]
+__all__ = ["DeepMatrix", "lower_bound"]
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast, final
+from typing import Any, Literal, cast, final
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from lightning_locality.tensors.factorization import Factorization, InitOf, Pullback, divided, per_mode
@@ -30,8 +32,7 @@ class DeepMatrix(Factorization):
     Args:
         shape: Rows and columns of W.
         depth: Number of layers L, at least 1.
-        hidden: Widths between the layers, one number or L - 1 from W_1 upwards; None for the smaller size of W.
-            Smaller widths bound the rank of W.
+        hidden: Widths between the layers, one or L - 1 from W_1 upwards, bounds of the rank; None for the smaller size.
         init: ``"normal"``; ``"balanced"``: normal layers moved to the balanced point of their product, or with
             ``init_of="product"`` a normal product, factored by its singular value decomposition (*Implicit
             Regularization in Deep Learning May Not Be Explainable by Norms*, Razin, Cohen, 2020);
@@ -39,8 +40,7 @@ class DeepMatrix(Factorization):
         init_scale: Standard deviation of the entries of the layers or of W (root mean square of W's if the layers are
             normal), or the multiple of the identity.
         init_mean: Mean of the normal entries, before any scaling of the product.
-        determinant: Sign of the determinant of W, which the flow cannot change: samples are rejected until they have
-            it; None for any.
+        determinant: Sign of the determinant of W, which the flow keeps, by rejection of samples; None for any.
 
     Raises:
         ValueError: Not two sizes, depth or widths below 1, or an identity or a determinant without square layers.
@@ -71,34 +71,28 @@ class DeepMatrix(Factorization):
         inner = per_mode("hidden", min(self.shape) if hidden is None else hidden, self.degree - 1)
         square = self.shape[0] == self.shape[1] and min(inner, default=self.shape[0]) >= self.shape[0]
         if not square and (determinant is not None or init == "identity"):
-            raise ValueError(
-                f"determinant and init='identity' need a square matrix and hidden widths of at least its size, "
-                f"got shape {self.shape} and hidden {inner}"
-            )
+            needs = "a square matrix and hidden widths of at least its size"
+            raise ValueError(f"determinant and init='identity' need {needs}, got shape {self.shape} and hidden {inner}")
         if determinant == "negative" and init == "identity":
             raise ValueError("determinant='negative' and init='identity' exclude each other: choose init='normal'")
         widths = [self.shape[1], *inner, self.shape[0]]
         layers = (torch.zeros(rows, columns, dtype=torch.float64) for columns, rows in pairwise(widths))
         self.layers, self.determinant = nn.ParameterList(layers), determinant
-        self._initialize(init, init_scale, init_of, init_mean, seed)
-        self._convert(dtype, device)
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 
-    @torch.no_grad()
-    def _initialize(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
-        if init == "normal" or (init == "balanced" and init_of == "weights"):
-            super()._initialize(init, init_scale, init_of, init_mean, seed)
-            return
-        self._check_scale(init_scale)
+    def _set_weights(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
         if init == "identity":
             multiple = init_scale ** (1 / self.degree) if init_of == "product" else init_scale
             for layer in self.layers:
                 nn.init.eye_(layer).mul_(multiple)
-            return
-        generator, product = torch.Generator().manual_seed(seed), None
-        while product is None or not self._accepts(product):
-            sample = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
-            product = init_mean + init_scale * sample
-        self._factor_(product, 0.0)
+        elif init == "balanced" and init_of == "product":
+            generator, product = torch.Generator().manual_seed(seed), None
+            while product is None or not self._accepts(product):
+                sample = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
+                product = init_mean + init_scale * sample
+            self._factor_(product, 0.0)
+        else:
+            super()._set_weights(init, init_scale, init_of, init_mean, seed)
 
     def to_tensor(self) -> Tensor:
         """The product, multiplied in the cheapest order."""
@@ -204,7 +198,49 @@ class DeepMatrix(Factorization):
             super()._sample(generator, mean, deviation)
 
     def _accepts(self, product: Tensor) -> bool:
-        if self.determinant is None:
-            return True
-        sign = float(torch.linalg.slogdet(product)[0])
-        return sign > 0 if self.determinant == "positive" else sign < 0
+        wanted = {"positive": 1, "negative": -1}
+        return self.determinant is None or wanted[self.determinant] * float(torch.linalg.slogdet(product)[0]) > 0
+
+
+def lower_bound(
+    loss: ArrayLike, z: float = 1.0, z_prime: float = 1.0, eps: float = 0.0, *, larger: bool = False
+) -> Any:
+    r"""Lower bound of the missing entry of :class:`UnboundedCompletion` at given losses; 0 where there is none.
+
+    .. math::
+        |w| \ge \frac{(|z| - q)(|z'| - q)}{|\epsilon| + q}, \qquad q = \sqrt{2 \ell}
+
+    It holds for every square matrix whose determinant has the sign ``determinant_sign`` and whose loss is below
+    :math:`\min(z^2, z'^2) / 2`: no observed entry is off by more than q, and by the determinant of the 2x2 block the
+    product of the missing entry and the one opposite exceeds the product of the others. In larger matrices q becomes
+    q + s, and :math:`s = q^2 / (2 (1 - q))` is subtracted in the end (derivation: results/unbounded/README.md).
+
+    Source: the order of growth is that of Implicit Regularization in Deep Learning May Not Be Explainable by Norms
+    (Noam Razin, Nadav Cohen, 2020); this elementary bound and the one for larger matrices are ours.
+
+    Args:
+        loss: Half the sum of the squared residuals, :math:`\ell \ge 0`: a number, or an array of any shape.
+        z: As for :class:`UnboundedCompletion`.
+        z_prime: Likewise.
+        eps: Likewise.
+        larger: Whether the matrix is larger than 2x2.
+
+    Raises:
+        ValueError: A negative loss.
+
+    Example:
+        >>> lower_bound([1.0, 1e-2, 1e-3, 1e-4]).round(1).tolist()
+        [0.0, 5.2, 20.4, 68.7]
+    """
+    losses = np.asarray(loss, dtype=np.float64)
+    if not (losses >= 0).all():
+        raise ValueError(f"loss must be at least 0, got {loss!r}")
+    off, through = np.sqrt(2 * losses), np.float64(0.0)
+    if larger:
+        off = np.where(off < 1, off, np.nan)
+        through = off * off / (2 * (1 - off))
+        off = off + through
+    # infinite at loss 0 and eps 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bound = (abs(z) - off) * (abs(z_prime) - off) / (abs(eps) + off) - through
+    return np.where((off < min(abs(z), abs(z_prime))) & (bound > 0), bound, 0.0)[()]

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,7 @@ Observations = Entries | RankOneMeasurements
 
 
 class RecoveryBatch(NamedTuple):
-    """A whole recovery problem, the batch of every training step.
-
-    Args:
-        train: Observations to fit.
-        test: Observations to predict, or None.
-        target: The whole tensor; None if it is unknown or too large to be stored.
-    """
+    """A whole recovery problem: observations to fit, others to predict, and the tensor if known and stored."""
 
     train: Observations
     test: Observations | None
@@ -58,11 +52,9 @@ LARGE_ORDER = 16
 class Factorization(nn.Module, ABC):
     r"""A tensor of order N given by the weights of a factorisation, for training by gradient descent.
 
-    The tensor W ("end tensor") is a homogeneous polynomial of the weights. Every factorisation provides the whole
-    tensor, its entries, its inner products with rank-one tensors, its norm without forming the tensor, and the
-    quantities that gradient descent is expected to grow one at a time (:meth:`magnitudes`).
-
-    A subclass creates its weights in float64, sets :attr:`degree`, and calls :meth:`_initialize` and :meth:`_convert`.
+    The tensor W ("end tensor") is a homogeneous polynomial of the weights. A subclass creates its weights in float64,
+    sets :attr:`degree`, and calls :meth:`_initialize`. With 16 modes or more, intermediate results of entries and inner
+    products neither overflow nor underflow.
 
     Args:
         shape: Sizes of the modes D_1..D_N.
@@ -72,7 +64,7 @@ class Factorization(nn.Module, ABC):
         init_mean: Mean of the weights.
         seed: Seed of the weights, which are the same for all types and devices.
         dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
+        device: Their device; None for torch's default.
 
     Raises:
         ValueError: Sizes, ranks, depths or scale out of range.
@@ -173,9 +165,16 @@ class Factorization(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, Chain)]
 
     @torch.no_grad()
-    def _initialize(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
-        """Sample the weights on the CPU in float64, the same for any device that they are then converted to."""
-        self._check_scale(init_scale)
+    def _initialize(
+        self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int, dtype: Any, device: Any
+    ) -> None:
+        """Set the weights on the CPU in float64, the same for any type and device that they are then converted to."""
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale must be positive and finite, got {init_scale}: at zero no gradient flows")
+        self._set_weights(init, init_scale, init_of, init_mean, seed)
+        self.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
+
+    def _set_weights(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._sample(generator, init_mean, init_scale if init_of == "weights" else 1.0)
         if init == "balanced":
@@ -189,14 +188,6 @@ class Factorization(nn.Module, ABC):
         for weight in self.parameters():
             sample = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
             weight.copy_(mean + deviation * sample)
-
-    def _convert(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-        self.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
-
-    @staticmethod
-    def _check_scale(init_scale: float) -> None:
-        if not 0 < init_scale < math.inf:
-            raise ValueError(f"init_scale must be positive and finite, got {init_scale}: at zero no gradient flows")
 
     def _check_indices(self, indices: Tensor) -> None:
         if indices.ndim != 2 or indices.shape[1] != self.order:
@@ -232,9 +223,8 @@ def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ..
 
 
 def divided(values: Tensor, axes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Divide values by their largest absolute value along the axes; return it too, 1 where all are zero.
+    """Divide values by their largest absolute value along the axes, all if None; return it too, 1 where all are zero.
 
-    None stands for all axes; no axes at all divide every value by itself.
     The divisor is a constant to autograd, so multiplying by it again gives the derivatives of the values.
     """
     largest = values.detach().abs()

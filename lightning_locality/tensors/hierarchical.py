@@ -35,8 +35,8 @@ class HierarchicalTensorFactorization(Factorization):
     Args:
         tree: Mode tree: which modes are merged, and in which order.
         shape: Size of every mode, or one size for all.
-        widths: Number of local components: one for all interior nodes; one per level from below, as in the paper's
-            ``[512, 512]``; or by node, written ``(0, 1)`` or ``"0-1"``.
+        widths: Numbers of local components: one for all interior nodes, one per level from below as in the paper's
+            ``[512, 512]``, or by node, written ``(0, 1)`` or ``"0-1"``.
         depth: Factors of every column: one number, or one per level from the leaves to the root.
 
     Raises:
@@ -73,8 +73,7 @@ class HierarchicalTensorFactorization(Factorization):
         self.degree = sum(depths.values())
         self.groups = node_groups(tree, self.shape, self.widths, depths)
         self._found = {node: (group, k) for group in self.groups for k, node in enumerate(group.nodes)}
-        self._initialize(init, init_scale, init_of, init_mean, seed)
-        self._convert(dtype, device)
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 
     def weight(self, node: Node) -> Tensor:
         """Weights of a node of the tree, ``(R_node or D, R_parent or 1)``; at depth 1 a view of the parameters."""
@@ -143,18 +142,17 @@ class HierarchicalTensorFactorization(Factorization):
         With chains, every factor of a column counts with its own Frobenius norm, and the quantities conserved inside
         the chain are included; rows of a node with chains are not, since gradient flow does not conserve them.
         """
-        highs, lows, gaps = list[Tensor](), list[Tensor](), list[Tensor]()
+        columns, gaps = list[Tensor](), list[Tensor]()
         for group in self.groups:
             squares = group.chain.squared_norms()
-            highs.append(squares.amax(0))
-            lows.append(squares.amin(0))
+            # largest and smallest
+            columns.append(torch.stack([squares.amax(0), squares.amin(0)], -1))
             gaps.append(group.chain.unbalancedness())
             if not group.leaf:
-                inside = [*group.gather(highs), *group.gather(lows)]
+                inside = torch.stack(group.gather(columns), -1).flatten(2)
                 if group.chain.depth == 1:
-                    inside.append(group.chain.vectors.double().square().sum(2))
-                stacked = torch.stack(inside)
-                gaps.append((stacked.amax(0) - stacked.amin(0)).max())
+                    inside = torch.cat([inside, group.chain.vectors.double().square().sum(2, keepdim=True)], -1)
+                gaps.append((inside.amax(-1) - inside.amin(-1)).max())
         return torch.stack(gaps).max()
 
     @torch.no_grad()

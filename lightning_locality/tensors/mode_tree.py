@@ -29,12 +29,18 @@ class ModeTree(Collection[Node]):
     ``ModeTree.nested``.
 
     Args:
-        nodes: The interior nodes, each given by its modes, in any order. Single modes and the root (all modes that
-            occur) may be omitted.
+        nodes: The interior nodes, each given by its modes, in any order; the root (all modes that occur) is optional.
+
+    Attributes:
+        nodes: All nodes in order of height, the root last.
+        order: Number of modes N.
+        root: The node that holds all modes.
+        leaves: Nodes of a single mode, by mode.
+        interior: Nodes with children, in order of height; the root last.
+        levels: Interior nodes by height, from the lowest to the root.
 
     Raises:
-        ValueError: Fewer than two modes, a missing mode, an empty node, or two nodes that overlap without either
-            containing the other.
+        ValueError: Fewer than two modes, a missing mode, an empty node, or two nodes that overlap in part.
 
     Example:
         >>> tree = ModeTree.perfect(order=4)
@@ -45,9 +51,14 @@ class ModeTree(Collection[Node]):
     """
 
     nodes: tuple[Node, ...]
-    _children: dict[Node, tuple[Node, ...]] = field(init=False, repr=False, compare=False)
-    _parent: dict[Node, Node] = field(init=False, repr=False, compare=False)
-    _height: dict[Node, int] = field(init=False, repr=False, compare=False)
+    order: int = field(init=False, compare=False)
+    root: Node = field(init=False, compare=False)
+    leaves: tuple[Node, ...] = field(init=False, compare=False)
+    interior: tuple[Node, ...] = field(init=False, compare=False)
+    levels: tuple[tuple[Node, ...], ...] = field(init=False, compare=False)
+    _children: dict[Node, tuple[Node, ...]] = field(init=False, compare=False)
+    _parent: dict[Node, Node] = field(init=False, compare=False)
+    _height: dict[Node, int] = field(init=False, compare=False)
 
     # explicit, because the argument has a wider type than the field
     def __init__(self, nodes: Sequence[Sequence[int]]) -> None:
@@ -63,18 +74,20 @@ class ModeTree(Collection[Node]):
             below = () if len(node) == 1 else tuple(dict.fromkeys(highest[mode] for mode in node))
             if below and sum(map(len, below)) != len(node):
                 other = next(child for child in below if not set(child) <= set(node))
-                raise ValueError(
-                    f"nodes {_shortened(node)} and {_shortened(other)} overlap and neither contains the other: "
-                    "every mode has a single path to the root; remove one of the two"
-                )
+                both = f"nodes {_shortened(node)} and {_shortened(other)}"
+                raise ValueError(f"{both} overlap and neither contains the other: remove one of the two")
             children[node] = below
             height[node] = 1 + max((height[child] for child in below), default=-1)
             parent |= dict.fromkeys(below, node)
             for mode in node:
                 highest[mode] = node
         ordered = tuple(sorted(children, key=lambda node: (height[node], node)))
-        for name, value in (("nodes", ordered), ("_children", children), ("_parent", parent), ("_height", height)):
-            object.__setattr__(self, name, value)
+        levels = tuple(tuple(level) for _, level in groupby(ordered[order:], key=height.__getitem__))
+        # past the dataclass, which is frozen
+        vars(self).update(
+            nodes=ordered, order=order, root=ordered[-1], leaves=ordered[:order], interior=ordered[order:]
+        )
+        vars(self).update(levels=levels, _children=children, _parent=parent, _height=height)
 
     @classmethod
     def perfect(cls, order: int, arity: int | None = None, pattern: Pattern = "adjacent") -> ModeTree:
@@ -86,10 +99,9 @@ class ModeTree(Collection[Node]):
         Args:
             order: Number of modes N, at least 2.
             arity: Children per node, at least 2; None for 2, or 4 for quadrants.
-            pattern: ``"adjacent"`` merges neighbours first. ``"interleaved"`` alternates the nodes of the first and
-                the second half of every level before merging, so that distant modes merge first ("half" in the
-                published code). ``"quadrant"`` takes the modes as row-major pixels of a square image and merges
-                blocks of 2 x 2.
+            pattern: ``"adjacent"`` merges neighbours first; ``"interleaved"`` alternates the nodes of the two halves
+                of every level, so that distant modes merge first ("half" in the published code); ``"quadrant"`` merges
+                blocks of 2 x 2 of the row-major pixels of a square image.
 
         Raises:
             ValueError: Order or arity below 2, or one that does not allow quadrants.
@@ -116,10 +128,7 @@ class ModeTree(Collection[Node]):
         """Build any tree from the list of the root's children, each a mode or the list of a node's own children.
 
         Args:
-            children: For example ``[[0, 1], [2, [3, 4]]]``.
-
-        Raises:
-            ValueError: A list of fewer than two children, or a mode that is missing or repeated.
+            children: For example ``[[0, 1], [2, [3, 4]]]``, with every mode once and two children or more per list.
         """
         nodes, seen = list[Node](), set[int]()
 
@@ -139,31 +148,6 @@ class ModeTree(Collection[Node]):
         if root != tuple(range(len(root))):
             raise ValueError(f"children must hold every mode from 0 to {max(root)} once, got {_shortened(root)}")
         return cls(nodes)
-
-    @property
-    def order(self) -> int:
-        """Number of modes N."""
-        return len(self.root)
-
-    @property
-    def root(self) -> Node:
-        """The node that holds all modes."""
-        return self.nodes[-1]
-
-    @property
-    def leaves(self) -> tuple[Node, ...]:
-        """Nodes of a single mode, by mode."""
-        return self.nodes[: self.order]
-
-    @property
-    def interior(self) -> tuple[Node, ...]:
-        """Nodes with children, in order of height; the root last."""
-        return self.nodes[self.order :]
-
-    @property
-    def levels(self) -> tuple[tuple[Node, ...], ...]:
-        """Interior nodes by height, from the lowest to the root."""
-        return tuple(tuple(nodes) for _, nodes in groupby(self.interior, key=self._height.__getitem__))
 
     @property
     def traversal(self) -> Node:
@@ -234,10 +218,8 @@ def _in_quadrants(order: int, arity: int) -> Node:
     """Row-major pixels of a square, ordered so that blocks of 4, 16, ... are contiguous."""
     steps = (order.bit_length() - 1) // 2
     if order != 4**steps or arity != 4:
-        raise ValueError(
-            f"order must be 4, 16, 64, ... and arity 4 for pattern 'quadrant', got order {order} and arity {arity}: "
-            "the modes are the pixels of a square with a power of 2 as its side, merged in blocks of 2 x 2"
-        )
+        got = f"got order {order} and arity {arity}"
+        raise ValueError(f"order must be 4, 16, 64, ... and arity 4 for the 2 x 2 blocks of pattern 'quadrant', {got}")
     side = 2**steps
     pixels: list[int] = [0]
     for step in (2**k for k in range(steps)):

@@ -29,14 +29,12 @@ class TensorTrain(Factorization):
 
     .. math:: \sum_i G_n[:, i, :]^\top G_n[:, i, :] - \sum_i G_{n+1}[:, i, :] G_{n+1}[:, i, :]^\top
 
-    and otherwise its diagonal, where the norm of one factor of the chain stands for that of the fibre. With 16 modes
-    or more, intermediate results of entries and inner products neither overflow nor underflow. Further arguments, and
-    errors, are those of :class:`Factorization`.
+    and otherwise its diagonal, where the norm of one factor of the chain stands for that of the fibre. Further
+    arguments, and errors, are those of :class:`Factorization`.
 
     Args:
         shape: Sizes of the modes D_n.
-        rank: Widths r_n of the N - 1 bonds, one number or one each; None for the smaller of the products of the sizes
-            on either side of a bond, enough for any tensor.
+        rank: Widths r_n of the N - 1 bonds, one number or one each; None for the least that are enough for any tensor.
         depth: Factors of every fibre: one number, or one per mode.
 
     Example:
@@ -66,8 +64,7 @@ class TensorTrain(Factorization):
         widths = (1, *self.rank, 1)
         shapes = zip(widths[:-1], self.shape, widths[1:], strict=True)
         self.chains = nn.ModuleList(map(Chain, shapes, self.depth))
-        self._initialize(init, init_scale, init_of, init_mean, seed)
-        self._convert(dtype, device)
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:

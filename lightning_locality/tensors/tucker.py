@@ -59,8 +59,7 @@ class Tucker(Factorization):
         self._slices = init == "slices"
         self.core = nn.Parameter(torch.zeros(self.rank, dtype=torch.float64))
         self.chains = nn.ModuleList(map(Chain, zip(self.shape, self.rank, strict=True), self.depth))
-        self._initialize(init, init_scale, init_of, init_mean, seed)
-        self._convert(dtype, device)
+        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:

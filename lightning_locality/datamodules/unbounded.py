@@ -25,11 +25,11 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
     The determinant of a product of square matrices never changes its sign under gradient flow. If it starts with
     :attr:`determinant_sign`, the sign that no exact solution with :math:`\epsilon = 0` has, the missing entry must
     grow as the loss falls, see :func:`lower_bound`, while the effective rank approaches its infimum. Larger problems
-    have ones on the rest of the diagonal, and all entries but one are observed.
+    have ones on the rest of the diagonal; all entries but one are observed. Matrices that are not square have no
+    determinant and no bound.
 
     Source: Implicit Regularization in Deep Learning May Not Be Explainable by Norms (Noam Razin, Nadav Cohen, 2020),
-    larger matrices with an identity block included. Extending the block by zeros in matrices that are not square,
-    which have no determinant and no bound, is ours.
+    square matrices of any size; others are ours.
 
     Args:
         rows: Rows of the matrix.

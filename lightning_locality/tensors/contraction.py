@@ -130,10 +130,7 @@ def node_groups(
 def per_node(
     name: str, value: int | Sequence[int] | Mapping[Any, int], tree: ModeTree, leaves: bool = False
 ) -> PerNode:
-    """Expand one number, numbers by level from the bottom up, or numbers by node to a number for every node.
-
-    The leaves are left out unless ``leaves``. Nodes may be written as tuples or, as in YAML, as ``"0-1"``.
-    """
+    """Expand one number, or numbers by level or by node (a tuple, or ``"0-1"`` as in YAML), to one for every node."""
     levels = (tree.leaves, *tree.levels) if leaves else tree.levels
     nodes = [node for level in levels for node in level]
     if isinstance(value, int):
@@ -217,16 +214,13 @@ class RankOneQuery:
 
 
 def contract(groups: Iterable[NodeGroup], query: EntryQuery | RankOneQuery) -> Tensor:
-    """Contract the tensor of every output with a batch of B operands, from the leaves to the root: ``(B, outputs)``.
-
-    A node is contracted by its intermediate tensors ("table") if forming these costs less than it saves, and otherwise
-    by the product of its children's results.
-    """
+    """Contract the tensor of every output with a batch of B operands, from the leaves to the root: ``(B, outputs)``."""
     operands, tables, values = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
     for k, group in enumerate(groups):
         weight = group.weight()
         if group.leaf:
             operands[k], tables[k] = query.operands(group), weight
+        # by the intermediate tensors where forming these costs less than it saves
         elif tables.keys() >= set(group.sources) and query.should_materialize(group, weight):
             operands[k] = query.join(group.gather(operands), group.sizes)
             tables[k] = group.expand(tables, weight)

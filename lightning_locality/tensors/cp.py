@@ -23,10 +23,9 @@ def binary_products(bits: Tensor, weights: Tensor) -> Tensor:
     .. math:: P_{br} = \prod_n w_{n,\, x_{bn},\, r} = (-1)^{s_{br}}\, [z_{br} = 0]\;
         e^{\sum_n \log|w_{n0r}| + \sum_n x_{bn} \log|w_{n1r} / w_{n0r}|}
 
-    with s the number of negative weights and z the number of zeros met, which are matrix products with x as well.
-    Products and derivatives overflow or underflow only if their values do, even at weights of exactly zero. Relative
-    errors are those of the logarithm, some units in the last place times :math:`\max(1, |\log P|)`. Bits are
-    ``(B, N)`` of any integer type, boolean, or the weights' type; the result ``(B, R)`` is once differentiable in the
+    with s the number of negative weights and z that of zeros met, matrix products with x as well. Products and
+    derivatives overflow or underflow only if their values do; relative errors are some units in the last place times
+    :math:`\max(1, |\log P|)`. Bits are ``(B, N)`` of any type; the result ``(B, R)`` is once differentiable in the
     weights ``(N, 2, R)``.
     """
     return cast(Tensor, _BinaryProducts.apply(bits, weights))

@@ -34,8 +34,7 @@ class DeepMatrix(Factorization):
         depth: Number of layers L, at least 1.
         hidden: Widths between the layers, one or L - 1 from W_1 upwards, bounds of the rank; None for the smaller size.
         init: ``"normal"``; ``"balanced"``: normal layers moved to the balanced point of their product, or with
-            ``init_of="product"`` a normal product, factored by its singular value decomposition (*Implicit
-            Regularization in Deep Learning May Not Be Explainable by Norms*, Razin, Cohen, 2020);
+            ``init_of="product"`` a normal product, factored by its singular value decomposition (Razin, Cohen, 2020);
             ``"identity"``: multiples of the identity, for square W.
         init_scale: Standard deviation of the entries of the layers or of W (root mean square of W's if the layers are
             normal), or the multiple of the identity.

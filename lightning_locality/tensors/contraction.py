@@ -103,10 +103,7 @@ class NodeGroup(nn.Module):
 def node_groups(
     tree: ModeTree, shape: Sequence[int], widths: PerNode, depths: PerNode, outputs: int = 1, shared: bool = False
 ) -> Sequence[NodeGroup]:
-    """Group the nodes of a tree, children before parents, the root alone in the last group, in a ``ModuleList``.
-
-    The root has ``outputs`` columns; ``shared``: one matrix of weights per group.
-    """
+    """Group a tree's nodes, children first, with ``outputs`` columns at the root; ``shared``: one matrix per group."""
     place = {mode: k for k, mode in enumerate(tree.traversal)}
     size, members = dict[Node, int](), dict[tuple[Any, ...], list[Node]]()
     for node in sorted(tree.nodes, key=lambda node: (tree.height(node), min(place[mode] for mode in node))):
@@ -123,7 +120,7 @@ def node_groups(
         chain = Chain((1 if shared else len(nodes), rows, columns), depth)
         groups.append(NodeGroup(nodes, sizes, sources, lengths, chain))
         found |= {node: (k, position) for position, node in enumerate(nodes)}
-    # typed by what it holds
+    # a module, typed by what it holds
     return cast(Sequence[NodeGroup], nn.ModuleList(groups))
 
 

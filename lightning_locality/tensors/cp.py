@@ -231,8 +231,6 @@ class CP(Factorization):
 
     def cuts(self) -> tuple[tuple[int, ...], ...]:
         """All groups of modes up to order 5 (one of a group and its complement); single modes beyond."""
-        if self.order == 1:
-            return ()
         if self.order > 5:
             return tuple((mode,) for mode in range(self.order))
         groups = [g for size in range(1, self.order // 2 + 1) for g in combinations(range(self.order), size)]

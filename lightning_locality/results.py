@@ -58,10 +58,9 @@ def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | 
         labels: Run directory -> its labels, if they are already known; these directories need not exist yet.
 
     Returns:
-        Columns ``run`` (name of the directory), ``folder``, ``finished``, the labels (``variant`` and the grid point of
-        a sweep), the counts and metrics (of unfinished runs, as far as known), and the settings of ``config.yaml`` by
-        dotted name. ``attrs["varied"]`` names the labels (settings that differ, if no run has labels),
-        ``attrs["settings"]`` the settings. Of several paths, the label ``input`` tells which one a run is from.
+        Columns ``run`` (name of the directory), ``folder``, ``finished``, labels (``variant``, the grid point of a
+        sweep, and ``input`` if there are several paths), counts and metrics known so far, and settings by dotted name.
+        ``attrs`` names the ``varied`` (the labels, or settings that differ if no run has labels) and ``settings``.
 
     Raises:
         ValueError: No runs found.
@@ -80,8 +79,8 @@ def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | 
     columns = list(dict.fromkeys(["run", "folder", "finished", *varied, *results, *settings]))
     rows = []
     for run in runs:
-        own = {"run": run.name, "folder": run.folder, "finished": run.finished}
-        known = {**run.settings, **run.labels, **run.results, **own}
+        known = {**run.settings, **run.labels, **run.results}
+        known |= {"run": run.name, "folder": run.folder, "finished": run.finished}
         # lists cannot be grouped by
         rows.append({key: str(v) if isinstance(v, (list, dict)) else v for key, v in known.items()})
     frame = pd.DataFrame(rows, columns=columns)
@@ -225,8 +224,7 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
         n="count",
         runs="size",
     )
-    table["runs"] = table["runs"].max()
-    table = table.reset_index()
+    table = table.assign(runs=table["runs"].max()).reset_index()
     for key in keys:
         # a grid of 0, 0.3 and 3 is written as such
         whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in table[key]]

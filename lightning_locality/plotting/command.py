@@ -168,9 +168,7 @@ def _parser() -> ArgumentParser:
         about = function.__doc__ or ""
         own = ArgumentParser(description=about.partition("Args:")[0].strip())
         first = next(iter(inspect.signature(function).parameters))
-        inputs = (
-            "folders with a growth_curves.csv, or the file" if kind == "growth" else "folders, or their results.csv"
-        )
+        inputs = "folders, or their " + ("growth_curves.csv" if kind == "growth" else "results.csv")
         own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help=inputs)
         own.add_argument("--out", help="path of the files, without ending; by default in the first folder")
         own.add_argument("--title", help="text over the figure")

@@ -15,21 +15,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_locality.plotting import style
 from lightning_locality.plotting.recovery import number_of_components
-from lightning_locality.plotting.style import (
-    LETTERS,
-    STYLE,
-    WIDTHS,
-    Drawn,
-    Spread,
-    Statistic,
-    Width,
-    draw_lines,
-    finished,
-    legend_below,
-    panels,
-    shown,
-)
+from lightning_locality.plotting.style import LETTERS, STYLE, WIDTHS, Drawn, Spread, Statistic, Width, shown
 from lightning_locality.plotting.training import accuracy_curves
 from lightning_locality.results import aggregate, find_column, find_columns, history, ordered
 
@@ -90,8 +78,8 @@ def xy(
     keys = [*grid_of, *groups, x]
     if twice := [name for name in keys if keys.count(name) > 1]:
         raise ValueError(f"{twice[0]} is used twice: use it once in --x, --group and --panel")
-    if text := [value for value in runs[y].dropna() if isinstance(value, str)]:
-        raise ValueError(f"--y: {y} is not a number: {text[0]!r}; choose a column of numbers")
+    if words := [value for value in runs[y].dropna() if isinstance(value, str)]:
+        raise ValueError(f"--y: {y} is not a number: {words[0]!r}; choose a column of numbers")
     numbers = aggregate(runs, keys, y)
     if not numbers["n"].sum():
         raise ValueError(f"no finished run has both {x} and a finite {y}: nothing to draw")
@@ -104,50 +92,54 @@ def xy(
     known = {name for key in (*keys, y) for name in (key, _last(key))} | {shown(v) for k in keys for v in numbers[k]}
     if wrong := [name for name in labels if name not in known | ({"chance"} if level is not None else set())]:
         raise ValueError(f"--labels: {wrong[0]!r} is not in the figure; there are {', '.join(sorted(known))}")
-    data = finished(runs)
+    data = style.finished(runs)
     data = data[np.isfinite(pd.to_numeric(data[y])) & data[x].notna()]
     for axis, name in (("x", x), ("y", y)):
         if axis in log and (bad := [v for v in data[name] if isinstance(v, str) or v <= 0]):
             raise ValueError(f"--log {log}: {name} has {bad[0]!r}, which has no logarithm")
 
-    def line(row: pd.Series) -> str:
-        return ", ".join(_value(row[name], labels, name if len(groups) > 1 else "") for name in groups)
-
-    def title(row: pd.Series) -> str:
-        return ", ".join(_value(row[name], labels, name) for name in grid_of)
+    def texts_of(rows: pd.DataFrame, names: Sequence[str], named: bool) -> pd.Series:
+        return rows.apply(lambda row: ", ".join(_value(row[n], labels, n if named else "") for n in names), axis=1)
 
     numeric = pd.api.types.is_numeric_dtype(data[x]) and not pd.api.types.is_bool_dtype(data[x])
     # names stand along the vertical axis, where there is room for them
     names = [] if numeric else ordered(data[x])
-    along, across = ("x", "y") if numeric else ("y", "x")
+    along: Literal["x", "y"] = "x" if numeric else "y"
+    across = "y" if numeric else "x"
     # a table from elsewhere may be in per cent already
     per_cent = y.endswith("accuracy") and not (pd.to_numeric(runs[y]) > 1).any()
     scale, unit = (100.0, " (%)") if per_cent else (1.0, "")
-    texts = {along: _column(x, labels) if numeric else "", across: _column(y, labels) + unit}
+    axis_labels = {along: _column(x, labels) if numeric else "", across: _column(y, labels) + unit}
     drawn = pd.DataFrame({along: data[x] if numeric else data[x].map(names.index), across: scale * data[y]})
-    drawn = drawn.assign(line=data.apply(line, axis=1), title=data.apply(title, axis=1))
-    lines = list(dict.fromkeys(numbers[numbers["n"] > 0].apply(line, axis=1)))
-    titles = list(dict.fromkeys(numbers.apply(title, axis=1)))
-    figure, grid = _panels(len(titles), width, [_value(name, labels) for name in names])
-    for axes, text in zip(grid.flat, titles, strict=False):
-        own, joined = drawn[drawn["title"] == text], numeric and not points
-        draw_lines(axes, own, lines, statistic, spread, joined=joined, orient=along)
+    drawn["line"], drawn["title"] = texts_of(data, groups, len(groups) > 1), texts_of(data, grid_of, True)
+    lines = texts_of(numbers[numbers["n"] > 0], groups, len(groups) > 1).unique().tolist()
+    titles = texts_of(numbers, grid_of, True).unique().tolist()
+    column = WIDTHS[width] / (min(len(titles), 3) if width == "text" else 1)
+    names = [textwrap.fill(_value(name, labels), int(0.45 * LETTERS * column)) for name in names]
+    height = 2.3 if len(titles) == 1 else 1.8
+    if names:
+        height = 0.13 * len(names) * max(name.count("\n") + 1.4 for name in names) + 0.6
+    figure, grid = style.panels(len(titles), width, height, share=True)
+    if names:
+        grid[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    for axes, title in zip(grid, titles, strict=True):
+        own, joined = drawn[drawn["title"] == title], numeric and not points
+        style.draw_lines(axes, own, lines, statistic, spread, joined=joined, orient=along)
         if level is not None:
             draw_level = axes.axhline if numeric else axes.axvline
             draw_level(scale * level, zorder=0, label=_value("chance", labels), **_DOTTED)
-        axes.set_title(textwrap.fill(text, int(0.8 * LETTERS * WIDTHS[width] / grid.shape[1])), fontsize=8)
-        axes.set_xlabel(texts["x"])
+        axes.grid(visible=not numeric, axis="y")
+        axes.set_title(textwrap.fill(title, int(0.8 * LETTERS * column)), fontsize=8)
+        axes.set(xlabel=axis_labels["x"], ylabel=axis_labels["y"])
         axes.tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(texts["y"])
-    grid[0, 0].set(**{f"{axis}scale": "log" for name, axis in (("x", along), ("y", across)) if name in log})
+    grid[0].set(**{f"{axis}scale": "log" for name, axis in (("x", along), ("y", across)) if name in log})
     places = sorted(set(drawn["x"]))
     on_axis = np.log10(places) if "x" in log else np.array(places)
     # ticks at the places themselves, if they are few and do not touch
     if numeric and len(places) <= 7 and (np.diff(on_axis) >= 0.09 * np.ptp(on_axis)).all():
-        grid[0, 0].set_xticks(places, [_value(place, labels) for place in places])
-        grid[0, 0].set_xticks([], minor=True)
-    legend_below(figure, _column(groups[0], labels) if len(groups) == 1 and groups[0] != "variant" else None)
+        grid[0].set_xticks(places, [_value(place, labels) for place in places])
+        grid[0].set_xticks([], minor=True)
+    style.legend_below(figure, _column(groups[0], labels) if len(groups) == 1 and groups[0] != "variant" else None)
     return figure, numbers
 
 
@@ -168,9 +160,6 @@ def accuracy(
         group: Columns with a line for every value; by default weight and variant, as far as they vary.
         chance: Level of guessing, a dotted line; none for no line.
         options: Of :func:`xy`.
-
-    Raises:
-        ValueError: No such column, or nothing to draw.
     """
     settings = runs.attrs.get("settings", ())
     if x is None:
@@ -224,30 +213,12 @@ def _averaged(runs: pd.DataFrame, keys: Sequence[str], over: Sequence[str] | Non
     return [f"averaged over {', '.join(found)}"] if found else []
 
 
-def _panels(number: int, width: Width, names: Sequence[str]) -> tuple[Figure, Any]:
-    """Return a figure with a grid of panels, whose vertical axes have the names, if there are any."""
-    columns = min(number, 3 if width == "text" else 2)
-    rows, height = -(-number // columns), 2.3 if columns == 1 else 1.6
-    names = [textwrap.fill(name, int(0.45 * LETTERS * WIDTHS[width] / columns)) for name in names]
-    if names:
-        height = 0.13 * len(names) * max(name.count("\n") + 1.4 for name in names) + 0.6
-    figure = Figure(figsize=(WIDTHS[width], rows * height), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[number:]:
-        axes.remove()
-    if names:
-        grid[0, 0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-        for axes in grid.flat[:number]:
-            axes.grid(axis="y", color="0.92", linewidth=0.5)
-    return figure, grid
-
-
 def _against_epoch(runs: pd.DataFrame, group: Sequence[str] | str | None) -> Drawn:
     """Draw accuracy against the epoch, a thin line for every run."""
     groups = find_columns(runs, group or ("variant" if "variant" in runs else "run"), "--group")
     histories: dict[str, list[pd.DataFrame]] = {}
     tables = []
-    for row in finished(runs).to_dict("records"):
+    for row in style.finished(runs).to_dict("records"):
         own = history(row["folder"]) if row["folder"] else pd.DataFrame()
         if columns := [name for name in own.columns if name in ("train/accuracy", "val/accuracy")]:
             histories.setdefault(", ".join(shown(row[name]) for name in groups), []).append(own)
@@ -277,9 +248,9 @@ def depth(runs: pd.DataFrame, x: str = "depth", group: str = "variant", width: W
     """
     ranks = [name for name in runs.columns if name.startswith("effective rank/")]
     more = {"effective rank": runs[ranks].mean(axis=1), "number of components": number_of_components(runs)}
-    figure, axes = panels(3, width, 1.8)
+    figure, axes = style.panels(3, width, 1.8)
     numbers = _draw_ends(axes, runs.assign(**more), x, (*more, "reconstruction_error"), group, "median", "range")
-    legend_below(figure)
+    style.legend_below(figure)
     return figure, numbers
 
 
@@ -292,8 +263,7 @@ def rank(
     As in *Implicit Regularization in Tensor Factorization* (Razin, Maman, Cohen, 2021).
 
     Args:
-        runs: As :func:`~lightning_locality.results.read_runs` reads them, with rank, and source if there are several
-            image sets.
+        runs: With the column rank, and source if there are several image sets.
         group: Column with a line for every value.
         scale: Factor of the errors in the figure: a quarter if the targets are 0 and 2 and the error is to be that of
             0 and 1.
@@ -314,7 +284,7 @@ def rank(
         for panel in axes:
             panel.set(xlabel="CP rank", ylabel=panel.get_ylabel().replace("loss", "error"))
             panel.set_title(source.replace("_", " "), fontsize=8)
-    legend_below(figure)
+    style.legend_below(figure)
     return figure, pd.concat(tables, ignore_index=True)
 
 
@@ -331,15 +301,14 @@ def observations(
         x: Column of the number of observed entries.
         group: Column with a line for every value.
         ranks: Column of the estimated rank; without it the panel is left out.
-        width: 3.35 or 6.9 inches, for two panels.
+        width: 3.35 or 6.9 inches.
     """
     names = ["reconstruction_error", *([ranks] if ranks in runs else [])]
-    figure = Figure(figsize=(len(names) * WIDTHS[width] / 2, 2.1), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    figure, axes = style.panels(len(names), width, 2.1)
     numbers = _draw_ends(axes, runs, x, names, group, "median", "quartiles")
     if len(names) > 1:
         axes[1].set_ylabel("estimated CP rank")
-    legend_below(figure)
+    style.legend_below(figure)
     return figure, numbers
 
 
@@ -358,13 +327,13 @@ def _draw_ends(
     x, group = find_column(runs, x, "--x"), find_column(runs, group, "--group")
     if not any(runs[name].notna().any() for name in quantities if name in runs):
         raise ValueError(f"none of the runs has {' or '.join(quantities)}: there is nothing to draw")
-    data = finished(runs)
+    data = style.finished(runs)
     data = data.assign(line=data[group].map(shown), x=pd.to_numeric(data[x]))
     lines = [shown(value) for value in ordered(runs[group])]
     tables = []
     for panel, name in zip(axes, quantities, strict=True):
         if name in runs:
-            draw_lines(panel, data.assign(y=scale * data[name]), lines, statistic, spread, band=True)
+            style.draw_lines(panel, data.assign(y=scale * data[name]), lines, statistic, spread, band=True)
             tables.append(aggregate(runs, [group, x], name))
             tables[-1].insert(0, "quantity", name)
         if level is not None:

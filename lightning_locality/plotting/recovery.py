@@ -18,18 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
-from lightning_locality.plotting.style import (
-    COLOURS,
-    STYLE,
-    WIDTHS,
-    Drawn,
-    Width,
-    finished,
-    legend_below,
-    line_style,
-    panels,
-    shown,
-)
+from lightning_locality.plotting import style
+from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, shown
 from lightning_locality.results import find_columns, history, nearest, read_settings
 
 _ERROR, _LOSS = "reconstruction_error", "train/loss"
@@ -57,10 +47,6 @@ def magnitude_groups(columns: Sequence[str] | pd.Index) -> dict[str, list[str]]:
     """Return the columns of magnitudes by group: ``component/1``, ``component/2``, ... are the group ``component``.
 
     Largest magnitudes come first, and nodes of a tree with the most modes.
-
-    Example:
-        >>> magnitude_groups(["iteration", "node 0-1/2", "node 0-1/1", "node 0-1-2/1"])
-        {'node 0-1-2': ['node 0-1-2/1'], 'node 0-1': ['node 0-1/1', 'node 0-1/2']}
     """
     found: dict[str, dict[int, str]] = {}
     for name in columns:
@@ -72,12 +58,7 @@ def magnitude_groups(columns: Sequence[str] | pd.Index) -> dict[str, list[str]]:
 
 
 def number_of_components(runs: pd.DataFrame, threshold: float = 0.01) -> pd.Series:
-    """Count the magnitudes that exceed a share of the largest of their group, averaged over the groups.
-
-    Example:
-        >>> number_of_components(pd.DataFrame({"mode 0/1": [2.0], "mode 0/2": [0.5], "mode 0/3": [0.001]})).tolist()
-        [2.0]
-    """
+    """Count the magnitudes that exceed a share of the largest of their group, averaged over the groups."""
     groups = [runs[names] for names in magnitude_groups(runs.columns).values()]
     counts = [own.gt(threshold * own.max(axis=1), axis=0).sum(axis=1).where(own.notna().any(axis=1)) for own in groups]
     return pd.concat(counts, axis=1).mean(axis=1) if counts else pd.Series(np.nan, index=runs.index)
@@ -126,7 +107,7 @@ def curve_summary(history: pd.DataFrame, max_components: int = 6) -> pd.DataFram
 
 def _histories(runs: pd.DataFrame) -> dict[Path, pd.DataFrame]:
     """Read the measurements of the finished recovery runs by run directory."""
-    folders = finished(runs)["folder"].dropna()
+    folders = style.finished(runs)["folder"].dropna()
     found = {folder: own for folder in folders if not (own := history(folder, "iteration")).empty}
     if not found:
         raise ValueError(
@@ -202,7 +183,12 @@ def component_curves(
     width: float = WIDTHS["text"],
 ) -> Figure:
     """Draw the figure of :func:`dynamics` from metrics by iteration; below 5 inches a row has two panels, not four."""
-    chosen = {title: _choose(title, rows, groups) for title, rows in runs.items()}
+    chosen = {}
+    for title, rows in runs.items():
+        known = list(magnitude_groups(rows.columns))
+        chosen[title] = [group for group in groups if group in known] if groups else known[:_GROUPS]
+        if not chosen[title]:
+            raise ValueError(f"run {title!r} has no {' or '.join(groups) or 'magnitudes'}; it has {known or 'none'}")
     columns = 4 if width > 5 else 2
     curves = [_ERROR, _LOSS] if loss and any(_ERROR in rows for rows in runs.values()) else [_ERROR]
     # rows of panels: title, metrics, and a group or curve
@@ -231,16 +217,9 @@ def component_curves(
                 axes.set(ylabel=_label(group), ylim=(0, None))
             axes.set_title(title, fontsize=8)
             axes.set_xlabel(x)
+            axes.locator_params(axis="x", nbins=3)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
-
-
-def _choose(title: str, rows: pd.DataFrame, groups: Sequence[str]) -> list[str]:
-    known = list(magnitude_groups(rows.columns))
-    chosen = [group for group in groups if group in known] if groups else known[:_GROUPS]
-    if not chosen:
-        raise ValueError(f"run {title!r} has no {' or '.join(groups) or 'magnitudes'}; it has {known or 'none'}")
-    return chosen
 
 
 def _label(group: str) -> str:
@@ -285,20 +264,20 @@ def value(
     groups = find_columns(runs, group or ("variant" if "variant" in runs else "run"), "--group")
     kept = {folder: own for folder, own in histories.items() if f"entry/{entry}" in own}
     rows = []
-    for folder, values in runs.set_index("folder")[groups].T[list(kept)].items():
-        label = ", ".join(map(shown, values))
+    for row in runs[runs["folder"].isin(list(kept))].to_dict("records"):
+        label = ", ".join(shown(row[name]) for name in groups)
         title, _, rest = label.partition(split) if split and split in label else ("", "", label)
-        rows.append((title, rest, folder, _problem(folder)))
+        rows.append((title, rest, row["folder"], _problem(row["folder"])))
     table = pd.DataFrame(rows, columns=["title", "label", "folder", "problem"])
     curves = {folder: own.set_index(_LOSS)[f"entry/{entry}"].abs() for folder, own in kept.items()}
     curves = {folder: curve[curve.index >= least] for folder, curve in curves.items()}
-    number = table["title"].nunique()
-    figure, grid = panels(number, width or ("column" if number == 1 else "text"), 2.1)
-    for axes, (title, own) in zip(grid, table.groupby("title", sort=False), strict=True):
-        _draw_values(axes, own, list(table["label"].unique()), curves)
+    titles = table["title"].unique()
+    figure, grid = style.panels(len(titles), width or ("column" if len(titles) == 1 else "text"), 2.1)
+    for axes, title in zip(grid, titles, strict=True):
+        _draw_values(axes, table[table["title"] == title], table["label"].unique().tolist(), curves)
         axes.set(xlabel="loss", ylabel=f"|entry ({entry.replace('-', ', ')})|")
         axes.set_title(title, fontsize=8)
-    legend_below(figure)
+    style.legend_below(figure)
     return figure, _summaries(kept)
 
 
@@ -328,15 +307,15 @@ def _draw_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapp
     axes.set(xscale="log", yscale="log")
     bounds: dict[_Problem, str] = {}
     losses: list[float] = []
-    for label, own in runs.groupby("label", sort=False):
-        position = labels.index(label)
-        style: Any = {"color": COLOURS[position % len(COLOURS)], "linestyle": _DASHES[position % len(_DASHES)]}
+    for label in runs["label"].unique():
+        own, position = runs[runs["label"] == label], labels.index(label)
+        color, dashes = COLOURS[position % len(COLOURS)], _DASHES[position % len(_DASHES)]
         for curve in (curves[folder] for folder in own["folder"]):
-            axes.plot(curve, label=label, linewidth=1.0, **style)
+            axes.plot(curve, label=label, linewidth=1.0, color=color, linestyle=dashes)
             losses += curve.index[curve.index > 0].tolist()
         # the runs of a label with several problems share no bound
         if own["problem"].nunique(dropna=False) == 1 and (problem := own["problem"].iloc[0]) is not None:
-            bounds[problem] = style["color"]
+            bounds[problem] = color
     low, high = axes.get_ylim()
     if losses and bounds:
         at = np.geomspace(min(losses), max(losses), 400)
@@ -400,17 +379,17 @@ def growth(curves: pd.DataFrame, width: Width = "column") -> Drawn:
         "deep CP: $\\sigma^{2-2/(N(k+1))}$": norms & (~plain | (curves["order"] == 3)),
         "deep CP: $\\tau^{k+2-2/N}$": quantity == "norm of the vectors",
     }
-    figure, grid = panels(3, width, 2.3)
+    figure, grid = style.panels(3, width, 2.3)
     for axes, (title, chosen) in zip(grid, cases_of.items(), strict=True):
         cases = curves[chosen & flow].sort_values("matrices", kind="stable").groupby(CURVES[:3], sort=False)
         for position, (_, own) in enumerate(cases):
             order, matrices, kind = own.iloc[0][CURVES[:3]]
-            style = line_style(position)
+            look = style.line_style(position)
             factor = order * (matrices + 1) if kind == "component norm" else order
             label = f"N = {order}" if title.startswith("CP") else f"k = {matrices}"
             law = factor * own["size"] ** predicted(order, matrices, kind)
-            axes.plot(own["size"], own["rate"], style["marker"], color=style["color"], markersize=2.5, label=label)
-            axes.plot(own["size"], law, color=style["color"], linewidth=0.8)
+            axes.plot(own["size"], own["rate"], look["marker"], color=look["color"], markersize=2.5, label=label)
+            axes.plot(own["size"], law, color=look["color"], linewidth=0.8)
         symbol = "\\tau" if "tau" in title else "\\sigma"
         axes.set(xscale="log", yscale="log", xlabel=f"${symbol}$", ylabel=f"$\\dot{{{symbol}}} / \\gamma$")
         axes.set_title(title, fontsize=8)

@@ -26,6 +26,8 @@ STYLE: Any = {
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.2,
     "legend.frameon": False,
+    "grid.color": "0.92",
+    "grid.linewidth": 0.5,
     # Type 3 fonts are refused by venues; 42 embeds TrueType
     "pdf.fonttype": 42,
 }
@@ -81,11 +83,15 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["finished"]] if "finished" in runs else runs
 
 
-def panels(number: int, width: Width, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure with panels of this height: above each other in a column, next to each other over the text."""
-    shape = (1, number) if width == "text" else (number, 1)
-    figure = Figure(figsize=(WIDTHS[width], shape[0] * height), layout="constrained")
-    return figure, figure.subplots(*shape, squeeze=False).ravel()
+def panels(number: int, width: Width, height: float, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels of this height: above each other in a column, up to three in a row over the text."""
+    columns = min(number, 3) if width == "text" else 1
+    rows = -(-number // columns)
+    figure = Figure(figsize=(WIDTHS[width], rows * height), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
+    for spare in grid[number:]:
+        spare.remove()
+    return figure, grid[:number]
 
 
 def draw_lines(
@@ -99,17 +105,9 @@ def draw_lines(
     joined: bool = True,
     orient: Literal["x", "y"] = "x",
 ) -> None:
-    """Draw a line through the means or medians, with error bars or a band, for every value of the column ``line``.
+    """Draw a line through the means or medians of ``x`` and ``y``, with bars or a band, for each ``line`` of the runs.
 
-    Args:
-        axes: Where to draw.
-        data: One row per run: ``x``, ``y`` and ``line``.
-        lines: All values of ``line``, in the order of the legend.
-        statistic: What the lines go through.
-        spread: What the bars show.
-        band: A band instead of bars.
-        joined: Lines, not marks alone.
-        orient: Axis along which the places lie.
+    ``lines`` are all values of ``line``, in the order of the legend; the places lie along the axis ``orient``.
     """
     # here: it takes most of a second to import
     import seaborn

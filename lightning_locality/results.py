@@ -115,11 +115,11 @@ def _is_run(folder: Path) -> bool:
 def _read_table(path: Path) -> list[_Run]:
     """Read a CSV file; the columns before the counts are the labels."""
     # spreadsheets begin a file with a byte order mark; "None" may be the name of a variant
-    options: Any = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": ["", "nan"]}
-    table = pd.read_csv(path, **options)
+    table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=["", "nan"])
     if table.empty:
         raise ValueError(f"{path} has no rows: no run has finished")
-    before = list(table)[: min((table.columns.get_loc(name) for name in COUNTS if name in table), default=0)]
+    names = list(table)
+    before = names[: min((names.index(name) for name in COUNTS if name in names), default=0)]
     runs = []
     for row in table.to_dict("records"):
         known = {str(key): value for key, value in row.items() if not pd.isna(value)}
@@ -282,11 +282,6 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the most similar of the known names, or nothing.
-
-    Example:
-        >>> nearest("distnce", ["distance", "source"])
-        " (did you mean 'distance'?)"
-    """
+    """Return ``" (did you mean 'x'?)"`` for the most similar of the known names, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]!r}?)" if found else ""

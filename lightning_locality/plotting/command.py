@@ -23,7 +23,6 @@ KINDS: dict[str, Callable[..., Drawn]] = {
     name: getattr(plotting, name)
     for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations", "growth")
 }
-_COLUMNS = ("x", "group", "panel", "over")
 # counts, and metrics without a stage in their name
 _RESULTS = (*COUNTS, "iteration", "time", "reconstruction_error", "norm", "unbalancedness", "determinant")
 _PRINTED = 60  # rows of the printed table
@@ -92,17 +91,15 @@ def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(KINDS[kind], skip={"runs"})
     known = list(parser.get_defaults().keys())
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"figure {kind!r} has no option {key!r}{nearest(str(key), known)}; there are {', '.join(known)}"
-            )
+    if wrong := [str(key) for key in options if key not in known]:
+        hint = nearest(wrong[0], known)
+        raise ValueError(f"figure {kind!r} has no option {wrong[0]!r}{hint}; there are {', '.join(known)}")
     try:
         parser.parse_object(options)
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"figure {kind!r} cannot be drawn with {options}: {error}") from error
     known_columns = pd.DataFrame(columns=list(columns or ()))
-    for option in _COLUMNS if columns is not None else ():
+    for option in ("x", "group", "panel", "over") if columns is not None else ():
         x = options.get("x") if option == "x" else None
         # metrics and counts are known only after the runs
         if x is None or not (kind == "components" or x == "epoch" or "/" in x or x in _RESULTS):

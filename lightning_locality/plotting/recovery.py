@@ -35,12 +35,9 @@ _CURVES: dict[str, Any] = {
     _ERROR: {"ylabel": "reconstruction error", "ylim": (0, None)},
     _LOSS: {"ylabel": "training loss", "yscale": "log"},
 }
-_GROUPS = 3  # drawn by default
-_MOST_RUNS = 16
+_GROUPS, _MOST_RUNS = 3, 16  # groups drawn by default, and runs in a figure
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1)))  # dots are the bounds
 _Problem = tuple[float, float, float, bool]
-_LEVELS = (0.5, 0.1, 0.01, 0.001)
-_LOSSES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def magnitude_groups(columns: Sequence[str] | pd.Index) -> dict[str, list[str]]:
@@ -86,12 +83,12 @@ def curve_summary(history: pd.DataFrame, max_components: int = 6) -> pd.DataFram
                 found += [(name, last[name]), (f"{name} at half", at_half)]
     if _ERROR in history:
         error = history[_ERROR]
-        below = {level: history.index[error < level] for level in _LEVELS}
+        below = {level: history.index[error < level] for level in (0.5, 0.1, 0.01, 0.001)}
         found += [(f"error below {level:g} at", float(at[0])) for level, at in below.items() if len(at)]
         found += [("least error", error.min()), ("last error", error.iloc[-1])]
     for name in (key for key in history.columns if key.startswith("entry/")):
         loss = history[_LOSS].to_numpy()
-        for level in _LOSSES:
+        for level in (1e-1, 1e-2, 1e-3, 1e-4):
             crossed = np.flatnonzero((loss[:-1] > level) & (loss[1:] <= level))
             if not crossed.size:
                 continue

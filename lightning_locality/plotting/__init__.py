@@ -1,4 +1,4 @@
-"""Figures of runs: each kind is a function of runs that returns a figure and the numbers in it."""
+"""Figures: each kind is a function of ``read_runs(...)`` that returns a figure and the numbers in it."""
 
 import lazy_loader  # type: ignore[import-untyped]
 

@@ -17,7 +17,7 @@ Train convolutional networks that see far, and measure how far any network sees.
   validate | test       evaluate a checkpoint:    --config FILE --ckpt_path runs/NAME/best.ckpt
   predict               write the class probabilities of the test images
   sweep GRID.yaml       run a grid here or on SLURM, and collect a table and figures          [--dry-run]
-  figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, growth, or any column (xy)
+  figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, ..., or any column (xy)
   rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER]
   make-data pathfinder  render the Pathfinder images before training
 

@@ -237,7 +237,6 @@ def test_wrong_input(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["dynamics", "SWEEP"], "no finished recovery runs with a metrics.csv"),
         (["norm", "SWEEP"], "no finished recovery runs with a metrics.csv"),
         (["rank", "SWEEP"], "no column 'rank'"),
-        (["growth", "SWEEP"], "growth_exponents/make.py --out .*sweep"),
         (["bars", "SWEEP"], "invalid choice: 'bars'"),
     ):
         fails([arg.replace("SWEEP", str(sweep)) for arg in args], message, capsys)

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "comparison": ["accuracy", "depth", "observations", "rank", "xy"],
-        "recovery": ["components", "curve_summary", "dynamics", "growth", "norm", "value"],
+        "recovery": ["components", "curve_summary", "dynamics", "norm", "value"],
         "training": ["accuracy_curves", "example_inputs", "training_curves"],
     },
 )

@@ -15,19 +15,18 @@ from jsonargparse import ArgumentError, ArgumentParser
 from matplotlib.figure import Figure
 
 from lightning_locality import plotting
-from lightning_locality.plotting.recovery import read_curves
 from lightning_locality.plotting.style import Drawn, save_figure, shown
 from lightning_locality.results import COUNTS, atomic_write, find_column, find_columns, nearest, ordered, read_runs
 
 KINDS: dict[str, Callable[..., Drawn]] = {
     name: getattr(plotting, name)
-    for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations", "growth")
+    for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations")
 }
 # counts, and metrics without a stage in their name
 _RESULTS = (*COUNTS, "iteration", "time", "reconstruction_error", "norm", "unbalancedness", "determinant")
 _PRINTED = 60  # rows of the printed table
 # columns that tell tables written here from others
-_OWN = ({"mean", "std", "n", "runs"}, {"run", "quantity", "value"}, {"predicted", "fitted"}, {"run", "epoch"})
+_OWN = ({"mean", "std", "n", "runs"}, {"run", "quantity", "value"}, {"run", "epoch"})
 
 
 def draw_figure(args: Sequence[str]) -> None:
@@ -44,15 +43,12 @@ def draw_figure(args: Sequence[str]) -> None:
     kind = given["subcommand"]
     options = given[kind]
     paths = [Path(path) for path in options.pop("runs")]
-    out, where, title = options.pop("out"), options.pop("where", None), options.pop("title")
+    out, where, title = options.pop("out"), options.pop("where"), options.pop("title")
     notes: list[str] = []
-    if kind == "growth":
-        runs = read_curves(paths)
-    else:
-        runs = select(read_runs(paths), where or [])
-        if names := list(runs["run"][~runs["finished"]]):
-            listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{len(names)} run{'s' if len(names) > 1 else ''} not finished and left out: {listed}")
+    runs = select(read_runs(paths), where)
+    if names := list(runs["run"][~runs["finished"]]):
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        notes.append(f"{len(names)} run{'s' if len(names) > 1 else ''} not finished and left out: {listed}")
     figure, numbers = KINDS[kind](runs, **options)
     if title:
         figure.suptitle(title, fontsize=9)
@@ -84,10 +80,9 @@ def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
         return
     if not isinstance(figure, Mapping) or "kind" not in figure:
         raise ValueError(f"figure must be a mapping with a kind, as {{kind: components}}, got {figure!r}")
-    kinds = [name for name in KINDS if name != "growth"]
     kind, options = figure["kind"], {key: value for key, value in figure.items() if key != "kind"}
-    if kind not in kinds:
-        raise ValueError(f"unknown kind of figure {kind!r}{nearest(str(kind), kinds)}; there are {', '.join(kinds)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of figure {kind!r}{nearest(str(kind), KINDS)}; there are {', '.join(KINDS)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(KINDS[kind], skip={"runs"})
     known = list(parser.get_defaults().keys())
@@ -164,15 +159,12 @@ def _parser() -> ArgumentParser:
     for kind, function in KINDS.items():
         about = function.__doc__ or ""
         own = ArgumentParser(description=about.partition("Args:")[0].strip())
-        first = next(iter(inspect.signature(function).parameters))
-        inputs = "folders, or their " + ("growth_curves.csv" if kind == "growth" else "results.csv")
-        own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help=inputs)
+        own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help="folders, or their results.csv")
         own.add_argument("--out", help="path of the files, without ending; by default in the first folder")
         own.add_argument("--title", help="text over the figure")
-        if kind != "growth":
-            text = "COLUMN=VALUE ...: only these runs; of several for a column one must hold"
-            own.add_argument("--where", type=list[str], default=[], help=text)
-        own.add_function_arguments(function, as_group=False, skip={first})
+        text = "COLUMN=VALUE ...: only these runs; of several for a column one must hold"
+        own.add_argument("--where", type=list[str], default=[], help=text)
+        own.add_function_arguments(function, as_group=False, skip={"runs"})
         kinds.add_subcommand(kind, own, help=about.partition("\n")[0])
     return parser
 

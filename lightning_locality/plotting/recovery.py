@@ -1,8 +1,8 @@
-"""Figures of recovery runs: what grows and when, an unobserved entry against the loss, and growth laws."""
+"""Figures of recovery runs: what grows and when, an unobserved entry against the loss."""
 
 from __future__ import annotations
 
-__all__ = ["components", "curve_summary", "dynamics", "growth", "norm", "value"]
+__all__ = ["components", "curve_summary", "dynamics", "norm", "value"]
 
 import math
 import re
@@ -324,72 +324,3 @@ def _draw_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapp
     # the bound starts at zero, far below the runs
     axes.set_ylim(low, high)
     axes.invert_xaxis()
-
-
-CURVES = ["order", "matrices", "quantity", "source", "size", "rate"]
-
-
-def read_curves(paths: Sequence[Path]) -> pd.DataFrame:
-    """Read the growth curves of ``results/growth_exponents/make.py``: CSV files, or folders with one."""
-    tables = []
-    for given in paths:
-        path = given / "growth_curves.csv" if given.is_dir() else given
-        if not path.is_file():
-            raise ValueError(
-                f"there is no {path}: `python results/growth_exponents/make.py --out {given}` measures and writes it"
-            )
-        tables.append(pd.read_csv(path))
-        if list(tables[-1]) != CURVES:
-            raise ValueError(f"{path} holds no growth curves: expected the columns {', '.join(CURVES)}")
-    return pd.concat(tables, ignore_index=True)
-
-
-def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
-    rows = []
-    case: Any
-    for case, own in curves.groupby(CURVES[:4], sort=False):
-        size, rate = (np.log(own[name].to_numpy(copy=True)) for name in ("size", "rate"))
-        rows.append([*case, predicted(*case[:3]), np.polyfit(size, rate, 1)[0]])
-    return pd.DataFrame(rows, columns=[*CURVES[:4], "predicted", "fitted"])
-
-
-def predicted(order: int, matrices: int, quantity: str) -> float:
-    """Return the exponent of the growth law of a CP factorisation with ``matrices`` matrices before every vector."""
-    if quantity == "component norm":
-        return 2 - 2 / (order * (matrices + 1))
-    return matrices + 2 - 2 / order
-
-
-@rc_context(STYLE)
-def growth(curves: pd.DataFrame, width: Width = "column") -> Drawn:
-    """Growth rates of CP and deep CP against size: a gradient flow as dots, the predicted laws as lines.
-
-    Args:
-        curves: Columns order, matrices, quantity, source, size and rate (divided by gamma).
-        width: 3.35 inches, panels above each other, or 6.9 inches, panels next to each other.
-    """
-    plain, quantity = curves["matrices"] == 0, curves["quantity"]
-    norms, flow = quantity == "component norm", curves["source"] == "flow"
-    cases_of = {
-        "CP: $\\sigma^{2-2/N}$": norms & plain,
-        "deep CP: $\\sigma^{2-2/(N(k+1))}$": norms & (~plain | (curves["order"] == 3)),
-        "deep CP: $\\tau^{k+2-2/N}$": quantity == "norm of the vectors",
-    }
-    figure, grid = style.panels(3, width, 2.3)
-    for axes, (title, chosen) in zip(grid, cases_of.items(), strict=True):
-        cases = curves[chosen & flow].sort_values("matrices", kind="stable").groupby(CURVES[:3], sort=False)
-        for position, (_, own) in enumerate(cases):
-            order, matrices, kind = own.iloc[0][CURVES[:3]]
-            look = style.line_style(position)
-            factor = order * (matrices + 1) if kind == "component norm" else order
-            label = f"N = {order}" if title.startswith("CP") else f"k = {matrices}"
-            law = factor * own["size"] ** predicted(order, matrices, kind)
-            axes.plot(own["size"], own["rate"], look["marker"], color=look["color"], markersize=2.5, label=label)
-            axes.plot(own["size"], law, color=look["color"], linewidth=0.8)
-        symbol = "\\tau" if "tau" in title else "\\sigma"
-        axes.set(xscale="log", yscale="log", xlabel=f"${symbol}$", ylabel=f"$\\dot{{{symbol}}} / \\gamma$")
-        axes.set_title(title, fontsize=8)
-        if axes.lines:
-            axes.legend(fontsize=7)
-    return figure, growth_fits(curves)

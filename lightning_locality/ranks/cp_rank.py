@@ -17,9 +17,6 @@ from lightning_locality.ranks.levenberg_marquardt import fit_cp
 from lightning_locality.ranks.spectra import NodeSpectra, epsilon_rank
 from lightning_locality.tensors.mode_tree import Node
 
-# up to this order the bound takes all cuts: 127 of them
-ALL_CUTS = 8
-
 
 class CPRank(NamedTuple):
     r"""A CP rank within a relative distance, and what is known about it.
@@ -43,10 +40,7 @@ class CPRank(NamedTuple):
 
 
 class CPRankNotFoundError(ValueError):
-    """No fit with the allowed number of components came close enough.
-
-    ``lower_bound`` bounds the rank; ``error`` is the smallest relative distance reached, 1 if the bound excludes a fit.
-    """
+    """No fit came close enough: ``error`` is the smallest relative distance, 1 if ``lower_bound`` excludes a fit."""
 
     def __init__(self, message: str, lower_bound: int, error: float) -> None:
         # all three, so that the error can be pickled
@@ -81,18 +75,16 @@ def cp_rank(
     would need components too large to be found; it is not certified.
 
     Args:
-        tensor: Of any order from 1, real, any floating type; computed in float64 on its device.
+        tensor: Real, of any order from 1; computed in float64 on its device.
         rtol: Relative distance; below about 1e-14 the rounding of the tensor counts as components.
         max_rank: Largest number of components tried; None for as many as any tensor of that shape needs. The cost of a
             fit grows as the cube of R: give it for tensors that may have no small rank (for an 8 x 8 x 8 x 8 tensor
             the bound reaches 64; a random one has 142).
-        starts: Fits side by side for every R.
-        max_steps: Maximum steps of a fit.
+        starts, max_steps: Fits side by side for every R, and the maximum steps of each.
         seed: Of the starts, which are the same on any device.
 
     Raises:
-        ValueError: If the tensor has no modes or entries or is not real or not finite, if ``rtol`` is not between 0 and
-            1, or if ``starts`` or ``max_steps`` is below 1.
+        ValueError: If the tensor is empty, complex or not finite, or a number is out of range.
         CPRankNotFoundError: If ``max_rank`` components are not enough, or were not found.
 
     Example:
@@ -116,13 +108,10 @@ def cp_epsilon_ranks(
     max_steps: int = 500,
     seed: int = 0,
 ) -> dict[float, CPRank | None]:
-    """CP ranks within several relative distances.
+    """CP ranks within several relative distances, from the largest down; None if ``max_rank`` is not enough.
 
     The arguments and errors are those of :func:`cp_rank`, with ``tolerances`` instead of ``rtol``; every search starts
     from the rank within the next larger distance.
-
-    Returns:
-        Distance -> rank, from the largest distance down; None if ``max_rank`` components were not enough.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 0.05, 0.005]))
@@ -210,14 +199,14 @@ class _Search:
             case 2:
                 left, values, right = torch.linalg.svd(core, full_matrices=False)
                 return left[:, :rank] * values[:rank], right[:rank].mT
-        return fit_cp(core, rank, rtol, self.starts, self.max_steps, generator).factors
+        return fit_cp(core, rank, rtol, self.starts, self.max_steps, generator)[0]
 
 
 def _cuts(order: int) -> list[Node]:
     """Single modes, and the cuts that bound the rank; none for a vector."""
     cuts: list[Node] = [(n,) for n in range(order)] if order > 1 else []
     for size in range(2, order // 2 + 1):
-        if order <= ALL_CUTS:
+        if order <= 8:  # all cuts, 127 at most
             groups = list(combinations(range(order), size))
         else:
             groups = [tuple(sorted((first + n) % order for n in range(size))) for first in range(order)]

@@ -43,14 +43,7 @@ class FactoredTree:
     def gather(self, group: NodeGroup, outputs: Sequence[Scaled]) -> list[Scaled]:
         """Outputs of earlier groups ``(n', rows, R)``, for every child ``(n, rows, R)``, padded to equal rows."""
         matrices, logs = zip(*outputs, strict=True)
-        if group.aligned:
-            gathered = group.gather(matrices)
-        else:
-            gathered = [
-                _concatenate([matrices[k] for k in sources]).index_select(0, group.get_buffer(f"places_{child}"))
-                for child, sources in enumerate(group.sources_of_child)
-            ]
-        return list(zip(gathered, group.gather(logs), strict=True))
+        return list(zip(group.gather(matrices, _concatenate), group.gather(logs), strict=True))
 
 
 def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None = None) -> FactoredTree:
@@ -107,11 +100,6 @@ def scaled(values: Tensor) -> Scaled:
     return values * torch.exp2(-exponents).reshape(-1, *[1] * (values.ndim - 1)), exponents
 
 
-def child_sources(group: NodeGroup) -> list[tuple[int, ...]]:
-    """For every child of a group's nodes, the groups that these children belong to."""
-    return [group.sources] * len(group.sizes) if group.aligned else group.sources_of_child
-
-
 def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
     """Join batches of matrices ``(n, rows, ...)``, padding them with rows of zeros to equal numbers of rows."""
     if len(outputs) == 1:
@@ -130,7 +118,7 @@ class Inheritance:
 
     def give(self, group: NodeGroup, child: int, values: Tensor) -> None:
         """Give ``(n, rows, ...)`` to one child, counted from 0, of every node of a group."""
-        sources, start = child_sources(group)[child], 0
+        sources, start = group.sources_of_child[child], 0
         if group.aligned:
             places = torch.arange(child, self._lengths[sources[0]], len(group.sizes), device=values.device)
         else:
@@ -173,7 +161,7 @@ class GroupSpectra:
         # logarithms of the numbers of rows, which a float may not hold
         self._sizes: list[float] = []
         for group in form.groups:
-            children = [self._sizes[first] for first, *_ in child_sources(group)]
+            children = [self._sizes[first] for first, *_ in group.sources_of_child]
             self._sizes.append(math.log(group.size) if group.leaf else sum(children))
 
     def add(self, k: int, matrices: Tensor, logs: Tensor, spread: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheritance, Scaled, child_sources, scaled
+from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheritance, Scaled, scaled
 from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
 
 # float64 numbers of an intermediate, of which a decomposition keeps about three: 4 MB, which a processor's cache
@@ -70,7 +70,7 @@ def qr_spectra(form: FactoredTree) -> NodeSpectra:
         for child, (left, right) in enumerate(_complements(end, children)):
             log, norms = left[1] + right[1], left[0].norm(dim=1) * right[0].norm(dim=1)
             sizes.give(group, child, torch.cat([log[:, None], norms], 1).unsqueeze(1))
-            short = [_short(form, source) for source in child_sources(group)[child]]
+            short = [_short(form, source) for source in group.sources_of_child[child]]
             if any(short):
                 talls.give(group, child, _khatri_rao_triangle(left[0], right[0], children[child][0].mT))
             if not all(short):

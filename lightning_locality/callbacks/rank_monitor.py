@@ -33,20 +33,13 @@ _SAMPLES = 32
 class RankMonitor(Callback):
     """Logs the ranks of a factorisation, or how far a network sees, at the ends of chosen epochs.
 
-    Training is the same, bit for bit, as without it. For every node of a factorisation's tree (``nodes``):
-    ``rank/node 0-1``, ``effective rank/node 0-1``, ``participation ratio/node 0-1``; for more than 64 nodes the median
-    and the largest for every number of modes, as ``rank/2 modes median``. For a network on images (``profile``):
-    ``interaction/mean_distance``, ``interaction/r50``, ``interaction/r90`` and ``interaction/strength_d8`` for every
-    distance in pixels; or (``cuts``) the share of variance that crosses each of the standard cuts,
-    ``cut_share/left``, with its standard error, ``cut_share/left_se``. The module is called as ``module(x)``, in
-    evaluation mode and in the type of its own weights, or float32 if they have 16 bits.
-
-    The images are always the same: the first ones of the validation set, or of the training batches if validation
-    has not given enough of them by the first measurement. They are taken as the batches pass and kept in checkpoints
-    (unless given). Under DDP they are those of the first process, and every process takes the same measurement.
+    Training is the same, bit for bit, as without it. The module is called as ``module(x)``, in evaluation mode and in
+    the type of its own weights, or float32 if they have 16 bits, always with the same images: the first ones of the
+    validation set, or of the training batches if these are too few. docs/measuring.md lists the columns.
 
     Args:
-        what: What is measured. None: nodes of a module that holds a factorisation, the profile of any other.
+        what: ``"nodes"`` of a factorisation's tree, the interaction ``"profile"`` of a network on images, or the
+            variance that crosses its standard ``"cuts"``. None: nodes if there is a factorisation, else the profile.
         every_n_epochs: Measure after every so many epochs.
         epochs: Measure after these instead, counted from 0 as in the column ``epoch``.
         samples: Images for the profile; as many others are donors. None: 32, or as many as there are.

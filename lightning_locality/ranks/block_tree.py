@@ -72,7 +72,9 @@ def tree_separation(
 
     The rank of a submatrix is that of the matricisation (generically) if it is below k: raise ``size`` until no rank
     equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while the
-    grid tensor takes K^P. Several outputs of one column are put side by side.
+    grid tensor takes K^P. Several outputs of one column are put side by side. Values are divided by the root of the
+    number of entries; their tolerance is three times the Frobenius norm of the change when the images move by one unit
+    in the last place, or of the outputs' own rounding.
 
     Args:
         model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
@@ -85,14 +87,8 @@ def tree_separation(
         seed: Of the samples.
         evaluation: How the network is evaluated; None: the default.
 
-    Returns:
-        For every node but the root its singular values, over the root of the number of entries. Their tolerance is
-        three times the Frobenius norm of the change when the images move by one unit in the last place, or of the
-        outputs' own rounding.
-
     Raises:
-        ValueError: A tree or a model that does not fit, blocks that are not a partition, or a size below 2 or, with
-            ``joint``, above the number of images.
+        ValueError: A size, a tree or a model that does not fit, or blocks that are not a partition.
 
     Example:
         >>> pairs = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]

@@ -19,11 +19,10 @@ from lightning_locality.tensors.mode_tree import Node
 
 
 class CPRank(NamedTuple):
-    r"""A CP rank within a relative distance, and what is known about it.
+    """A CP rank within a relative distance, and what is known about it.
 
     Args:
-        rank: Number of components of the fit: the CP rank is not larger.
-        lower_bound: No fewer components come within the distance.
+        rank, lower_bound: Number of components of the fit, and the least number with which one could be as close.
         certified: Whether the two are equal. Otherwise ``rank`` is the smallest number for which a fit was found.
         error: Distance of the fit from the tensor, relative to its norm.
         condition: Sum of the norms of the components over the norm of the tensor. A large one means components that
@@ -80,7 +79,8 @@ def cp_rank(
         max_rank: Largest number of components tried; None for as many as any tensor of that shape needs. The cost of a
             fit grows as the cube of R: give it for tensors that may have no small rank (for an 8 x 8 x 8 x 8 tensor
             the bound reaches 64; a random one has 142).
-        starts, max_steps: Fits side by side for every R, and the maximum steps of each.
+        starts: Fits side by side for every R.
+        max_steps: Maximum steps of a fit.
         seed: Of the starts, which are the same on any device.
 
     Raises:

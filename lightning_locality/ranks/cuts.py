@@ -227,17 +227,13 @@ class CutShare:
     r"""Share of the output's variance that crosses a cut, with its error and spectrum; ``float()`` is the share.
 
     Args:
-        share: Crossing over all variance, between 0 and 1 up to the error of sampling.
-        standard_error: Of the share, over the choice of images.
-        crossing: Variance that neither block explains alone, summed over the outputs.
-        inside, outside: Variance due to block I, and to block J, alone.
+        share, standard_error: Crossing over all variance, 0 to 1 up to sampling, and its error over choices of images.
+        crossing, inside, outside: Variance that neither block explains alone, and due to block I, and J, alone.
         participation_ratio: Number of products of functions of either block that make up the crossing part, estimated
             as in :func:`pair_moments`. NaN if the crossing part may be rounding, or if the images are too few.
-        spectrum: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU; root mean
-            squares over repetitions.
-        noise: Level below which values of the spectrum may be rounding.
-        size: Images per block, K = L.
-        repetitions: Number of tables.
+        spectrum, noise: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU,
+            root mean squares over repetitions; and the level below which they may be rounding.
+        size, repetitions: Images per block, K = L, and number of tables.
     """
 
     share: float
@@ -297,12 +293,10 @@ def cut_share(
         size: Images K for either block, at least 4; None: 64, or half of all images.
         repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
-        evaluation: How the network is evaluated, ``size ** 2`` times for every repetition and at most 256 times for the
-            noise; None: the default.
+        evaluation: How the network is evaluated, ``size ** 2`` times per repetition and up to 256 times for the noise.
 
     Raises:
-        ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
-            together, or outputs that are not finite.
+        ValueError: Numbers out of range, images, mask and model that do not fit together, or outputs not finite.
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]

@@ -1,6 +1,14 @@
 """Boolean masks that cut images of ``height`` x ``width`` pixels into two blocks, or into many.
 
 All raise a ValueError if the image has too few pixels for that cut.
+
+Example:
+    >>> for mask in (halves(2, 4), checkerboard(2, 4, size=1), blocks(2, 4, 1, 4)[1], quad_tree(2, 4, levels=1)["1/3"]):
+    ...     print(mask.int().tolist())
+    [[1, 1, 0, 0], [1, 1, 0, 0]]
+    [[1, 0, 1, 0], [0, 1, 0, 1]]
+    [[0, 1, 0, 0], [0, 1, 0, 0]]
+    [[0, 0, 0, 0], [0, 0, 1, 1]]
 """
 
 from __future__ import annotations
@@ -15,10 +23,6 @@ def halves(height: int, width: int, axis: int = 1) -> Tensor:
     """The left half of an image, or the top one along axis 0, as a mask ``(H, W)`` that is True in block I.
 
     For an odd number of rows or columns it is the smaller one.
-
-    Example:
-        >>> halves(2, 4).int().tolist()
-        [[1, 1, 0, 0], [1, 1, 0, 0]]
     """
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 (top and bottom) or 1 (left and right), got {axis}")
@@ -34,10 +38,6 @@ def checkerboard(height: int, width: int, size: int) -> Tensor:
     """Squares of ``size`` pixels and alternating colour as a mask ``(H, W)``, True in block I with the top left one.
 
     Those at the right and the lower edge may be cut off.
-
-    Example:
-        >>> checkerboard(2, 4, size=1).int().tolist()
-        [[1, 0, 1, 0], [0, 1, 0, 1]]
     """
     _check_size(height, width)
     if not 1 <= size < max(height, width):
@@ -50,11 +50,8 @@ def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
     """A grid of P = ``rows`` x ``columns`` rectangles, row by row, as masks ``(P, H, W)``.
 
     They are as equal as the pixels allow; every pixel is True in one of them.
-
-    Example:
-        >>> (blocks(2, 3, 1, 3) * torch.arange(3)[:, None, None]).sum(0).tolist()
-        [[0, 1, 2], [0, 1, 2]]
     """
+    _check_size(height, width)
     for name, number, size in (("rows", rows, height), ("columns", columns, width)):
         if not 1 <= number <= size:
             raise ValueError(f"{name} must be 1 to {size} in an image of {height} x {width} pixels, got {number}")
@@ -67,11 +64,8 @@ def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
 
     Level l has 4^l of them, as masks ``(H, W)`` by name: ``"1/0"`` to ``"1/3"`` are the quadrants row by row, ``"2/0"``
     to ``"2/15"`` theirs, row by row over the whole image, and so on.
-
-    Example:
-        >>> {name: part.int().tolist() for name, part in quad_tree(2, 2, levels=1).items()}["1/1"]
-        [[0, 1], [0, 0]]
     """
+    _check_size(height, width)
     if levels < 1 or 2**levels > min(height, width):
         most = min(height, width).bit_length() - 1
         raise ValueError(f"levels must be 1 to {most} in an image of {height} x {width} pixels, got {levels}")

@@ -52,12 +52,10 @@ def interaction_profile(
         \qquad (L_{AB} + L_{BA}) / 2
 
     for Y: equal to it for a network that is affine in every patch, and n (1 + m) forward and backward passes for all
-    pairs, while "exact" takes n (1 + m + P) forward passes. Of a saturated classifier, whose gradient says little about
-    replacing a patch, the linear strength is that of steep places: trust "exact", with a sample of the pairs if they
-    are many. "linear" also gives the change of direction of the input gradient,
-    :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term acts on
-    ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
-    Maman, Cohen, 2022). It is not a measure of interaction: it does not see products of a function of A and one of B.
+    pairs, while "exact" takes n (1 + m + P) forward passes (docs/measuring.md: which one to trust). "linear" also gives
+    the change of direction of the input gradient, :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which
+    the anti-locality term acts on ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional
+    Neural Networks", Razin, Maman, Cohen, 2022).
 
     For several outputs the mean is taken; "linear" samples a direction for every sample, uniform on the unit sphere
     (unbiased for the mean). Interactions and effects within the rounding of the network's type are set to zero (ours),
@@ -66,8 +64,8 @@ def interaction_profile(
     Args:
         model: Module, or function of networks in evaluation mode; differentiable by the images for "linear".
         images: ``(N, C, H, W)``, on any device.
-        patch: Side of the patches, in pixels, that divides H and W. None: of the sides that give 2 to 64 patches the
-            one nearest to a seventh of the shorter side.
+        patch: Side of the patches, in pixels, that divides H and W; None: that of :class:`PatchGrid
+            <lightning_locality.ranks.patch_pairs.PatchGrid>`, about a seventh of the shorter side.
         samples: How many of the images are taken, 2 to N. None: all, but at most 64. Each has a donor, another image;
             if N is at least twice as large, no donor is a sample.
         method: "linear", or "exact" for networks that cannot be differentiated by their input.

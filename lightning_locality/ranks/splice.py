@@ -39,23 +39,17 @@ def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluati
         raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
     if not len(images):
         raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
-    model = model if isinstance(model, nn.Module) else _Function(model)
+    if not isinstance(model, nn.Module):
+        function, owner, model = model, getattr(model, "__self__", None), nn.Module()
+        model.forward = function
+        if isinstance(owner, nn.Module):
+            model.owner = owner
     # no inference mode: hidden state that a network keeps for its next call must be fit for training
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
         tensors = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point()]
         dtype = tensors[0].dtype if tensors else evaluation.dtype or images.dtype
         device = tensors[0].device if tensors else images.device
         yield SplicedNetwork(network, images.to(device, dtype), labels.to(device), evaluation)
-
-
-@final
-class _Function(nn.Module):
-    """A function as a module; if it is a method of a module, with that module's state."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        owner = getattr(function, "__self__", None)
-        self.forward, self.owner = function, owner if isinstance(owner, nn.Module) else None
 
 
 @final

@@ -51,8 +51,8 @@ class RankMonitor(Callback):
         float64: Evaluate networks in float64, in a copy; factorisations always are.
 
     Raises:
-        ValueError: Another ``what``, epochs that never come, nodes of a module without a factorisation, no or too few
-            images, patches that do not divide them, weights that are spread over devices.
+        ValueError: Numbers out of range, epochs that never come, no factorisation, missing or unsuitable images, weights
+            that are spread over devices.
     """
 
     def __init__(

@@ -27,9 +27,8 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
 
     Args:
         model: :class:`HierarchicalTensorFactorization` or :class:`CP`.
-        relative: Divide by the norm of the tensor: at high orders a float64 may hold neither norm, but their ratio.
-            If components cancel to less than about 1e-8 of their norms, the tensor's norm is rounding, and the ratio
-            may be infinite.
+        relative: Divide by the norm of the tensor: at high orders a float64 may hold neither norm, but their ratio. If
+            components cancel to below about 1e-8 of their norms, it is rounding, and the ratio may be infinite.
 
     Raises:
         ValueError: If the factorisation is another one or has weights that are not finite.

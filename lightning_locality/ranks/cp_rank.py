@@ -67,18 +67,14 @@ def cp_rank(
     A sum of R rank-one tensors has matricisations of rank R at most, so the largest rank of a matrix within that
     distance of a matricisation (all of them up to order 8, above that those at consecutive modes) is a certain lower
     bound. From there R is raised until one of several Levenberg-Marquardt fits succeeds, which also find components
-    that are nearly parallel, on which alternating least squares stall. Success at the bound certifies the rank.
-
-    The distance is part of the answer. The tensor ``a a b + a b a + b a a`` has rank 3, yet sums of two components
-    come arbitrarily close: the rank is 2 within 1e-3, with a large ``condition``, and 3 within 1e-6, where a fit of two
-    would need components too large to be found; it is not certified.
+    that are nearly parallel, on which alternating least squares stall. Success at the bound certifies the rank. The
+    distance is part of the answer: see docs/measuring.md for a tensor of rank 3 with sums of two components near it.
 
     Args:
         tensor: Real, of any order from 1; computed in float64 on its device.
         rtol: Relative distance; below about 1e-14 the rounding of the tensor counts as components.
         max_rank: Largest number of components tried; None for as many as any tensor of that shape needs. The cost of a
-            fit grows as the cube of R: give it for tensors that may have no small rank (for an 8 x 8 x 8 x 8 tensor
-            the bound reaches 64; a random one has 142).
+            fit grows as the cube of R: give it for tensors that may have no small rank.
         starts: Fits side by side for every R.
         max_steps: Maximum steps of a fit.
         seed: Of the starts, which are the same on any device.
@@ -174,7 +170,8 @@ class _Search:
             if not modes:
                 factors[0] = factors[0] * core.reshape(())
             # from the whole tensor, including what compression discarded
-            error = float((target - _outer_sum(factors)).norm() / norm)
+            rows = reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
+            error = float((target - rows.sum(1).reshape(target.shape)).norm() / norm)
             best = min(best, error)
             if error <= rtol:
                 norms = torch.stack([factor.norm(dim=0) for factor in factors]).prod(0)
@@ -216,11 +213,9 @@ def _cuts(order: int) -> list[Node]:
 
 
 def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[Tensor], Tensor]:
-    """Orthonormal bases of the modes (D_n, r_n) and the core (r_1, ..., r_N): a higher-order SVD.
-
-    The core has the CP rank of the tensor; what is discarded is far below the relative distance.
-    """
+    """Higher-order SVD: bases of the modes (D_n, r_n), and the core (r_1, ..., r_N), which has the tensor's CP rank."""
     bases, core = list[Tensor](), target
+    # far below the relative distance
     discarded = max(1e-2 * rtol, 1e-15) / target.ndim**0.5
     for n in range(target.ndim):
         rows = target.movedim(n, 0).reshape(target.shape[n], -1)
@@ -229,9 +224,3 @@ def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[T
         bases.append(basis)
         core = torch.tensordot(core, basis, dims=([0], [0]))
     return bases, core
-
-
-def _outer_sum(factors: list[Tensor]) -> Tensor:
-    """The sum of the components' outer products."""
-    rows = reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
-    return rows.sum(1).reshape([len(factor) for factor in factors])

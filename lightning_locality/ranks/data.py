@@ -80,12 +80,9 @@ def _checked_samples(samples: Tensor, tree: ModeTree | None, theta: float) -> tu
 def sample_gramians(
     modes: Tensor, tree: ModeTree, levels: int | None, theta: float
 ) -> Iterator[tuple[Node, Tensor, Tensor]]:
-    r"""Every measured node, parents first, with the Gramians ``(M, M)`` of its own modes and of all others.
+    """Every measured node, parents first, with the Gramians ``(M, M)`` of its own modes and of all others.
 
-    .. math:: (G_A)_{mm'} = \prod_{n \in A} \cos \pi\theta (x_n^m - x_n^{m'})
-
-    One sweep up and one down. Diagonals are 1: an entry that underflows is 0 in comparison, and no logarithm is needed.
-    The samples are ``(N, C, M)``; the embedding of a mode is the tensor product of its channels' embeddings.
+    One sweep up and one down, for samples ``(N, C, M)``. Diagonals are 1: an entry that underflows is 0 in comparison.
     """
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
@@ -156,8 +153,7 @@ def data_spectra(
         samples: Features ``(M, N)``, or images ``(M, C, H, W)`` whose modes are the pixels, row by row; floating,
             scaled to a range or standard deviation of about 1.
         labels: ``(M,)``: bool, 0 and 1, or -1 and 1; or classes, with ``positive``.
-        tree: Over the modes; None: :class:`ModeTree.perfect <lightning_locality.tensors.mode_tree.ModeTree>` for
-            features, :func:`pixel_tree` for images.
+        tree: Over the modes; None: the perfect binary tree for features, :func:`pixel_tree` for images.
         theta: Angle of the embedding per unit of the samples, in half turns.
         levels: Number of levels measured below the root; None: as many as have at most 32 nodes, and at least one.
         positive: The class to tell from the rest.

@@ -30,8 +30,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
         cuts: A tree, meaning all its nodes but the root, or groups of modes, counted from 0.
 
     Raises:
-        ValueError: If the tensor is complex, empty or not finite, if the tree has another order, or if a group holds
-            a mode that does not exist or a mode twice, or holds all modes or none.
+        ValueError: If the tensor is complex, empty or not finite, or if the cuts do not fit it.
 
     Example:
         >>> tensor = torch.zeros(2, 2, 2)

@@ -40,7 +40,11 @@ def fit_cp(
     norm = target.norm()
     target = target / norm
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    factors = _start(target, rank, starts, generator)
+    factors = []
+    for size in tensor.shape:
+        # normal vectors, scaled so that the norm of the sum is about that of the target, 1
+        normal = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
+        factors.append(normal.to(target.device) / (size**0.5 * rank ** (0.5 / target.ndim)))
     residual = target - _sum(factors)
     error = residual.flatten(1).norm(dim=1)
     damping, growth = torch.full_like(error, 1e-2), torch.full_like(error, 2.0)
@@ -74,15 +78,6 @@ def fit_cp(
     best = int(error.argmin())
     share = norm ** (1 / target.ndim)
     return tuple(share * factor[best] for factor in factors), float(error[best]), step
-
-
-def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -> list[Tensor]:
-    """Normal vectors, scaled so that the norm of the sum is about that of the target, 1."""
-    factors = []
-    for size in target.shape:
-        normal = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
-        factors.append(normal.to(target.device) / (size**0.5 * rank ** (0.5 / target.ndim)))
-    return factors
 
 
 def _sum(factors: Sequence[Tensor]) -> Tensor:

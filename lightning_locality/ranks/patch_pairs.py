@@ -121,12 +121,11 @@ class InteractionProfile:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Plot strength and its band against distance on ``axes``, or on those of a new ``axes.figure``."""
+        from matplotlib.figure import Figure
+
         from lightning_locality.plotting.ranks import plot_profile
 
-        if axes is None:
-            from matplotlib.figure import Figure
-
-            axes = Figure(layout="constrained").subplots()
+        axes = Figure(layout="constrained").subplots() if axes is None else axes
         plot_profile(axes, self)
         return axes
 

@@ -64,10 +64,8 @@ def interaction_profile(
     Args:
         model: Module, or function of networks in evaluation mode; differentiable by the images for "linear".
         images: ``(N, C, H, W)``, on any device.
-        patch: Side of the patches, in pixels, that divides H and W; None: that of :class:`PatchGrid
-            <lightning_locality.ranks.patch_pairs.PatchGrid>`, about a seventh of the shorter side.
-        samples: How many of the images are taken, 2 to N. None: all, but at most 64. Each has a donor, another image;
-            if N is at least twice as large, no donor is a sample.
+        patch: Side of the patches, in pixels, that divides H and W; None: about a seventh of the shorter side.
+        samples: Images taken, 2 to N; None: all, up to 64. Each has a donor: another image, no sample if N allows.
         method: "linear", or "exact" for networks that cannot be differentiated by their input.
         pairs_per_distance: With "exact", how many pairs stand for all at a distance; None: all.
         seed: Of the samples, donors, directions, sampled pairs and bands.

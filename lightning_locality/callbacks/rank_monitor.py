@@ -25,7 +25,6 @@ from lightning_locality.tensors.factorization import Factorization
 
 What = Literal["nodes", "profile", "cuts"]
 _QUANTITIES = {"rank": "rank", "effective_rank": "effective rank", "participation_ratio": "participation ratio"}
-_MAX_NODES = 64  # logged one by one; more by their number of modes
 _SAMPLES = 32
 
 
@@ -51,8 +50,8 @@ class RankMonitor(Callback):
         float64: Evaluate networks in float64, in a copy; factorisations always are.
 
     Raises:
-        ValueError: Numbers out of range, epochs that never come, no factorisation, missing or unsuitable images, weights
-            that are spread over devices.
+        ValueError: Numbers out of range, epochs that never come, no factorisation, missing or unsuitable images, or
+            weights that are spread over devices.
     """
 
     def __init__(
@@ -160,8 +159,7 @@ class RankMonitor(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"epoch": epoch, "iteration": iteration, **values}, step=iteration)
         # all processes have the same numbers; saying so keeps Lightning from warning
-        several = trainer.world_size > 1
-        pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=several)
+        pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=trainer.world_size > 1)
 
     def _subject(self, module: LightningModule) -> What:
         return self.what or ("profile" if _factorization(module) is None else "nodes")
@@ -260,10 +258,9 @@ def _factorization(module: LightningModule) -> Factorization | None:
 def _nodes(module: LightningModule) -> dict[str, float]:
     factorization = _factorization(module)
     assert factorization is not None
-    with torch.no_grad():
-        spectra = node_spectra(factorization)
+    spectra = node_spectra(factorization)
     table = spectra.table()
-    if len(table) <= _MAX_NODES:
+    if len(table) <= 64:  # one by one; more by their number of modes
         return {f"{name}/node {row['node']}": float(row[key]) for row in table for key, name in _QUANTITIES.items()}
     columns: dict[str, list[float]] = {}
     for node, row in zip(spectra, table, strict=True):

@@ -14,7 +14,6 @@ from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 _MAX_POINTS = 2**22  # forward passes of a grid: beyond, submatrices say the same
-_NOISE_POINTS = 256  # points at which rounding is estimated
 
 
 def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
@@ -162,8 +161,8 @@ def _crossed(rows: Tensor, columns: Tensor, cut: tuple[Node, Node]) -> Tensor:
 
 
 def _noise(network: SplicedNetwork, choices: Tensor, values: Tensor, generator: torch.Generator) -> float:
-    """Effect of rounding, at least that of the outputs; root mean square over the points, summed over outputs."""
-    some = torch.randperm(len(choices), generator=generator)[:_NOISE_POINTS].to(choices.device)
+    """Effect of rounding, at least that of the outputs; root mean square over 256 points, summed over outputs."""
+    some = torch.randperm(len(choices), generator=generator)[:256].to(choices.device)
     seed = int(torch.randint(2**31, (), generator=generator))
     moved = network.map(lambda rows: choices[some[rows]], len(some), rounding_seed=seed) - values[some]
     return max(float(change.square().sum(1).mean().sqrt()) for change in (moved, network.eps * values))

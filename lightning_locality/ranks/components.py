@@ -72,10 +72,8 @@ def balanced_component_norms(model: Factorization) -> dict[Node, Tensor]:
     Example:
         >>> from lightning_locality.tensors import ModeTree
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4), 2, 3, init_scale=1.0)
-        >>> before = model.weight((0,)).clone()
-        >>> norms = balanced_component_norms(model)
-        >>> list(norms), bool(torch.equal(before, model.weight((0,))))
-        ([(0, 1), (2, 3), (0, 1, 2, 3)], True)
+        >>> list(balanced_component_norms(model))
+        [(0, 1), (2, 3), (0, 1, 2, 3)]
     """
     balanced = copy.deepcopy(_with_components(model)).double()
     check_finite(balanced)

@@ -16,8 +16,6 @@ from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
-_CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of the work at the default size
-
 
 class VarianceComponents(NamedTuple):
     """Unbiased variance components of a function of two blocks, possibly below zero."""
@@ -86,9 +84,9 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     with x, x' independent samples of block I and y, y' of block J. Outputs belong to block J's side of the operator, as
     in the K x LC matrix, but pairs are of different samples: two outputs of one sample are not independent.
 
-    Without ``centred`` these are the means over all pairs of different rows and of different columns. With it, the mean
-    of f and what either block explains alone are first subtracted; as the sample's means replace the population's, the
-    sums over equal and different indices are mixed, and unmixed again exactly (ours).
+    These are means over all pairs of different rows and of different columns. With ``centred``, the mean of f and what
+    either block explains alone are first subtracted; as the sample's means replace the population's, the sums over
+    equal and different indices are mixed, and unmixed again exactly (ours).
 
     Args:
         matrix: Values ``(K, L)`` or ``(K, L, C)`` at independent samples of block I (rows) and of block J (columns).
@@ -282,9 +280,8 @@ def cut_share(
     mathematical models and their Monte Carlo estimates", Sobol', 2001). Variances are the :func:`variance_components`
     of a :func:`two_way_table`, summed over outputs.
 
-    The standard error is that of a jackknife over rows and over columns; with repetitions, the larger of this and of
-    their spread, divided by the root of the number of repetitions that have images of their own (ours). Outputs that do
-    not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of 0.
+    Outputs that do not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of
+    0. Where the standard error comes from is in docs/measuring.md.
 
     Args:
         model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
@@ -345,7 +342,7 @@ def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> 
 def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> list[float]:
     """Singular values that rounding can give to the crossing part, and to the table less its mean."""
     size = len(table)
-    corner = min(_CORNER, size)
+    corner = min(16, size)  # rows and columns: a sixteenth of the work at the default size
     moved = _table(network, 0, size, corner, corner, rounding_seed=seed) - table[:corner, :corner]
     scale = table.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition

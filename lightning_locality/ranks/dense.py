@@ -42,9 +42,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
 
 
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
-    """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, one batched decomposition per cut.
-
-    The tensors are for example the checkpoints of a run; ``cuts`` counts the modes from 0 after the first dimension.
+    """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, by one decomposition per cut.
 
     Example:
         >>> stack = torch.stack([torch.eye(3), torch.ones(3, 3)])

@@ -18,11 +18,7 @@ from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra, singular_val
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node
 from lightning_locality.tensors.contraction import NodeGroup, node_groups
 
-# binary logarithm of a norm up to which even small singular values are float64 numbers
-MOST_BITS = 865.0
-
-# matrices (n, ...), and the binary logarithms (n,) of their divisors
-Scaled = tuple[Tensor, Tensor]
+Scaled = tuple[Tensor, Tensor]  # matrices (n, ...), and the binary logarithms (n,) of their divisors
 
 
 @final
@@ -195,7 +191,8 @@ def assemble(found: Sequence[ScaledSpectra], order: Sequence[Node], rounding: fl
     _, values, logs, _ = found[0]
     norm, shift = float(values[0].norm()), float(logs[0])
     bits = shift + math.log2(norm) if norm > 0 else 0.0
-    far = abs(bits) > MOST_BITS
+    # beyond, small singular values are no float64 numbers
+    far = abs(bits) > 865.0
     by_node: dict[Node, Tensor] = {}
     condition: dict[Node, float] = {}
     for nodes, values, logs, spread in found:

@@ -11,9 +11,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-# a fit is abandoned if within PATIENCE steps no start has reduced its error to PROGRESS times the error before
-PATIENCE, PROGRESS = 25, 0.97
-
 
 def fit_cp(
     tensor: Tensor,
@@ -50,8 +47,9 @@ def fit_cp(
     damping, growth = torch.full_like(error, 1e-2), torch.full_like(error, 2.0)
     checkpoint, step = error, 0
     while step < max_steps and error.min() > rtol:
-        if step and step % PATIENCE == 0:
-            if not (error < PROGRESS * checkpoint).any():
+        if step and step % 25 == 0:
+            # too little progress of all starts since the last check
+            if not (error < 0.97 * checkpoint).any():
                 break
             checkpoint = error
         step += 1

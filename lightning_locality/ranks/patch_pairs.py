@@ -82,14 +82,13 @@ class InteractionProfile:
     of a network that is additive over the patches, bands without bootstraps, the gradient change of the exact method.
 
     Args:
-        distance: Chebyshev distance of the positions of two patches, in pixels ``(D,)``.
+        distance, pairs: Chebyshev distance of two patches' positions, in pixels, and number of such pairs ``(D,)``.
         strength, low, high: Mean normalised interaction of the pairs at a distance and the ends of its 95 % band over
             samples ``(D,)``. By the exact method at most 1, up to sampling; the linear one may exceed it if the network
             is far from affine in a patch.
         share, cumulative: Share of all interaction that is at, and up to, a distance ``(D,)``.
         uniform, uniform_mean_distance: ``cumulative`` and ``mean_distance`` if all pairs interacted equally.
         gradient_change: Mean change of direction of a patch's input gradient ``(D,)``: 0 none, 1 orthogonal.
-        pairs: Number of pairs at a distance, int64 ``(D,)``.
         mean_distance, mean_distance_low, mean_distance_high: Of the interaction, in pixels, and its 95 % band.
         r50, r90: Smallest distances, in pixels, up to which half and nine tenths of the interaction lie.
         patch, grid: Side of a patch, in pixels, and rows and columns of patches.
@@ -139,10 +138,8 @@ class InteractionProfile:
         types = {field.name: field.type for field in fields(cls)}
         missing, unknown = sorted(set(types) - set(values)), sorted(set(values) - set(types))
         if missing or unknown:
-            raise ValueError(
-                f"values are not of an InteractionProfile: missing {missing}, unknown {unknown}; pass what to_dict() "
-                "gave"
-            )
+            wrong = f"missing {missing}, unknown {unknown}"
+            raise ValueError(f"values are not of an InteractionProfile: {wrong}; pass what to_dict() gave")
         restored: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
         restored["grid"] = tuple(values["grid"])
         for name in (name for name, kind in types.items() if kind == "Tensor"):

@@ -20,7 +20,6 @@ from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
 from lightning_locality.ranks.splice import Network, SplicedNetwork, splice, spliced
 
-_SAMPLES = 64  # default number of samples, if there are as many images
 _ROUNDING = 20  # units in the last place by which a network's output may be off (ours)
 _KEPT = 2**24  # float64 numbers kept from samples that are measured together: 128 MiB
 
@@ -92,7 +91,7 @@ def interaction_profile(
         raise ValueError(f"bootstraps must be 0 or more, got {bootstraps}")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images must be floating-point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
-    samples = min(len(images), _SAMPLES) if samples is None else samples
+    samples = min(len(images), 64) if samples is None else samples
     if not 2 <= samples <= len(images):
         raise ValueError(
             f"samples must be 2 to the number of images, got {samples} of {len(images)}: give more images or fewer "
@@ -217,12 +216,11 @@ class _Measurement:
         """Gradient ``(n, C, H, W)`` by the images, along every sample's direction of outputs, and outputs; float64."""
         refusal = "model cannot be differentiated by its images: give method='exact', which needs outputs alone"
         with torch.enable_grad():
-            leaf = x.requires_grad_()
-            outputs = self.source.outputs(leaf)
+            outputs = self.source.outputs(x.requires_grad_())
             if not outputs.requires_grad:
                 raise ValueError(refusal)
             try:
-                (gradient,) = torch.autograd.grad((outputs * self.directions[samples].to(outputs)).sum(), leaf)
+                (gradient,) = torch.autograd.grad((outputs * self.directions[samples].to(outputs)).sum(), x)
             except RuntimeError as error:
                 if "implemented" not in str(error) and "not have been used" not in str(error):
                     raise

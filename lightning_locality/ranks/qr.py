@@ -18,9 +18,7 @@ from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
 # float64 numbers of an intermediate, of which a decomposition keeps about three: 4 MB, which a processor's cache
 # holds, and 256 MB for a GPU, which needs many matrices at once
 MOST_NUMBERS, MOST_NUMBERS_ON_GPU = 2**19, 2**25
-
-# width from which halving the columns of products of triangles pays (a rough figure)
-SPLIT_FROM = 24
+SPLIT_FROM = 24  # width from which halving the columns of products of triangles pays (a rough figure)
 
 
 def qr_spectra(form: FactoredTree) -> NodeSpectra:

@@ -117,9 +117,6 @@ def stable_rank(spectrum: Tensor) -> Tensor:
     return _scaled(spectrum).square().sum(-1)
 
 
-_QUANTITIES = (effective_rank, participation_ratio, stable_rank, entanglement_entropy)
-
-
 def _finite(spectrum: Tensor) -> Tensor:
     if bad := int((~spectrum.isfinite()).sum()):
         raise ValueError(f"spectrum has {bad} of {spectrum.numel()} values that are not finite: check its source")
@@ -206,8 +203,9 @@ class NodeSpectra(Mapping[Node, Tensor]):
         ``entanglement_entropy`` is in nats; ``largest`` is divided by ``exp(log_scale)``.
         """
         ranks, rows = self.ranks(), dict[Node, dict[str, str | float]]()
+        measures = (effective_rank, participation_ratio, stable_rank, entanglement_entropy)
         for nodes, values in self._stacked():
-            columns = {function.__name__: function(values).tolist() for function in _QUANTITIES}
+            columns = {function.__name__: function(values).tolist() for function in measures}
             columns["largest"] = values.amax(-1).tolist()
             for node, *numbers in zip(nodes, *columns.values(), strict=True):
                 rows[node] = {"node": node_name(node), "rank": ranks[node], "tolerance": self.tolerance[node]}

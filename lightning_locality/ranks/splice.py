@@ -20,8 +20,7 @@ Network = nn.Module | Callable[[Tensor], Tensor]
 def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
     """Put images together from blocks of images ``(K, C, H, W)``.
 
-    ``labels`` ``(H, W)`` are the block, 0 to P - 1, that a pixel is in; ``choices`` ``(n, P)`` the image that a block
-    is taken from.
+    ``labels`` ``(H, W)``, 0 to P - 1, are the blocks of the pixels, ``choices`` ``(n, P)`` the images of the blocks.
     """
     source = choices[:, labels.flatten()]
     channels = [channel.flatten(1).gather(0, source) for channel in images.unbind(1)]

@@ -27,7 +27,7 @@ from lightning_locality import (
     cut_share,
     interaction_profile,
     measure,
-    measurements,
+    ranks,
 )
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import seeded_generator
@@ -98,7 +98,7 @@ def parts(folder: Path) -> dict[str, int]:
 
 def before_each_cut(monkeypatch: pytest.MonkeyPatch, hook: Callable[[int], object]) -> None:
     """Call a hook with the number of the call before every measurement of a cut."""
-    original, calls, lock = measurements.cut_share, [0], threading.Lock()
+    original, calls, lock = ranks.cut_share, [0], threading.Lock()
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with lock:
@@ -107,7 +107,7 @@ def before_each_cut(monkeypatch: pytest.MonkeyPatch, hook: Callable[[int], objec
         hook(number)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(measurements, "cut_share", wrapped)
+    monkeypatch.setattr(ranks, "cut_share", wrapped)
 
 
 def test_two_networks_side_by_side_as_written_in_the_readme(
@@ -259,8 +259,8 @@ def test_labels_tell_checkpoints_apart(runs: Path, tmp_path: Path) -> None:
 
 
 BAD = [
-    (["RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "there is no such file"]),
-    (["RUNS/a"], ["RUNS/a", "is a folder"]),
+    (["RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "No such file"]),
+    (["RUNS/a"], ["RUNS/a", "Is a directory"]),
     (["RUNS/a/config.yaml"], ["config.yaml", "not a checkpoint", "pass a last.ckpt"]),
     (["RUNS/alone/last.ckpt"], ["there is no RUNS/alone/config.yaml", "cut_share(model"]),
     (["RUNS/mixed/last.ckpt"], ["does not fit this model", "config.yaml of the run"]),

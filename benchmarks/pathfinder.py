@@ -83,7 +83,7 @@ def memory(count: int) -> dict[str, Any]:
         store.generate(workers=1)
         written, wall = peak_memory(), time.perf_counter() - start
         start = time.perf_counter()
-        size = store.load().images.size
+        size = store.load()[0].size
         return {
             "pictures": count,
             "file_mb": round(size / 1e6),

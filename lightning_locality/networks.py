@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["ConvolutionalArithmeticCircuit", "SmallResNet", "adapt"]
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, final
+from typing import Any, Self, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.contraction import RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
-from lightning_locality.tensors.mode_tree import ModeTree, node_name
+from lightning_locality.tensors.mode_tree import ModeTree
 
 
 class _Block(nn.Module):
@@ -27,9 +27,8 @@ class _Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(width_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
-            )
+            shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(width_out))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -39,8 +38,7 @@ class _Block(nn.Module):
 class SmallResNet(nn.Module):
     """An ordinary residual network small enough for a CPU: 3x3 stem, basic blocks, average pooling, linear head.
 
-    Block design: Deep residual learning for image recognition (He, Zhang, Ren, Sun, 2016), figure 2. The sizes are
-    ours.
+    Blocks: Deep residual learning for image recognition (He, Zhang, Ren, Sun, 2016), figure 2. The sizes are ours.
 
     Args:
         in_channels: Channels of the images.
@@ -54,10 +52,8 @@ class SmallResNet(nn.Module):
 
     Example:
         >>> network = SmallResNet()
-        >>> network(torch.zeros(2, 1, 8, 80)).shape
-        torch.Size([2, 1])
-        >>> network.receptive_field
-        95
+        >>> network(torch.zeros(2, 1, 8, 80)).shape, network.receptive_field
+        (torch.Size([2, 1]), 95)
     """
 
     def __init__(
@@ -80,11 +76,8 @@ class SmallResNet(nn.Module):
                 f"outputs={outputs}, widths={list(widths)}, strides={list(strides)}"
             )
         self.strides = tuple(strides)
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-        )
+        convolution = nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False)
+        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.blocks = nn.Sequential(*map(_Block, widths[:-1], widths[1:], strides[1:]))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(widths[-1], outputs)
@@ -93,15 +86,13 @@ class SmallResNet(nn.Module):
     def receptive_field(self) -> int:
         """Side in pixels of the window that one position of the last feature map sees.
 
-        Two images further apart than this do not meet before the average pooling, which adds: the network is then
-        additive over them and no training can make it compare them.
+        The network is additive over two images further apart than this, and no training can make it compare them.
         """
-        # one 3x3 convolution in the stem, two in every block
-        steps = [self.strides[0], *(step for stride in self.strides[1:] for step in (stride, 1))]
-        field, jump = 1, 1
-        for step in steps:
-            field += 2 * jump
-            jump *= step
+        # one 3x3 convolution in the stem, two in every block, the first with the stride
+        field, jump = 3, self.strides[0]
+        for stride in self.strides[1:]:
+            field += 2 * jump * (1 + stride)
+            jump *= stride
         return field
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,8 +100,7 @@ class SmallResNet(nn.Module):
         features: Tensor = self.stem(x)
         for block in self.blocks:
             features = self.dropout(block(features))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
+        return cast(Tensor, self.head(features.mean(dim=(2, 3))))
 
 
 def _place(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -128,9 +118,6 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
         network: Any convolutional network that ends in a linear layer or a 1x1 convolution.
         in_channels: Channels of the images.
         outputs: Number of logits.
-
-    Returns:
-        The same network.
 
     Raises:
         ValueError: No convolution or no head to replace.
@@ -184,8 +171,7 @@ def _convolution_like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> n
 class ConvolutionalArithmeticCircuit(nn.Module):
     r"""1x1 linear layers and product pooling over the windows of a mode tree, without other non-linearities.
 
-    .. math::
-        h^{(\{n\})} = W^{(\{n\}) \top} x^{(n)}, \qquad
+    .. math:: h^{(\{n\})} = W^{(\{n\}) \top} x^{(n)}, \qquad
         h^{(\nu)} = W^{(\nu) \top} \bigodot_{c \in C(\nu)} h^{(c)}, \qquad
         f(x) = h^{([N])} = \langle x^{(1)} \otimes \dots \otimes x^{(N)}, \mathcal{W} \rangle
 
@@ -196,29 +182,24 @@ class ConvolutionalArithmeticCircuit(nn.Module):
 
     Args:
         tree: Over the positions; for images ``ModeTree.perfect(order, pattern="quadrant")`` pools 2 x 2 windows.
-        shape: Length of the vector at every position, or one length for all. For images it is channels times
-            ``patch`` squared, plus one with ``constant``.
+        shape: Length of the vector at every position, or one for all; for images channels times ``patch`` squared,
+            plus one with ``constant``.
         widths: Channels R of the layer below every pooling: as in :class:`HierarchicalTensorFactorization`.
         outputs: Number of logits.
-        shared: Whether all positions of a level (of equal height, children and widths) share one linear layer, as in
-            a convolution.
+        shared: Whether positions of equal height, children and widths share one linear layer, as in a convolution.
         patch: Side in pixels of the patches that images ``(B, C, H, W)`` are cut into, row by row; None if the input
             is already ``(B, N, D)``.
         constant: Whether to append a 1 to every vector: without it an empty patch makes every output zero.
-        seed: Seed of the weights, which are normal with the reciprocal of the number of inputs as variance, so that
-            inputs of variance 1 give outputs of variance 1.
+        seed: Seed of the weights, which are normal and map inputs of variance 1 to outputs of variance 1.
 
     Raises:
         ValueError: Lengths that do not match the tree or the input, or numbers below 1.
 
     Example:
         >>> tree = ModeTree.perfect(order=16, pattern="quadrant")
-        >>> network = ConvolutionalArithmeticCircuit(tree, shape=5, widths=[8, 6], outputs=3, shared=True, patch=2,
-        ...                                          constant=True)
-        >>> network(torch.zeros(7, 1, 8, 8)).shape
-        torch.Size([7, 3])
-        >>> sum(p.numel() for p in network.parameters()) == 5 * 8 + 8 * 6 + 6 * 3
-        True
+        >>> network = ConvolutionalArithmeticCircuit(tree, shape=4, widths=[8, 6], outputs=3, shared=True, patch=2)
+        >>> network(torch.zeros(7, 1, 8, 8)).shape, sum(p.numel() for p in network.parameters())
+        (torch.Size([7, 3]), 98)
     """
 
     def __init__(
@@ -237,10 +218,10 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         self.shape = (shape,) * tree.order if isinstance(shape, int) else tuple(shape)
         if len(self.shape) != tree.order or min(self.shape) < 1:
             raise ValueError(f"shape must be {tree.order} lengths of at least 1, as the tree has, got {self.shape}")
-        for name, value in (("outputs", outputs), ("patch", 1 if patch is None else patch)):
-            if value < 1:
+        for name, value in (("outputs", outputs), ("patch", patch)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.widths = per_node(widths, tree.levels, "widths", f"node {node_name(tree.interior[0])}")
+        self.widths = per_node("widths", widths, tree)
         self.groups = node_groups(tree, self.shape, self.widths, dict.fromkeys(tree.nodes, 1), outputs, shared)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -252,7 +233,10 @@ class ConvolutionalArithmeticCircuit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, outputs)`` of vectors ``(B, N, D)``, or of images ``(B, C, H, W)`` if ``patch`` is set."""
         if self.patch is not None:
-            x = self._cut(x, self.patch)
+            if x.ndim != 4 or x.shape[2] % self.patch or x.shape[3] % self.patch:
+                wanted = f"images (B, C, H, W) whose sides are multiples of patch, {self.patch}"
+                raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
+            x = F.unfold(x, self.patch, stride=self.patch).mT
         if self.constant:
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
         if x.ndim != 3 or (x.shape[2],) * x.shape[1] != self.shape:
@@ -280,17 +264,8 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         """Build a factorisation of the tensor that one output, counted from 0, contracts; weights are copied."""
         factorization = HierarchicalTensorFactorization(self.tree, self.shape, self.widths)
         factorization.to(next(self.parameters()))
-        weights = {node: w for group in self.groups for node, w in zip(group.nodes, group.weight(), strict=True)}
-        root = self.tree.root
         with torch.no_grad():
-            for node, weight in weights.items():
-                factorization.weight(node).copy_(weight[:, [output]] if node == root else weight)
+            for group in self.groups:
+                for node, weight in zip(group.nodes, group.weight(), strict=True):
+                    factorization.weight(node).copy_(weight[:, [output]] if node == self.tree.root else weight)
         return factorization
-
-    def _cut(self, x: Tensor, patch: int) -> Tensor:
-        if x.ndim != 4 or x.shape[2] % patch or x.shape[3] % patch:
-            raise ValueError(
-                f"x must be images (B, C, H, W) whose sides are multiples of patch, {patch}, got {tuple(x.shape)}"
-            )
-        rows = x.unfold(2, patch, patch).unfold(3, patch, patch)
-        return rows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -16,6 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+_State = dict[str, Any]
+_Vector = NDArray[np.float64]
+_SOLVERS: dict[str, Any] = {"RK23": RK23, "RK45": RK45, "DOP853": DOP853, "Radau": Radau}
+_MAX_IMPLICIT_WEIGHTS = 2000
+_MIN_RTOL = 100 * float(np.finfo(np.float64).eps)
+_MIN_RTOL_SINGLE = 1e-6
+
 
 class _OneGroupOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -28,15 +35,13 @@ class _OneGroupOptimizer(Optimizer):
 class GroupRMSprop(_OneGroupOptimizer):
     r"""RMSprop with a single running mean for all weights, so that a step keeps the direction of the gradient.
 
-    .. math::
-        s_t = \alpha s_{t-1} + (1 - \alpha) \lVert g_t \rVert^2, \qquad
+    .. math:: s_t = \alpha s_{t-1} + (1 - \alpha) \lVert g_t \rVert^2, \qquad
         \theta_t = \theta_{t-1} - \frac{\mathrm{lr}}{\sqrt{s_t / (1 - \alpha^t)} + \varepsilon}\, g_t
 
     where g is the gradient of all weights together and :math:`s_0 = 0`: gradient descent on another time scale.
     From the authors' code of *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional
-    Neural Networks* (Razin, Maman, Cohen, 2022), whose defaults these are.
-
-    On CUDA no step waits for the device, and steps can be captured in a CUDA graph.
+    Neural Networks* (Razin, Maman, Cohen, 2022), whose defaults these are. On CUDA no step waits for the device, and
+    steps can be captured in a CUDA graph.
 
     Args:
         params: The weights, in one group.
@@ -83,14 +88,13 @@ class GroupRMSprop(_OneGroupOptimizer):
         gradients = [cast(Tensor, weight.grad) for weight in weights]
         if group["weight_decay"]:
             gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-        # the state of all weights is kept with the first
-        state = self.state[group["params"][0]]
         take = _step_on_cpu if weights[0].device.type == "cpu" else _step_on_device
-        take(weights, gradients, state, group)
+        # the state of all weights is kept with the first
+        take(weights, gradients, self.state[group["params"][0]], group)
         return loss
 
 
-def _step_on_cpu(weights: list[Tensor], gradients: list[Tensor], state: dict[str, Any], group: dict[str, Any]) -> None:
+def _step_on_cpu(weights: list[Tensor], gradients: list[Tensor], state: _State, group: _State) -> None:
     """Compute the step length in Python floats, which cost less than tensors of one element."""
     alpha = group["alpha"]
     square = sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients)
@@ -103,9 +107,7 @@ def _step_on_cpu(weights: list[Tensor], gradients: list[Tensor], state: dict[str
         weight.add_(gradient, alpha=-length)
 
 
-def _step_on_device(
-    weights: list[Tensor], gradients: list[Tensor], state: dict[str, Any], group: dict[str, Any]
-) -> None:
+def _step_on_device(weights: list[Tensor], gradients: list[Tensor], state: _State, group: _State) -> None:
     """Compute the step length in tensors of one element, which the host never reads."""
     alpha, first = group["alpha"], weights[0]
     # on loading, torch converts the state to the type of the weight, all but "step"
@@ -120,13 +122,6 @@ def _step_on_device(
     torch._foreach_sub_(weights, torch._foreach_mul(gradients, length))
 
 
-_SOLVERS: dict[str, Any] = {"RK23": RK23, "RK45": RK45, "DOP853": DOP853, "Radau": Radau}
-_MAX_IMPLICIT_WEIGHTS = 2000
-_MIN_RTOL = 100 * float(np.finfo(np.float64).eps)
-_MIN_RTOL_SINGLE = 1e-6
-_Vector = NDArray[np.float64]
-
-
 class IntegrationError(ValueError):
     """The flow cannot be integrated further within its tolerance."""
 
@@ -136,23 +131,21 @@ class GradientFlow(_OneGroupOptimizer):
 
     .. math:: \frac{d\theta}{dt} = -\nabla L(\theta)
 
-    A step is one accepted step of the solver, from ``time`` to whatever time the tolerance allows: a long one on
-    plateaus, where gradient descent needs thousands. Weights are integrated in float64, whatever their own type and
-    device. A flow continues exactly from a checkpoint.
+    A step is one accepted step of the solver, of the length that the tolerance allows: long on plateaus, where gradient
+    descent needs thousands. Weights are integrated in float64, whatever their type. Checkpoints continue exactly.
 
     Args:
         params: The weights, in one group.
         method: Runge-Kutta pair of order 3(2), 5(4) or 8(5, 3), or the implicit ``"Radau"`` of order 5 for few weights
-            (its Jacobian takes one gradient per weight in every step) and stiff flows, such as those along a narrow
-            valley to infinity, where the others take steps no longer than those of gradient descent.
+            (its Jacobian takes one gradient per weight in every step) and stiff flows, as along a narrow valley, where
+            the others take steps no longer than those of gradient descent.
         rtol: Error allowed per step, relative to each weight.
         atol: Absolute error allowed per step, well below the smallest weights that matter.
         max_step: Longest step.
         end_time: Time at which the flow stops; from then on :attr:`finished` is true and steps do nothing.
 
     Raises:
-        ValueError: Several groups, a number out of range, a tolerance that float32 weights cannot meet, or more
-            weights than Radau is meant for.
+        ValueError: Several groups, a number out of range, rtol too small for float32, or too many weights for Radau.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
@@ -179,14 +172,14 @@ class GradientFlow(_OneGroupOptimizer):
     ) -> None:
         if method not in _SOLVERS:
             raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}")
-        for name, value in (("rtol", rtol), ("atol", atol), ("max_step", max_step), ("end_time", end_time)):
+        numbers = {"rtol": rtol, "atol": atol, "max_step": max_step, "end_time": end_time}
+        for name, value in numbers.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if rtol < _MIN_RTOL:
             raise ValueError(f"rtol must be at least {_MIN_RTOL:.1e}, the precision of float64, got {rtol}")
-        defaults = {"method": method, "rtol": rtol, "atol": atol, "max_step": max_step, "end_time": end_time}
         progress = {"time": 0.0, "step_size": None, "evaluations": 0, "position": None}
-        super().__init__(params, {**defaults, **progress})
+        super().__init__(params, {"method": method, **numbers, **progress})
         weights: list[Tensor] = self.param_groups[0]["params"]
         if rtol < _MIN_RTOL_SINGLE and any(weight.dtype != torch.float64 for weight in weights):
             raise ValueError(
@@ -228,13 +221,7 @@ class GradientFlow(_OneGroupOptimizer):
         self._resumed = self.param_groups[0]["step_size"] is not None and self.param_groups[0]["method"] != "Radau"
 
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """Take one accepted step of the solver.
-
-        Args:
-            closure: Recomputes the gradients of the weights and returns the loss.
-
-        Returns:
-            The loss before the step.
+        """Take one accepted step of the solver; ``closure`` computes loss and gradients; return the loss before it.
 
         Raises:
             IntegrationError: No step is short enough for the tolerance, or the gradient is not finite.
@@ -261,11 +248,8 @@ class GradientFlow(_OneGroupOptimizer):
                 f"earlier (end_time)"
             )
         exact = all(weight.dtype == torch.float64 for weight in group["params"])
-        group.update(
-            time=float(solver.t),
-            step_size=float(solver.h_abs),
-            position=None if exact else torch.from_numpy(solver.y.copy()),
-        )
+        position = None if exact else torch.from_numpy(solver.y.copy())
+        group.update(time=float(solver.t), step_size=float(solver.h_abs), position=position)
         if group["method"] == "Radau":
             # its last gradient is not that at the end, and its internal state is not in a checkpoint
             self._solver = None
@@ -282,26 +266,20 @@ class GradientFlow(_OneGroupOptimizer):
         position = group["position"]
         if position is not None and np.array_equal(now, self._rounded(position.numpy())):
             now = position.numpy().copy()
-        first, end, evaluations = group["step_size"], float(group["end_time"]), group["evaluations"]
-        solver = _SOLVERS[group["method"]](
-            self._velocity,
-            group["time"],
-            now,
-            end,
-            max_step=group["max_step"],
-            rtol=group["rtol"],
-            atol=group["atol"],
-            first_step=None if first is None else min(first, end - group["time"]),
-        )
+        time, end, first = group["time"], float(group["end_time"]), group["step_size"]
+        settings = {name: group[name] for name in ("max_step", "rtol", "atol")}
+        if first is not None:
+            settings["first_step"] = min(first, end - time)
+        evaluations = group["evaluations"]
+        self._solver = solver = _SOLVERS[group["method"]](self._velocity, time, now, end, **settings)
         if first is not None:
             solver.h_abs = first
         if self._resumed:
             # the gradient that the solver has just recomputed was counted before the checkpoint
             group["evaluations"], self._resumed = evaluations, False
-        self._solver = solver
         # the last gradient may have been that of a trial step for the length of the first
         if first is None or group["method"] == "Radau":
-            self._velocity(group["time"], now)
+            self._velocity(time, now)
         return solver
 
     def _velocity(self, time: float, position: _Vector) -> _Vector:
@@ -310,8 +288,7 @@ class GradientFlow(_OneGroupOptimizer):
             self._loss = self._closure()
         group = self.param_groups[0]
         group["evaluations"] += 1
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad.detach() for w in group["params"]]
-        self._slope = _flat(gradients)
+        self._slope = _flat([torch.zeros_like(w) if w.grad is None else w.grad.detach() for w in group["params"]])
         return -self._slope
 
     def _parts(self, position: _Vector) -> list[tuple[Tensor, Tensor]]:

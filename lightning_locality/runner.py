@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LocalityCLI", "run"]
+__all__ = ["run"]
 
 import csv
 import difflib
@@ -42,7 +42,7 @@ from lightning_locality.plotting.style import save_figure
 from lightning_locality.plotting.training import example_inputs, training_curves
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.patches import AbstractPatches
-from lightning_locality.results import atomic_write, flatten, history, read_settings, write_json
+from lightning_locality.results import atomic_write, flatten, history, last_metrics, read_settings, write_json
 
 _PROGRAM = "lightning-locality"
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
@@ -52,6 +52,16 @@ _SHARED_DIR = "LIGHTNING_LOCALITY_RUN_DIR"
 _PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"
 _IN_USE = 75  # EX_TEMPFAIL of sysexits.h, which Windows lacks
 _EXAMPLES = 4
+_EXPECTED_WARNINGS = (
+    ".*treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
+    "Checkpoint directory .* exists and is not empty",  # it holds the configuration before the first checkpoint
+    "The dirpath has changed",  # a checkpoint of one run may be tested, or resumed, in another folder
+    "Be aware that when using `ckpt_path`",  # testing needs no checkpoint callback
+    ".*but have no `validation_step`",  # a module may do without validation
+    ".*smaller than the logging interval.*",  # metrics are logged per epoch
+    "LightningCLI's args parameter",  # the command line hands over a part of sys.argv
+    ".*does not have many workers.*",  # batches are index tensors; workers would cost more than they bring
+)
 
 
 def _is_first_process() -> bool:
@@ -60,13 +70,9 @@ def _is_first_process() -> bool:
 
 
 class RunDirectory:
-    """Directory of a run: one process trains in it, and an earlier run in it is never overwritten.
+    """Directory of a run: ``path``, else the folder of the checkpoint, else ``runs/DATE_TIME``.
 
-    All processes of a launch choose the same one.
-
-    Args:
-        path: The directory; None for the folder of the checkpoint, else ``runs/DATE_TIME``.
-        checkpoint: Checkpoint that the run starts from.
+    All processes of a launch choose the same one, one launch at a time trains in it, and it holds one run.
     """
 
     def __init__(self, path: str | None, checkpoint: str | None) -> None:
@@ -134,25 +140,15 @@ class LocalityCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run."""
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="Directory for config, metrics, checkpoints and figures (default: runs/<date and time>, or the "
-            "checkpoint's folder if --ckpt_path is given).",
+        run_dir = (
+            "Directory for config, metrics, checkpoints and figures (default: runs/<date and time>, or the folder of "
+            "the checkpoint if --ckpt_path is given)."
         )
-        parser.add_argument(
-            "--test_after_fit",
-            type=Literal["no", "last", "best"],
-            default="no",
-            help="Test after fit, with the last weights (as published) or the best on validation.",
-        )
-        parser.add_argument(
-            "--labels",
-            type=dict[str, Any] | None,
-            default=None,
-            help="Labels copied to summary.json, by which tables and figures group runs.",
-        )
+        test = "Test after fit, with the last weights (as published) or the best on validation."
+        labels = "Labels copied to summary.json, by which tables and figures group runs."
+        parser.add_argument("--run_dir", type=str | None, default=None, help=run_dir)
+        parser.add_argument("--test_after_fit", type=Literal["no", "last", "best"], default="no", help=test)
+        parser.add_argument("--labels", type=dict[str, Any] | None, default=None, help=labels)
 
     def _parse_ckpt_path(self) -> None:
         """Keep what was typed and warn if the checkpoint differs; Lightning would take the checkpoint's settings."""
@@ -251,7 +247,7 @@ class LocalityCLI(LightningCLI):
             scores |= {key: float(value) for key, value in results[0].items()}
         if self.trainer.is_global_zero and self.recorded:
             if own_summary is None:  # a run killed after its last epoch measures nothing again
-                scores = _last_values(self.run_dir / "metrics.csv") | scores
+                scores = last_metrics(self.run_dir) | scores
             _write_figures(self.run_dir, self.model, self.datamodule)
             self._write_summary(scores, counts)  # last: a run that has one is finished
             rank_zero_info(", ".join([*_in_words(scores, counts), f"run folder: {self.run_dir}"]))
@@ -268,11 +264,7 @@ class LocalityCLI(LightningCLI):
                 **counts,
                 "steps": self.trainer.global_step,
                 "seconds": round(self.stopwatch.seconds, 1),
-                "device": {
-                    "name": name,
-                    "processes": self.trainer.world_size,
-                    "threads": torch.get_num_threads(),
-                },
+                "device": {"name": name, "processes": self.trainer.world_size, "threads": torch.get_num_threads()},
                 "versions": {package: version(package) for package in _PACKAGES},
                 "seeds": {k: v for k, v in flatten(config) if k.split(".")[-1] in ("seed", "seed_everything")},
                 "config": config,
@@ -305,16 +297,6 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that are given, by dotted name, and classes by their name alone: modules may move."""
     given = {name: value for name, value in flatten(settings) if value is not None}
     return {k: v.rpartition(".")[2] if k.endswith("class_path") else v for k, v in given.items()}
-
-
-def _last_values(metrics: Path) -> dict[str, float]:
-    """Return the last value of every metric in a ``metrics.csv``."""
-    values: dict[str, float] = {}
-    if metrics.is_file():
-        with metrics.open(newline="") as file:
-            for row in csv.DictReader(file):
-                values |= {name: float(v) for name, v in row.items() if v and name not in ("epoch", "step")}
-    return values
 
 
 def _in_words(scores: dict[str, float], counts: dict[str, float]) -> list[str]:
@@ -435,22 +417,8 @@ def run(args: Sequence[str]) -> LocalityCLI:
     with warnings.catch_warnings():
         # Lightning 2.6 itself uses names that jsonargparse 5 will remove; the bound below 5 covers it
         warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
-        # Lightning 2.6 with torch 2.15
-        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-        # the run directory holds the configuration before the first checkpoint
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        # a checkpoint of one run may be tested, or resumed, in another folder
-        warnings.filterwarnings("ignore", message="The dirpath has changed")
-        # testing needs no checkpoint callback
-        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-        # a module may do without validation
-        warnings.filterwarnings("ignore", message=".*but have no `validation_step`")
-        # metrics are logged per epoch
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-        # args and sys.argv may both be set: the command line hands over a part of sys.argv
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        # batches are index tensors; workers would cost more than they bring
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         return LocalityCLI(
             LightningModule,
             LightningDataModule,

@@ -15,10 +15,9 @@ class RandomShift(nn.Module):
 
     Image b becomes :math:`x'_b[i, j] = x_b[i + s_b, j + t_b]` with s and t uniform on the integers from -pixels to
     pixels, mirrored left to right with probability 1/2 if ``flip`` is set: the usual augmentation of small images
-    (padding, random crop, flip; He, Zhang, Ren, Sun, 2016), on the device of the images. Samples depend only on
-    ``seed`` and the number of earlier calls, which the state dict holds, and are the same on every device and rank. In
-    eval mode images pass unchanged. Boxes of a data module do not move with the images: combine it with a patch rule
-    that needs none.
+    (He, Zhang, Ren, Sun, 2016). Samples depend only on ``seed`` and the number of earlier calls, which the state dict
+    holds, and are the same on every device and rank. In eval mode images pass unchanged. Boxes of a data module do not
+    move with the images: combine it with a patch rule that needs none.
 
     Args:
         pixels: Largest shift in pixels, or one for rows and one for columns.

@@ -177,8 +177,9 @@ def test_sweep_runs_are_known_to_the_command_line(
     if "pathfinder" in path.stem:
         options.append(f"--data.root={tmp_path}")
     base = yaml.safe_load(path.read_text()).get("base")
-    based = SweepFile.read(path.parent / base).runs() if base else []
-    covered = COVERED | {kind(one.arguments) for one in based}
+    run_elsewhere = SweepFile.read(path.parent / base).runs() if base else ()
+    covered = COVERED | {kind(one.arguments) for one in run_elsewhere}
+    # reversed, so that the first run of a variant is the one kept
     variants = {one.labels["variant"]: one.arguments for one in reversed(SweepFile.read(path, tmp_path).runs())}
     for number, arguments in enumerate(reversed(variants.values())):
         if number == 0 or kind(arguments) not in covered:

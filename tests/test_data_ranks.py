@@ -224,8 +224,8 @@ def test_published_direction(source: str, image_root: Path) -> None:
     found = load_images(source, "test", image_root)
     labels = torch.as_tensor(found.labels)
     kept = labels <= 1
-    images = torch.as_tensor(found.images)[kept][:200].double().mean(1, keepdim=True) / 255
-    labels = labels[kept][:200]
+    images = torch.as_tensor(found.images)[kept][:120].double().mean(1, keepdim=True) / 255
+    labels = labels[kept][:120]
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     natural, other, white = (data_entanglement(x, labels) for x in (images, permuted(images), noise))
     blocks = images.shape[2] * images.shape[3] // 4, images.shape[2] * images.shape[3] // 16

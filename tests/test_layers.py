@@ -11,18 +11,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "__init__": "",
     "tensors regularizer optim transforms results": "",
-    "networks ranks": "tensors",
+    "networks": "tensors",
+    # plotting only inside InteractionProfile.plot()
+    "ranks": "tensors plotting",
     "plotting": "tensors results",
     "datamodules": "tensors",
     "callbacks": "regularizer ranks tensors results",
     "tasks": "regularizer networks ranks tensors optim",
     "runner": "__init__ tasks callbacks datamodules plotting regularizer results",
-    "sweep": "results plotting",
-    "measure": "tasks datamodules networks ranks plotting tensors results",
+    "sweep_file": "results plotting",
+    "sweep": "sweep_file results plotting",
+    "measurements": "tasks datamodules networks ranks tensors results",
+    "measure": "measurements ranks plotting tensors results",
     "cli": "__init__ runner sweep measure plotting datamodules results",
     "__main__": "cli",
 }
-LIGHTNING_IN = {"datamodules", "tasks", "callbacks", "runner", "measure"}
+LIGHTNING_IN = {"datamodules", "tasks", "callbacks", "runner", "measurements"}
 
 
 def unit(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import Split, seeded_generator
 from lightning_locality.datamodules.image_pairs import AbstractImagePairs
+from lightning_locality.datamodules.image_sets import load_images
 from lightning_locality.datamodules.pair_tasks import (
     AbstractLabelConditionalPairs,
     DistantHalves,
     IsGreater,
     SameClass,
     SameParity,
-    sample_by_class_law,
 )
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -182,10 +183,23 @@ def test_pairs_have_the_twins_distribution(name: str) -> None:
         assert abs(float(seen[121 * key[0] + 11 * key[1] + key[2]]) - expected) <= 5 * error
 
 
+@final
+class Given(AbstractLabelConditionalPairs):
+    """A task whose law is set afterwards."""
+
+    class_names = ("0", "1")
+    given: Tensor
+
+    def law(self, classes: Tensor) -> Tensor:
+        return self.given
+
+
 def test_a_pair_may_repeat_its_image_where_that_is_asked_for() -> None:
-    labels, law = torch.tensor([0, 0, 1, 1]), torch.full((2, 2, 2), 0.25)
+    labels = torch.tensor([0, 0, 1, 1])
     for distinct in (True, False):
-        drawn = sample_by_class_law(labels, torch.arange(4), 40_000, seeded_generator(0), law, distinct=distinct)
+        data = Given(distinct=distinct)
+        data.given = torch.full((2, 2, 2), 0.25)
+        drawn = data.sample_pairs(labels, torch.arange(4), 40_000, seeded_generator(0))
         repeats = int((drawn.left == drawn.right).sum())
         # half of the pairs are of one class, half of those repeat the image: standard error 87
         assert repeats == 0 if distinct else abs(repeats - 10_000) < 4 * 87
@@ -202,8 +216,10 @@ def test_a_pair_may_repeat_its_image_where_that_is_asked_for() -> None:
     ],
 )
 def test_laws_that_cannot_be_drawn_are_refused(law: Tensor, words: str) -> None:
+    data = Given()
+    data.given = law
     with pytest.raises(ValueError, match=words):
-        sample_by_class_law(torch.tensor([0, 0, 1]), torch.arange(3), 5, seeded_generator(0), law)
+        data.sample_pairs(torch.tensor([0, 0, 1]), torch.arange(3), 5, seeded_generator(0))
 
 
 # The tasks on scikit-learn's digits.
@@ -246,9 +262,7 @@ def test_labels_are_right_and_balanced(name: str) -> None:
 class Naive(AbstractLabelConditionalPairs):
     """All pairs left > right and all pairs left < right: one digit tells a lot."""
 
-    @property
-    def class_names(self) -> tuple[str, str]:
-        return ("smaller", "greater")
+    class_names = ("smaller", "greater")
 
     def law(self, classes: Tensor) -> Tensor:
         greater = (classes[:, None] > classes).double()
@@ -295,11 +309,17 @@ def test_a_leak_would_be_seen() -> None:
 # Where the pixels are.
 
 
+@functools.cache
+def statistics() -> tuple[float, float]:
+    """Mean and standard deviation of the digits' training images, a pixel at a time."""
+    train = (load_images("digits", "train").images.double() / 255).flatten().tolist()
+    mean = sum(train) / len(train)
+    return mean, (sum((value - mean) ** 2 for value in train) / len(train)) ** 0.5
+
+
 def canvas_twin(data: AbstractImagePairs, split: Split, index: int) -> Tensor:
     """One canvas from the formulas, a pixel at a time."""
-    train = (data.images("train").images.double() / 255).flatten().tolist()
-    mean = sum(train) / len(train)
-    std = (sum((value - mean) ** 2 for value in train) / len(train)) ** 0.5
+    mean, std = statistics()
     size, distance, (height, width) = data.image_size, data.distance, data.canvas
     halves = isinstance(data, DistantHalves)
     wide = size // 2 if halves else size

@@ -102,12 +102,11 @@ def test_order_256_has_the_target_at_all_nodes() -> None:
     assert set(spectra.ranks().values()) == {5}
 
 
-def deep_model(init_scale: float) -> HTF:
-    return HTF(ModeTree.perfect(4096), 4, 16, init_scale=init_scale)
+TREE_4096 = ModeTree.perfect(4096)
 
 
 def test_order_4096() -> None:
-    model = deep_model(1e-2)
+    model = HTF(TREE_4096, 4, 16, init_scale=1e-2)
     start = time.process_time()
     spectra = node_spectra(model)
     # of the processor, which counts less of what else it does; 0.2 s on one quiet core
@@ -132,11 +131,10 @@ def test_order_4096() -> None:
 
 
 def test_rank_3_is_seen_at_order_4096() -> None:
-    model = deep_model(1.0)
+    model = HTF(TREE_4096, 4, 8, init_scale=1.0)
     with torch.no_grad():
         for node in model.tree.interior[:-1]:
-            weight = model.weight(node)
-            weight.copy_(torch.randn(16, 3) @ torch.randn(3, 16))
+            model.weight(node).copy_(torch.randn(8, 3) @ torch.randn(3, 8))
     spectra = node_spectra(model)
     inner = torch.stack([spectra[node] for node in model.tree.interior[:-1]])
     assert float((inner[:, 3] / inner[:, 0]).max()) <= 1e-14

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from lightning_locality.cli import main
 from lightning_locality.datamodules.pathfinder import make_pathfinder
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 from lightning_locality.datamodules.pathfinder.placement import pictures
+from lightning_locality.datamodules.pathfinder.store import CorruptStoreError
 
 LENGTHS = (3, 5, 7, 9)
 SMALL = PathfinderCurves(path_length=3, window=160, size=80, padding=15, seed_distance=20, distractors=4)
@@ -50,6 +52,32 @@ def test_stages_load_what_they_need(module: Pathfinder) -> None:
     module.setup("validate")
     with pytest.raises(FileNotFoundError, match="call prepare_data"):
         module.setup("test")
+
+
+def test_tests_need_the_statistics_of_the_training_pictures_alone(module: Pathfinder) -> None:
+    index = torch.arange(20)
+    module.setup()
+    expected = module.compose("test", index)[0]
+    folder = module.store("train").folder
+    for name in ("images.npy", "labels.npy"):
+        (folder / name).unlink()
+    again = Pathfinder(train=40, validation=10, test=20, root=module.root, curves=SMALL)
+    again.setup("test")
+    assert torch.equal(again.compose("test", index)[0], expected)
+    header = json.loads((folder / "pathfinder.json").read_text())
+    (folder / "pathfinder.json").write_text(json.dumps(header | {"seed": 1}))
+    with pytest.raises(CorruptStoreError, match=r"was made with other parameters \(seed\)"):
+        again.setup("test")
+
+
+def test_pictures_move_to_a_device_once(module: Pathfinder) -> None:
+    module.setup("fit")
+    index = torch.tensor([3, 1], device="meta")
+    module.compose("train", index)
+    moved = dict(module._moved)
+    module.compose("train", index)
+    assert len(moved) == 2
+    assert all(module._moved[key][1] is tensor for key, (_, tensor) in moved.items())
 
 
 def test_the_message_names_the_command_that_makes_the_pictures(
@@ -120,13 +148,13 @@ def test_trainer_runs(module: Pathfinder) -> None:
 
 def test_damaged_folder_is_reported_and_generated_again(module: Pathfinder, caplog: pytest.LogCaptureFixture) -> None:
     store = module.store("test")
-    before = store.load().images.copy()
+    before = store.load()[0].copy()
     data = store.folder / "images.npy"
     data.write_bytes(data.read_bytes()[:-7])
     with caplog.at_level(logging.WARNING):
         module.prepare_data()
     assert "altered or truncated" in caplog.text
-    assert np.array_equal(store.load().images, before)
+    assert np.array_equal(store.load()[0], before)
     caplog.clear()
     module.prepare_data()
     assert not caplog.text

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 from lightning_locality.datamodules.pathfinder.placement import STREAMS, Placement, pictures, place
-from lightning_locality.datamodules.pathfinder.rendering import cached_strokes, render
+from lightning_locality.datamodules.pathfinder.rendering import Strokes, render
 
 LENGTHS = (3, 5, 7, 9)
 # Mean distance of the discs in pixels for labels 0 and 1. No number is published: these are of 800 pictures per
@@ -78,7 +78,7 @@ def test_splits_and_seeds_are_disjoint() -> None:
 
 def polylines(curves: PathfinderCurves, placement: Placement, row: int) -> list[np.ndarray]:
     """Corner points of every curve of a picture: both ends of each dash, gaps closed."""
-    angle = cached_strokes(curves).directions
+    angle = Strokes(curves).directions
     lengths = [curves.path_length] * 2 + [curves.paddles_per_distractor] * curves.distractor_count
     lines, first = [], 0
     for length in lengths:

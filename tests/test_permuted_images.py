@@ -256,12 +256,6 @@ def test_classes_without_a_training_image_are_refused(tmp_path: Path) -> None:
     assert chosen.size("test") == 13
 
 
-@pytest.mark.parametrize("window", [0, 9])
-def test_a_window_beyond_the_image_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match=f"window must be from 1 to the image's 8 pixels, got {window}"):
-        window_permutation(8, window, torch.Generator())
-
-
 def test_tables_are_asked_for_after_setup() -> None:
     with pytest.raises(RuntimeError, match="test images have not been sampled yet: call setup"):
         PermutedImages("digits", image_size=8).size("test")

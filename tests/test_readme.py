@@ -158,7 +158,7 @@ def test_sweep_of_the_page_on_transfer_is_understood(
             main([*shlex.split(line)[1:], "--print_config"])
         assert stop.value.code == 0
         shown = capsys.readouterr().out
-        assert f"patches.{rule}" in shown
+        assert f"class_path: lightning_locality.{rule}" in shown
         assert "class_path: strips.Strips" in shown
 
 
@@ -198,8 +198,8 @@ def test_fit_lines_are_understood(
     with pytest.raises(SystemExit) as stop:
         main([*shlex.split(line)[1:], "--print_config"])
     assert stop.value.code == 0
-    task = "recovery.Recovery" if "recovery" in line else "classification.Classification"
-    assert f"class_path: lightning_locality.tasks.{task}" in capsys.readouterr().out
+    task = "Recovery" if "recovery" in line else "Classification"
+    assert f"class_path: lightning_locality.{task}\n" in capsys.readouterr().out
 
 
 def test_length_and_the_two_commands() -> None:
@@ -207,4 +207,4 @@ def test_length_and_the_two_commands() -> None:
     commands = [line for line in CONSOLE if line.startswith("python3 -m venv")]
     assert len(commands) == 2
     assert "sweep configs/sweeps/quickstart.yaml" in commands[0]
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("-m pytest -n auto")

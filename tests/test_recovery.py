@@ -155,13 +155,13 @@ def plain_losses(model: Factorization, batch: RecoveryBatch, name: str, iteratio
 def test_losses_equal_a_plain_loop(tmp_path: Path, kind: str, name: Any) -> None:
     batch = planted(SHAPES[kind], 2, 20)
     model = Recovery(
-        MODELS[kind](), loss=name, huber_delta=0.7, steps=7, measure_every=1, max_iterations=400, tolerance=None,
+        MODELS[kind](), loss=name, huber_delta=0.7, steps=7, measure_every=1, max_iterations=150, tolerance=None,
         effective_ranks=False,
     )  # fmt: skip
     fit(tmp_path, model, batch)
     losses = [row["train/loss"] for row in rows_of(tmp_path)]
     torch.testing.assert_close(
-        torch.tensor(losses), torch.tensor(plain_losses(MODELS[kind](), batch, name, 400)), rtol=1e-10, atol=1e-12
+        torch.tensor(losses), torch.tensor(plain_losses(MODELS[kind](), batch, name, 150)), rtol=1e-10, atol=1e-12
     )
 
 

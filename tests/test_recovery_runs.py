@@ -29,9 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def single_precision() -> None:
-    """As a user runs it."""
+def as_a_user_runs_it(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, but without figures where they are not looked at."""
     torch.set_default_dtype(torch.float32)
+    if "figures" not in request.node.name:
+        monkeypatch.setattr("lightning_locality.runner._write_figures", lambda *_: None)
 
 
 def config(path: Path, model: str = "CP", optimizer: dict[str, Any] | None = None, **settings: Any) -> Path:
@@ -102,9 +104,10 @@ def test_rows_of_a_callback_survive_a_second_part(tmp_path: Path) -> None:
     assert [int(row["iteration"]) for row in rows if row["train/loss"]] == list(range(0, 41, 4))
 
 
-def test_test_measures_the_checkpoint(tmp_path: Path) -> None:
+def test_figures_and_test_of_a_checkpoint(tmp_path: Path) -> None:
     path = config(tmp_path / "c.yaml")
     main(["fit", f"--config={path}", f"--run_dir={tmp_path / 'a'}"])
+    assert {file.name for file in (tmp_path / "a" / "figures").iterdir()} == {"dynamics.pdf", "dynamics.png"}
     main(["test", f"--config={path}", f"--run_dir={tmp_path / 'a'}", "--ckpt_path=last"])
     scores = json.loads((tmp_path / "a" / "test.json").read_text())["metrics"]
     last = rows_of(tmp_path / "a")[-1]

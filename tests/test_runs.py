@@ -20,7 +20,7 @@ import torch
 import yaml
 from pytorch_lightning import LightningModule
 
-from lightning_locality.callbacks.history import MetricsFile
+from lightning_locality.callbacks.history import MetricsFile, Stopwatch
 from lightning_locality.cli import main
 from lightning_locality.tasks.classification import Classification
 
@@ -63,8 +63,11 @@ def single_precision() -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def fit(folder: Path, *extra: str) -> None:
-    main(["fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={folder}", *extra])
+def fit(folder: Path, *extra: str, figures: bool = False) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr("lightning_locality.runner._write_figures", lambda *_: None)
+        main(["fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={folder}", *extra])
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
@@ -100,7 +103,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("runs") / "a"
-    fit(folder, '--labels={"data.distance": 80}', "--labels.variant=far")
+    fit(folder, '--labels={"data.distance": 80}', "--labels.variant=far", figures=True)
     return folder
 
 
@@ -202,6 +205,14 @@ def test_typed_settings_win_over_the_checkpoint_with_a_warning(longer: Path, tmp
     assert stored["callbacks"]["MetricsFile"]["rows"] == 1
 
 
+def test_seconds_of_a_checkpoint_that_is_tested_do_not_count() -> None:
+    watch = Stopwatch()
+    watch.load_state_dict({"seconds": 10_000.0})
+    assert watch.seconds < 1000
+    watch.on_fit_start(None, None)  # type: ignore[arg-type]
+    assert watch.seconds > 10_000
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -243,7 +254,7 @@ def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path, whole: Path) -> 
     process = start(tmp_path / "killed", *args)
     process.kill()
     process.wait()
-    main(["fit", *args, f"--run_dir={tmp_path / 'killed'}", "--ckpt_path=last"])
+    fit(tmp_path / "killed", "--trainer.max_epochs=4", "--ckpt_path=last")
     assert_same_run(tmp_path / "killed", whole)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,17 @@ from torch import Tensor, nn
 
 from lightning_locality.datamodules.base import Split, seeded_generator
 from lightning_locality.datamodules.image_pairs import Pairs
-from lightning_locality.datamodules.image_sets import ImagesNotFoundError, UnknownSourceError
-from lightning_locality.datamodules.pair_tasks import SameClass, sample_same_class
+from lightning_locality.datamodules.image_sets import ImagesNotFoundError, UnknownSourceError, load_images
+from lightning_locality.datamodules.pair_tasks import SameClass
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images_loaded_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_locality.datamodules.source_images.load_images", functools.cache(load_images))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +47,23 @@ def small(pictures: Path, **options: Any) -> SameClass:
     return data
 
 
-def twin(data: SameClass, split: Split, index: int) -> tuple[Tensor, int]:
-    """One sample from the formulas, a pixel at a time; mean and std are computed from all training images."""
-    train = data.images("train").images.tolist()
+@functools.cache
+def statistics(source: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, from all training images, a pixel at a time."""
     levels: list[list[float]] = [[], [], []]
-    for picture in train:
+    for picture in load_images(source, "train").images.tolist():
         for channel in range(3):
             levels[channel] += [value / 255 for row in picture[channel] for value in row]
     mean = [sum(values) / len(values) for values in levels]
     std = [
         (sum((value - m) ** 2 for value in values) / len(values)) ** 0.5 for values, m in zip(levels, mean, strict=True)
     ]
+    return mean, std
+
+
+def twin(data: SameClass, split: Split, index: int) -> tuple[Tensor, int]:
+    """One sample from the formulas, a pixel at a time."""
+    mean, std = statistics(data.source)
     official = data.images("test" if split == "test" else "train")
     pairs = data.pairs(split)
     height, width = data.canvas
@@ -172,7 +187,8 @@ def test_pairs_have_the_documented_distribution() -> None:
     labels = torch.tensor([0] * 2 + [1] * 3 + [2] * 5)[torch.randperm(10, generator=seeded_generator(0))]
     size, counts = 400_000, labels.bincount().tolist()
     for distinct in (True, False):
-        pairs = sample_same_class(labels, torch.arange(10), size, seeded_generator(0, distinct), distinct=distinct)
+        data = SameClass(distinct=distinct)
+        pairs = data.sample_pairs(labels, torch.arange(10), size, seeded_generator(0, distinct))
         seen = (10 * pairs.left + pairs.right).bincount(minlength=100).double() / size
         for i in range(10):
             for j in range(10):
@@ -190,7 +206,7 @@ def test_pairs_have_the_documented_distribution() -> None:
 def test_only_the_candidates_are_drawn() -> None:
     labels = torch.arange(100) % 5
     candidates = torch.arange(7, 60, 2)
-    pairs = sample_same_class(labels, candidates, 5000, seeded_generator(0))
+    pairs = SameClass().sample_pairs(labels, candidates, 5000, seeded_generator(0))
     assert torch.equal(torch.cat(pairs[:2]).unique(), candidates)
 
 
@@ -346,10 +362,10 @@ def test_a_root_without_the_set(tmp_path: Path) -> None:
 def test_classes_too_small_for_pairs_are_refused() -> None:
     labels = torch.tensor([0, 0, 1, 2])
     with pytest.raises(ValueError, match=r"classes \[1, 2\] have a single image.*distinct=False"):
-        sample_same_class(labels, torch.arange(4), 5, seeded_generator(0))
-    check_pairs(labels, sample_same_class(labels, torch.arange(4), 50, seeded_generator(0), distinct=False))
+        SameClass().sample_pairs(labels, torch.arange(4), 5, seeded_generator(0))
+    check_pairs(labels, SameClass(distinct=False).sample_pairs(labels, torch.arange(4), 50, seeded_generator(0)))
     with pytest.raises(ValueError, match=r"at least 2 classes, got \[0\]"):
-        sample_same_class(labels, torch.arange(2), 5, seeded_generator(0))
+        SameClass().sample_pairs(labels, torch.arange(2), 5, seeded_generator(0))
 
 
 class Net(LightningModule):

@@ -337,12 +337,6 @@ def test_a_stratified_split_is_one() -> None:
     assert set(again[without[again] < 3].tolist()) == set(held[labels[held] < 3].tolist())
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
-def test_a_share_outside_zero_and_one_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        stratified_split(torch.arange(10) % 2, share, seed=0)
-
-
 def test_a_class_with_one_image_cannot_be_split() -> None:
     with pytest.raises(ValueError, match="class 5 has a single image"):
         stratified_split(torch.tensor([0, 0, 5]), 0.5, seed=0)
@@ -359,14 +353,12 @@ def test_the_real_sets(image_root: Path, name: Any, shape: tuple[int, ...], mean
     assert source_channels(name) == shape[0]
     assert len(test.labels) == 10_000
     assert train.labels.unique().tolist() == list(range(10))
-    assert abs(float(pixel_statistics(train.images)[0].mean()) - mean) < 1e-3
-
-
-@pytest.mark.images
-def test_the_real_cifar10_has_the_published_statistics(image_root: Path) -> None:
-    mean, std = pixel_statistics(load_images("cifar10", "train", image_root).images)
-    assert torch.allclose(mean, torch.tensor([0.491, 0.482, 0.446]), atol=1e-3, rtol=0)
-    assert torch.allclose(std, torch.tensor([0.247, 0.243, 0.261]), atol=1e-3, rtol=0)
+    means, deviations = pixel_statistics(train.images)
+    assert abs(float(means.mean()) - mean) < 1e-3
+    if name == "cifar10":
+        # as published
+        assert torch.allclose(means, torch.tensor([0.491, 0.482, 0.446]), atol=1e-3, rtol=0)
+        assert torch.allclose(deviations, torch.tensor([0.247, 0.243, 0.261]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.images

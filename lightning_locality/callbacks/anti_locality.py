@@ -22,10 +22,10 @@ _KEYS = (("image", "label"), ("x", "y"))
 class AntiLocalityCallback(Callback):
     r"""Add ``weight * R`` to the loss of any LightningModule trained by automatic optimisation.
 
-    After every backward pass the gradient of ``weight * penalty(module, x, y)`` is added to that of the loss: divided
-    by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes under DDP, and clipped
-    with it. The module is called as ``module(x)``. Training is the same as with the term inside the loss, at the cost
-    of one more forward pass. The value is logged as ``train/regularizer``.
+    After every backward pass the gradient of ``weight * penalty(module, x, y)``, which calls ``module(x)``, is added to
+    that of the loss: divided by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes
+    under DDP, and clipped with it. Training is the same as with the term inside the loss, at the cost of one more
+    forward pass. The value is logged as ``train/regularizer``.
 
     Args:
         penalty: The term; its random state is kept in the checkpoint.
@@ -82,12 +82,11 @@ class AntiLocalityCallback(Callback):
             raise MisconfigurationException(
                 f"precision={trainer.precision!r}: float16 overflows in double backward; use 'bf16-mixed' or '32-true'"
             )
-        _reject_sync_batch_norm(pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check again: with ``sync_batchnorm`` DDP has converted the normalisations by now."""
-        if self.weight > 0:
-            _reject_sync_batch_norm(pl_module)
+        # with Trainer(sync_batchnorm=True) DDP converts the normalisations later, and the penalty refuses them
+        if any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
+            raise ValueError(
+                "SyncBatchNorm has no second derivative: use BatchNorm2d and Trainer(sync_batchnorm=False)"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the images and labels of the batch."""
@@ -117,23 +116,17 @@ def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor
     """Add the gradient of the term to that of the loss, first averaged over the processes in a single message."""
     gradients = torch.autograd.grad(term, parameters, allow_unused=True)
     used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    summands = [gradient for _, gradient in used]
     if trainer.world_size > 1 and used:
-        flat = trainer.strategy.reduce(torch.cat([g.flatten() for g in summands]), reduce_op="mean")
+        flat = trainer.strategy.reduce(torch.cat([g.flatten() for _, g in used]), reduce_op="mean")
         assert isinstance(flat, Tensor)
-        parts = torch.split(flat, [g.numel() for g in summands])
-        summands = [part.view_as(g) for part, g in zip(parts, summands, strict=True)]
+        parts = torch.split(flat, [g.numel() for _, g in used])
+        used = [(p, part.view_as(g)) for part, (p, g) in zip(parts, used, strict=True)]
     with torch.no_grad():
-        for (parameter, _), gradient in zip(used, summands, strict=True):
+        for parameter, gradient in used:
             if parameter.grad is None:
                 parameter.grad = gradient.clone()
             else:
                 parameter.grad.add_(gradient)
-
-
-def _reject_sync_batch_norm(module: nn.Module) -> None:
-    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
-        raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d and Trainer(sync_batchnorm=False)")
 
 
 def _images(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AtomicCheckpointIO", "MetricsFile", "Stopwatch", "use_atomic_checkpoints"]
+__all__ = ["AtomicCheckpointIO", "MetricsFile"]
 
 import csv
 import io
@@ -21,16 +21,15 @@ from torch import Tensor
 
 from lightning_locality.results import atomic_write
 
-written_whole = atomic_write  # until every module imports it from results
-
 
 @final
 class MetricsFile(Logger, Callback):
     """Write metrics to ``metrics.csv``; a resumed run continues exactly where its checkpoint was saved.
 
-    As a logger it writes one row per call, as a callback it keeps in every checkpoint the number of rows written so
-    far. On resume the file is cut back to them, so that a killed and resumed run leaves the file of an undisturbed
-    one. Pass the same object as ``logger`` and among the ``callbacks`` of the trainer.
+    As a logger it writes one row per call. As a callback it stores in every checkpoint the number of rows written so
+    far, and the row of the epoch that ends, which Lightning logs only after saving the checkpoint. On resume the file
+    is cut back to these rows, so that a killed and resumed run leaves the file of an undisturbed one. Pass the same
+    object as ``logger`` and among the ``callbacks`` of the trainer.
 
     Args:
         folder: Run directory.
@@ -43,7 +42,6 @@ class MetricsFile(Logger, Callback):
         self._columns: list[str] = []
         self._rows = 0
         self._stored: dict[str, Any] = {}
-        self._trainer: Trainer | None = None
         self._epoch_ends = False
 
     @property
@@ -77,7 +75,7 @@ class MetricsFile(Logger, Callback):
             self._write([*self._read(), row])
 
     def _read(self) -> list[dict[str, Any]]:
-        """Complete rows of the file, as text; a process killed while writing may leave half a row."""
+        """Read the complete rows as text; a process killed while writing may leave half a row."""
         text = self.path.read_text() if self.path.is_file() else ""
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
@@ -90,38 +88,26 @@ class MetricsFile(Logger, Callback):
             writer.writeheader()
             writer.writerows(rows)
 
-    # Lightning saves the checkpoint of an epoch before it logs the metrics of that epoch: a run killed in between
-    # would resume with the next epoch and lack a row, so the checkpoint holds that row.
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the trainer."""
-        self._trainer = trainer
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the previous epoch is over, whether or not it had metrics."""
         self._epoch_ends = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the metrics of the epoch are about to be logged."""
+        """Note that the metrics of the epoch are about to be logged, after its checkpoint has been saved."""
         self._epoch_ends = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of rows written, and the row that is about to be logged."""
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the number of rows written, and the row that is about to be logged."""
         row: dict[str, Any] = {}
-        if self._epoch_ends and self._trainer is not None:
-            # on every process: computing a metric may need them all
-            row = _scalars(self._trainer._logger_connector.metrics["log"])
-            if row:
-                row |= {"epoch": self._trainer.current_epoch, "step": self._trainer.global_step - 1}
-        return {"rows": self._rows, "next": row}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of the checkpoint."""
-        self._stored = state_dict
+        # on every process: computing a metric may need them all
+        if self._epoch_ends and (metrics := trainer._logger_connector.metrics["log"]):
+            row = {**_scalars(metrics), "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
+        checkpoint["callbacks"][self.state_key] = {"rows": self._rows, "next": row}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the rows that belong to a checkpoint of version 0.1, which does not say how many they are."""
-        if self.state_key not in checkpoint["callbacks"]:
+        """Take what the checkpoint says; one of version 0.1 does not hold the number of its rows."""
+        self._stored = checkpoint["callbacks"].get(self.state_key, {})
+        if not self._stored:
             recovery = checkpoint.get("recovery")
             steps = recovery["row"].get("iteration", 0) + 1 if recovery else checkpoint["global_step"]
             self._stored = {"rows": sum(int(row["step"]) < steps for row in self._read()), "next": {}}
@@ -150,7 +136,7 @@ class Stopwatch(Callback):
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._earlier = 0.0
+        self._stored = self._earlier = 0.0
 
     @property
     def seconds(self) -> float:
@@ -162,8 +148,12 @@ class Stopwatch(Callback):
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the seconds of the checkpoint."""
-        self._earlier = float(state_dict["seconds"])
+        """Take the seconds of the checkpoint, which may be one that is only tested."""
+        self._stored = float(state_dict["seconds"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue from the checkpoint's."""
+        self._earlier = self._stored
 
 
 @final

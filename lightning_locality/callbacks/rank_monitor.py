@@ -58,8 +58,8 @@ class RankMonitor(Callback):
         float64: Evaluate networks in float64, in a copy; factorisations always are.
 
     Raises:
-        ValueError: An unknown kind of measurement, epochs that never come, a module without a factorisation for
-            its nodes, no or too few images, patches that do not divide them, weights that are spread over devices.
+        ValueError: Another ``what``, epochs that never come, nodes of a module without a factorisation, no or too few
+            images, patches that do not divide them, weights that are spread over devices.
     """
 
     def __init__(
@@ -77,12 +77,8 @@ class RankMonitor(Callback):
     ) -> None:
         if what not in (None, "nodes", "profile", "cuts"):
             raise ValueError(f"what must be 'nodes', 'profile', 'cuts' or None, got {what!r}")
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("samples", samples, 2),
-            ("patch", patch, 1),
-            ("size", size, 4),
-        ):
+        numbers = {"every_n_epochs": every_n_epochs, "samples": samples, "patch": patch, "size": size}
+        for (name, value), least in zip(numbers.items(), (1, 2, 1, 4), strict=True):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if epochs is not None and (not epochs or min(epochs) < 0):
@@ -97,7 +93,7 @@ class RankMonitor(Callback):
         self.buffer = _ImageBuffer(wanted, check)
         if images is not None:
             least = 2 * (size or 4) if what == "cuts" else samples or 2
-            self.buffer.images = _checked_images(images, check, "images").detach()
+            self.buffer.images = _find_images(images, check, "images")
             if len(images) < least:
                 raise ValueError(
                     f"images must be {least} or more for this measurement, got {len(images)}: give more, or lower "
@@ -138,8 +134,7 @@ class RankMonitor(Callback):
         # a trial run of one batch ends early whatever the settings
         if last is None or last < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.epochs is not None and max(self.epochs) >= last:
-            late = [epoch for epoch in self.epochs if epoch >= last]
+        if late := [epoch for epoch in self.epochs or () if epoch >= last]:
             raise ValueError(f"epochs has {late}, but the last of max_epochs={last} epochs is {last - 1}, from 0")
         if self.epochs is None and self.every_n_epochs > last:
             raise ValueError(f"every_n_epochs={self.every_n_epochs} never comes in max_epochs={last} epochs: lower it")
@@ -165,11 +160,10 @@ class RankMonitor(Callback):
             return
         what = self._subject(pl_module)
         values = _nodes(pl_module) if what == "nodes" else self._distances(what, trainer, pl_module)
-        logged = bool(trainer.loggers)
         iteration = getattr(pl_module, "iteration", None)
+        logged = bool(trainer.loggers) and not isinstance(iteration, int)
         if isinstance(iteration, int):
             # a module that counts iterations of its own, as Recovery: its rows are those of an iteration
-            logged = False
             for logger in trainer.loggers:
                 logger.log_metrics({"epoch": epoch, "iteration": iteration, **values}, step=iteration)
         # all processes have the same numbers; saying so keeps Lightning from warning
@@ -177,9 +171,7 @@ class RankMonitor(Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=several)
 
     def _subject(self, module: LightningModule) -> What:
-        if self.what is not None:
-            return self.what
-        return "profile" if _factorization(module) is None else "nodes"
+        return self.what or ("profile" if _factorization(module) is None else "nodes")
 
     def _distances(self, what: What, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         images = self.buffer.chosen(trainer.strategy)
@@ -205,24 +197,19 @@ class RankMonitor(Callback):
         profile = interaction_profile(
             module, images, patch=self.patch, samples=samples, seed=self.seed, bootstraps=0, evaluation=self.evaluation
         )
-        values = {f"interaction/{name}": float(getattr(profile, name)) for name in ("mean_distance", "r50", "r90")}
+        values = {"mean_distance": profile.mean_distance, "r50": profile.r50, "r90": profile.r90}
         strengths = zip(profile.distance.tolist(), profile.strength.tolist(), strict=True)
-        return values | {f"interaction/strength_d{distance:g}": value for distance, value in strengths}
+        values |= {f"strength_d{distance:g}": value for distance, value in strengths}
+        return {f"interaction/{name}": value for name, value in values.items()}
 
 
 @final
 class _ImageBuffer:
-    """Copies of the first images of validation, or of training if validation has too few, fixed once they are chosen.
-
-    Args:
-        wanted: Number of images.
-        check: Takes their height and width, and raises a ValueError if they cannot be measured.
-    """
+    """Copies of the first ``wanted`` images of validation, or of training if validation has too few."""
 
     def __init__(self, wanted: int, check: Callable[[int, int], object]) -> None:
         self.wanted, self.check = wanted, check
-        # fixed from the first measurement on
-        self.images: Tensor | None = None
+        self.images: Tensor | None = None  # fixed from the first measurement on
         self._seen: dict[str, list[Tensor]] = {"validation": [], "training": []}
 
     def keep(self, source: Literal["validation", "training"], batch: Any, number: int) -> None:
@@ -230,54 +217,47 @@ class _ImageBuffer:
         if self.images is not None:
             return
         seen = self._seen[source]
-        missing = self.wanted - sum(map(len, seen))
-        if missing > 0 and number == 0:
+        if number == 0 and sum(map(len, seen)) < self.wanted:
             # a new pass repeats the images of the one before
             seen.clear()
-            missing = self.wanted
-        if missing > 0:
-            images = _checked_images(_find_images(batch), self.check, f"the {source} batch")
-            seen.append(images.detach()[:missing].clone().cpu())
+        if missing := max(0, self.wanted - sum(map(len, seen))):
+            images = _find_images(batch, self.check, f"the {source} batch")
+            seen.append(images[:missing].clone().cpu())
 
     def chosen(self, strategy: Strategy) -> Tensor:
         """Return the images, on the CPU: the same at every call and, broadcast by the strategy, in every process."""
         if self.images is None:
-            validation, training = (sum(map(len, self._seen[source])) for source in ("validation", "training"))
+            validation, training = (sum(map(len, images)) for images in self._seen.values())
             chosen = self._seen["validation" if validation >= min(self.wanted, training) else "training"]
             images = strategy.broadcast(torch.cat(chosen) if chosen else None)
             if images is None or len(images) < 2:
                 raise ValueError(
-                    "RankMonitor has seen fewer than 2 images in the batches of this run: pass images=, a tensor "
-                    "(N, C, H, W)"
+                    "RankMonitor has seen fewer than 2 images in all batches: pass images=, a tensor (N, C, H, W)"
                 )
             self.images = images
-            self._seen = {"validation": [], "training": []}
+            self._seen.clear()
         return self.images
 
 
-def _checked_images(images: Tensor, check: Callable[[int, int], object], name: str) -> Tensor:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating-point images (B, C, H, W), got {images.dtype} {tuple(images.shape)}: pass "
-            "images= as the module takes them"
-        )
-    check(*images.shape[-2:])
-    return images
-
-
-def _find_images(batch: Any) -> Tensor:
-    found = batch
-    if isinstance(batch, (tuple, list)) and batch:
+def _find_images(batch: Any, check: Callable[[int, int], object], name: str) -> Tensor:
+    """Return the images of a batch, detached, once ``check`` has accepted their height and width."""
+    found, form = batch, type(batch).__name__
+    if isinstance(batch, Mapping):
+        found, form = batch.get("image", batch.get("x")), str(sorted(map(str, batch)))
+    elif isinstance(batch, (tuple, list)) and batch:
         found = batch[0]
-    elif isinstance(batch, Mapping):
-        found = batch.get("image", batch.get("x"))
     if not isinstance(found, Tensor):
-        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping with 'image' or 'x': "
             "pass images=, a tensor (N, C, H, W)"
         )
-    return found
+    if found.ndim != 4 or not found.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating-point images (B, C, H, W), got {found.dtype} {tuple(found.shape)}: pass images= "
+            "as the module takes them"
+        )
+    check(*found.shape[-2:])
+    return found.detach()
 
 
 def _factorization(module: LightningModule) -> Factorization | None:
@@ -292,13 +272,11 @@ def _nodes(module: LightningModule) -> dict[str, float]:
     table = spectra.table()
     if len(table) <= _MAX_NODES:
         return {f"{name}/node {row['node']}": float(row[key]) for row in table for key, name in _QUANTITIES.items()}
-    by_size: dict[int, list[dict[str, Any]]] = {}
+    columns: dict[str, list[float]] = {}
     for node, row in zip(spectra, table, strict=True):
-        by_size.setdefault(len(node), []).append(row)
-    values = {}
-    for size, rows in by_size.items():
         for key, name in _QUANTITIES.items():
-            column = [float(row[key]) for row in rows]
-            values[f"{name}/{size} modes median"] = median(column)
-            values[f"{name}/{size} modes largest"] = max(column)
+            columns.setdefault(f"{name}/{len(node)} modes", []).append(float(row[key]))
+    values: dict[str, float] = {}
+    for name, column in columns.items():
+        values |= {f"{name} median": median(column), f"{name} largest": max(column)}
     return values

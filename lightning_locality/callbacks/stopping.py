@@ -33,16 +33,14 @@ class StopOnceFitted(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at once if the run was killed after its last epoch."""
-        if self.count >= self.checks:
-            trainer.should_stop = True
+        trainer.should_stop |= self.count >= self.checks
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count, and stop once the count is reached."""
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
-            raise ValueError(
-                f"monitor={self.monitor!r}, which is not logged; logged are {sorted(trainer.callback_metrics)}"
-            )
+            logged = sorted(trainer.callback_metrics)
+            raise ValueError(f"monitor={self.monitor!r}, which is not logged; logged are {logged}")
         self.count = self.count + 1 if float(value) >= self.threshold else 0
         if self.count >= self.checks:
             trainer.should_stop = True
@@ -61,9 +59,9 @@ class StopOnceFitted(Callback):
 class StopAfter(Callback):
     """Stop at the end of the first epoch after which the time is up, to be resumed with ``--ckpt_path last``.
 
-    Unlike Lightning's Timer it counts the time of this process only, so that a run can be spread over several slots of
-    the same length, and it never stops within an epoch, which would make the resumed run inexact. A run that it has
-    stopped is unfinished: it is not tested and writes no summary.
+    Unlike Lightning's Timer it counts the time of this process only, so that a run can be spread over several slots,
+    and it never stops within an epoch, which would make the resumed run inexact. A run that it has stopped is
+    unfinished: it is not tested and writes no summary.
 
     Args:
         seconds: Time after the start of training.

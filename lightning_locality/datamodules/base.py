@@ -25,55 +25,32 @@ class SplitBatch(NamedTuple):
 
 
 def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
-    """Return a CPU generator whose stream depends only on the seed and the names of its purpose.
-
-    Example:
-        >>> draw = lambda *key: torch.rand((), generator=seeded_generator(*key)).item()
-        >>> draw(0, "pairs", "test") == draw(0, "pairs", "test")
-        True
-        >>> draw(0, "pairs", "test") == draw(0, "pairs", "train")
-        False
-    """
+    """Return a CPU generator whose stream depends only on the seed and the names of its purpose."""
     digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     # 63 bits: torch takes signed seeds
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-class _EpochOrder:
-    """The seeded order of an epoch; Lightning finds ``set_epoch`` at ``loader.sampler``."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def sample(self) -> Tensor:
-        return torch.randperm(self.size, generator=seeded_generator(self.seed, "order", self.epoch))
 
 
 @final
 class IndexLoader:
     r"""Batches of sample indices that visit every sample exactly once per epoch across all processes.
 
-    Process r of W takes every W-th index of the epoch's order, which does not depend on W, so the W batches
-    of a step together are the batch that one process with W times the batch size would see. Nothing is padded
-    or repeated. All processes make the same number of steps, as collective operations require (gradients in
-    training, BatchNorm's buffers in evaluation too): a process that has one sample fewer and would lack a
-    batch splits one sample off its last full batch.
+    Process r of W takes every W-th index of the epoch's order, which does not depend on W, so the W batches of a step
+    together are the batch that one process with W times the batch size would see. Nothing is padded or repeated. All
+    processes make the same number of steps, as collective operations require (gradients in training, BatchNorm's
+    buffers in evaluation too): a process that would lack a batch splits one sample off its last full one.
 
-    Not a torch ``DataLoader``: there is nothing to load in worker processes, and the Trainer must replace
-    neither the order nor the sharding. Without a Trainer, call ``loader.sampler.set_epoch(epoch)`` before
-    each epoch.
+    Not a torch ``DataLoader``: there is nothing to load in worker processes, and the Trainer must replace neither the
+    order nor the sharding. Without a Trainer, call ``loader.sampler.set_epoch(epoch)`` before each epoch.
 
     Args:
         split: Split that the indices belong to.
         size: Number of samples in the split.
         batch_size: Samples per step and process.
-        shuffle: Use a new seeded order in every epoch.
+        shuffle: Use a new order in every epoch, seeded by ``seed``.
         seed: Seed of the orders.
         drop_last: Drop the last batch if it is incomplete.
-        rank: Index of this process.
+        rank: Index of this process among ``world``.
         world: Number of processes.
 
     Raises:
@@ -88,7 +65,7 @@ class IndexLoader:
         [8] [7]
     """
 
-    sampler: _EpochOrder
+    sampler: IndexLoader
 
     def __init__(
         self,
@@ -117,16 +94,23 @@ class IndexLoader:
                 f"{world} processes in the same number of steps: use a batch_size of at least 2 and at least "
                 f"{world} samples, or a multiple of {world} samples"
             )
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         if shuffle:
-            # only if shuffled: to overfit, the Trainer would unshuffle any loader that has a sampler
-            self.sampler = _EpochOrder(size, seed)
-        self.shuffle = shuffle
+            # where Lightning looks for set_epoch; only if shuffled: to overfit, the Trainer would unshuffle any loader
+            # that has a sampler
+            self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order comes next."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[SplitBatch]:
-        order = self.sampler.sample() if self.shuffle else torch.arange(self.size)
+        order = torch.arange(self.size)
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=seeded_generator(self.seed, "order", self.epoch))
         mine = order[self.rank :: self.world]
         if self.drop_last:
             mine = mine[: self.steps * self.batch_size]
@@ -141,9 +125,8 @@ class IndexLoader:
 class AbstractImageDataModule(LightningDataModule, ABC):
     r"""Image classification data loaded as indices; images are gathered, scaled and composed on the device.
 
-    Loaders yield :class:`SplitBatch`; ``on_after_batch_transfer`` turns it into ``(image, label)``, a float
-    tensor ``(B, C, H, W)`` and an int64 tensor ``(B,)``, by :meth:`compose`. Under DDP every sample is seen once
-    per epoch. Without a Trainer, :meth:`batch` gives the same.
+    Loaders yield :class:`SplitBatch`, which ``on_after_batch_transfer`` turns into the images and labels of
+    :meth:`compose`. Under DDP every sample is seen once per epoch. Without a Trainer, :meth:`batch` gives the same.
 
     Args:
         batch_size: Samples per step and process.
@@ -178,7 +161,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``(B, C, H, W)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
+        """Float images ``(B, C, H, W)`` and int64 labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
     def on_device(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
         """Return ``tensor`` on ``device``, moved once and cached under ``name`` until another tensor takes the name."""
@@ -192,14 +175,9 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     def batch(
         self, split: Split, indices: Tensor | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return a batch for plain PyTorch: images ``(B, C, H, W)`` and labels ``(B,)``.
+        """Return the samples ``indices`` ``(B,)``, by default the first ``batch_size``, composed on ``device``.
 
         Without a Trainer, the first call for a split prepares and sets up the data.
-
-        Args:
-            split: Split of the samples.
-            indices: Sample indices ``(B,)``, int64; the first ``batch_size`` samples by default.
-            device: Device to compose the batch on; that of ``indices`` by default.
         """
         if self.trainer is None and split not in self._ready:
             self.prepare_data()
@@ -236,9 +214,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Loader of the test split."""
         return self.loader("test")
 
-    def predict_dataloader(self) -> IndexLoader:
-        """Loader of the test split."""
-        return self.loader("test")
+    predict_dataloader = test_dataloader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Compose a batch yielded by a loader of this module; leave any other batch alone."""

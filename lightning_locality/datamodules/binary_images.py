@@ -11,7 +11,7 @@ from typing import Literal, final, get_args
 import torch
 
 from lightning_locality.datamodules.base import seeded_generator
-from lightning_locality.datamodules.image_sets import LabelledImages, Part, load_images, parse_source, prepare_images
+from lightning_locality.datamodules.image_sets import Part, load_images, parse_source, prepare_images
 from lightning_locality.datamodules.tensor_recovery import AbstractRecoveryDataModule
 from lightning_locality.tensors.factorization import Entries, RecoveryBatch
 
@@ -36,8 +36,7 @@ class BinaryImages(AbstractRecoveryDataModule):
     Args:
         source: ``mnist``, ``fashion_mnist``, ``digits`` (8x8, order 64, no download) or any other source of
             :class:`SameClass`, converted to grey.
-        root: Folder of the image set, as for torchvision; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that
-            is not set.
+        root: Folder of the image set; None for ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         positive: Label of the positive images, which have the second of ``values``.
         variant: ``original``; ``random_images``: every bit a fair coin, labels kept; ``random_labels``: labels
             permuted, separately for training and test images.
@@ -50,15 +49,12 @@ class BinaryImages(AbstractRecoveryDataModule):
         epoch_length: Training steps per epoch of Lightning.
 
     Raises:
-        UnknownSourceError: If there is no such source.
-        ValueError: More images than available, a label that does not occur, or equal values.
+        ValueError: Unknown source, more images than available, a label that does not occur, or equal values.
 
     Example:
-        >>> data = BinaryImages(source="digits", positive=6)
-        >>> data.problem.train.indices.shape, data.problem.train.indices.dtype
-        (torch.Size([1438, 64]), torch.uint8)
-        >>> data.problem.train.values.unique().tolist()
-        [0.0, 2.0]
+        >>> train = BinaryImages(source="digits", positive=6).problem.train
+        >>> train.indices.shape, train.indices.dtype, train.values.unique().tolist()
+        (torch.Size([1438, 64]), torch.uint8, [0.0, 2.0])
     """
 
     def __init__(
@@ -105,40 +101,29 @@ class BinaryImages(AbstractRecoveryDataModule):
         return share * (1 - share)
 
     def build(self) -> RecoveryBatch:
-        """Build bits ``(M, pixels)``, uint8, and a value per image; the tensor itself is never formed.
-
-        Raises:
-            ImagesNotFoundError: If the set is not under ``root`` (call ``prepare_data`` first).
-        """
+        """Build bits ``(M, pixels)``, uint8, and a value per image; the tensor itself is never formed."""
         return RecoveryBatch(self._entries("train"), self._entries("test"), None)
 
     def _entries(self, part: Part) -> Entries:
-        found = load_images(self.source, part, self.root, image_size=self.image_size, channels=1)
-        images, labels = self._chosen(found, part)
+        images, labels = load_images(self.source, part, self.root, image_size=self.image_size, channels=1)
+        known = torch.unique(labels).tolist()
+        if self.positive not in known:
+            raise ValueError(f"positive={self.positive} is no label of {self.source}, which has {known}")
+        size = self.sizes[part]
+        if size is not None:
+            if size > len(labels):
+                raise ValueError(f"{part}={size} is more than the {len(labels)} images of {self.source}: lower it")
+            order = torch.randperm(len(labels), generator=seeded_generator(self.seed, "images", part))
+            kept = order[:size].sort().values
+            images, labels = images[kept], labels[kept]
         if self.variant == "random_images":
-            bits = torch.randint(2, images.shape, dtype=torch.uint8, generator=self._generator("bits", part))
+            generator = seeded_generator(self.seed, "bits", part)
+            bits = torch.randint(2, images.shape, dtype=torch.uint8, generator=generator)
         else:
             # rounded to black or white; 127.5 does not occur
             bits = (images >= 128).to(torch.uint8)
         positive = labels == self.positive
         if self.variant == "random_labels":
-            positive = positive[torch.randperm(len(labels), generator=self._generator("labels", part))]
+            positive = positive[torch.randperm(len(labels), generator=seeded_generator(self.seed, "labels", part))]
         low, high = self.values
-        values = torch.where(positive, high, low).to(torch.float64)
-        return Entries(bits.flatten(1).contiguous(), values)
-
-    def _chosen(self, found: LabelledImages, part: Part) -> LabelledImages:
-        known = torch.unique(found.labels).tolist()
-        if self.positive not in known:
-            raise ValueError(f"positive={self.positive} is no label of {self.source}, which has {known}")
-        size = self.sizes[part]
-        if size is None:
-            return found
-        if size > len(found.labels):
-            raise ValueError(f"{part}={size} is more than the {len(found.labels)} images of {self.source}: lower it")
-        order = torch.randperm(len(found.labels), generator=self._generator("images", part))
-        kept = order[:size].sort().values
-        return LabelledImages(found.images[kept], found.labels[kept])
-
-    def _generator(self, what: str, part: Part) -> torch.Generator:
-        return seeded_generator(self.seed, what, part)
+        return Entries(bits.flatten(1).contiguous(), torch.where(positive, high, low).to(torch.float64))

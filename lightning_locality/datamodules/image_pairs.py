@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["AbstractImagePairs", "Pairs"]
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from lightning_locality.datamodules.base import Split, seeded_generator
 from lightning_locality.datamodules.source_images import AbstractSourceImages, ClassImages
 
+Box = tuple[int, int, int, int]
+
 
 class Pairs(NamedTuple):
     """Pairs of images: indices ``(N,)`` of the left and the right image, and labels ``(N,)``."""
@@ -21,9 +24,6 @@ class Pairs(NamedTuple):
     left: Tensor
     right: Tensor
     label: Tensor
-
-
-Box = tuple[int, int, int, int]
 
 
 class AbstractImagePairs(AbstractSourceImages):
@@ -54,9 +54,11 @@ class AbstractImagePairs(AbstractSourceImages):
         options: Further arguments of :class:`AbstractSourceImages`.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: The images do not fit the canvas, or a number is out of range.
+        ValueError: Unknown source, images that do not fit the canvas, or a number out of range.
     """
+
+    unit = "pair"
+    num_classes = 2
 
     def __init__(
         self,
@@ -79,20 +81,18 @@ class AbstractImagePairs(AbstractSourceImages):
         if distractors < 0:
             raise ValueError(f"distractors must be at least 0 images, got {distractors}")
         self.distractors = distractors
-        for argument, value in (("train", train), ("validation", validation), ("test", test)):
+        self.sizes: dict[Split, int] = {"train": train, "validation": validation, "test": test}
+        for argument, value in self.sizes.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1 pair, got {value}")
-        self.sizes: dict[Split, int] = {
-            "train": train,
-            "validation": test if self.validation_is_test else validation,
-            "test": test,
-        }
+        if self.validation_is_test:
+            self.sizes["validation"] = test
         if isinstance(background, str) and background not in ("mean", "black"):
             raise ValueError(f"background must be 'mean', 'black' or a number, got {background!r}")
         self.distinct, self.balanced, self.background = distinct, balanced, background
-        width = self.columns[0].stop - self.columns[0].start
-        self.boxes = _pair_boxes(self.canvas, self.image_size, width, distance)
-        self.distractor_boxes = _distractor_boxes(self.boxes, distractors)
+        wide = self.columns[0].stop - self.columns[0].start
+        left, right, *between = _boxes(self.canvas, self.image_size, wide, distance, distractors)
+        self.boxes, self.distractor_boxes = (left, right), tuple(between)
 
     @property
     @abstractmethod
@@ -114,19 +114,9 @@ class AbstractImagePairs(AbstractSourceImages):
         return slice(0, self.image_size), slice(0, self.image_size)
 
     @property
-    def num_classes(self) -> int:
-        """Two: 0 and 1."""
-        return 2
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the canvas."""
         return self.channels, *self.canvas
-
-    @property
-    def unit(self) -> str:
-        """Noun for a sample in messages."""
-        return "pair"
 
     def size(self, split: Split) -> int:
         """Number of pairs in a split."""
@@ -134,15 +124,15 @@ class AbstractImagePairs(AbstractSourceImages):
 
     def sample(self, split: Split) -> Tensor:
         """Sample the pairs of a split, ``(3 + distractors, N)``: left, right, distractors from left to right, label."""
-        stream, size = self.stream(split), self.size(split)
+        size = self.size(split)
+        # with validation_is_test, validation repeats the test samples
+        stream = "test" if self.part(split) == "test" else split
         labels, candidates = self.images(self.part(split)).labels, self.candidates(split)
         generator = seeded_generator(self.seed, "pairs", stream)
         left, right, label = self.sample_pairs(labels, candidates, size, generator)
         # separate streams: the number of distractors changes neither the pair nor one another
-        between = [
-            _sample_images(labels, candidates, size, seeded_generator(self.seed, "distractor", stream, number))
-            for number in range(self.distractors)
-        ]
+        streams = [seeded_generator(self.seed, "distractor", stream, number) for number in range(self.distractors)]
+        between = [ClassImages(labels, candidates).sample(size, generator) for generator in streams]
         return torch.stack([left, right, *between, label])
 
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,14 +161,8 @@ class AbstractImagePairs(AbstractSourceImages):
         return [*super().normalization(mean, std), (level - mean) / std]
 
 
-def _sample_images(labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Sample ``size`` uniform images of uniform classes."""
-    images = ClassImages.of(labels, candidates)
-    uniform = torch.rand((size, 2), dtype=torch.float64, generator=generator)
-    return images.one((uniform[:, 0] * len(images.classes)).long(), uniform[:, 1])
-
-
-def _pair_boxes(canvas: tuple[int, int], size: int, wide: int, distance: int) -> tuple[Box, Box]:
+def _boxes(canvas: tuple[int, int], size: int, wide: int, distance: int, distractors: int) -> Iterator[Box]:
+    """Places of the left and the right image, then of the distractors from left to right."""
     height, width = canvas
     if distance < 0:
         raise ValueError(f"distance must be at least 0 pixels, got {distance}")
@@ -193,18 +177,12 @@ def _pair_boxes(canvas: tuple[int, int], size: int, wide: int, distance: int) ->
             f"distance={distance} does not fit: two images of image_size={size} on a canvas of width {width} "
             f"can be at most {width - 2 * wide} apart"
         )
-    top, left = (height - size) // 2, width // 2 - wide - distance // 2
-    return (top, left, size, wide), (top, left + wide + distance, size, wide)
-
-
-def _distractor_boxes(boxes: tuple[Box, Box], count: int) -> tuple[Box, ...]:
-    (top, left, height, width), (_, right, _, _) = boxes
-    distance = right - left - width
-    free = distance - count * width
+    free = distance - distractors * wide
     if free < 0:
         raise ValueError(
-            f"distractors={count} do not fit: between two images {distance} pixels apart there is room for "
-            f"{distance // width} images of width {width}: use fewer or a distance of at least {count * width}"
+            f"distractors={distractors} do not fit: between two images {distance} pixels apart there is room for "
+            f"{distance // wide} images of width {wide}: use fewer or a distance of at least {distractors * wide}"
         )
-    starts = (left + width + (j + 1) * free // (count + 1) + j * width for j in range(count))
-    return tuple((top, start, height, width) for start in starts)
+    left = width // 2 - wide - distance // 2
+    between = [left + wide + (j + 1) * free // (distractors + 1) + j * wide for j in range(distractors)]
+    return (((height - size) // 2, start, size, wide) for start in (left, left + wide + distance, *between))

@@ -9,7 +9,7 @@ import pickle
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,18 @@ from torchvision import datasets
 from lightning_locality.datamodules.base import seeded_generator
 
 Resize = Literal["bilinear", "area", "pad"]
+SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
+Part = Literal["train", "test"]
+
+# of torchvision; the path under root is one whose absence tells a missing set from a damaged one
+_TORCHVISION: dict[str, tuple[Any, str]] = {
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+    "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+    "mnist": (datasets.MNIST, "MNIST/raw"),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
+    "svhn": (datasets.SVHN, "{part}_32x32.mat"),
+}
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 class LabelledImages(NamedTuple):
@@ -31,21 +43,7 @@ class LabelledImages(NamedTuple):
 
 
 def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor:
-    """Resize images to squares, rounded to uint8; the aspect ratio is not kept.
-
-    Args:
-        images: ``(N, C, H, W)``, uint8.
-        size: New height and width in pixels.
-        how: ``"bilinear"``: interpolation, antialiased when the image shrinks. ``"area"``: mean over the block of
-            pixels that becomes one. ``"pad"``: the image is centered on black (28x28 to 32x32: 2 pixels per side).
-
-    Raises:
-        ValueError: Unknown ``how``; ``size`` below 1 or, for ``"pad"``, below the size of the images.
-
-    Example:
-        >>> resize_images(torch.tensor([[[[10, 20], [30, 40]]]], dtype=torch.uint8), 1, "area").item()
-        25
-    """
+    """Resize uint8 images ``(N, C, H, W)`` to squares; the aspect ratio is kept by ``"pad"`` alone."""
     if size < 1:
         raise ValueError(f"image_size must be at least 1, got {size}")
     if how not in get_args(Resize):
@@ -62,57 +60,30 @@ def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor
         top, left = (size - height) // 2, (size - width) // 2
         return functional.pad(images, (left, size - width - left, top, size - height - top))
     resized = images.new_empty((*images.shape[:2], size, size))
+    shrunk = how == "bilinear" and min(height, width) > size
     # chunks bound the memory of the float copies
     for start in range(0, len(images), 4096):
         chunk = images[start : start + 4096].to(torch.float32)
-        if how == "area":
-            chunk = functional.interpolate(chunk, size=(size, size), mode="area")
-        else:
-            chunk = functional.interpolate(
-                chunk, size=(size, size), mode="bilinear", antialias=min(height, width) > size
-            )
+        chunk = functional.interpolate(chunk, size=(size, size), mode=how, antialias=shrunk)
         resized[start : start + 4096] = chunk.round_().clamp_(0, 255).to(torch.uint8)
     return resized
 
 
 def convert_channels(images: Tensor, channels: Literal[1, 3]) -> Tensor:
-    """Convert uint8 images ``(N, 1 or 3, H, W)`` to grey or to colour.
-
-    ``channels=3`` repeats the grey channel; ``channels=1`` takes the rounded luma 0.299 R + 0.587 G + 0.114 B (ITU-R
-    BT.601).
-    """
+    """Convert uint8 images ``(N, 1 or 3, H, W)`` to grey, by the rounded luma, or to colour, by repetition."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if images.shape[1] == channels:
         return images
     if channels == 3:
         return images.repeat(1, 3, 1, 1)
-    # integers, one channel at a time: exact, and no float copy of the set
+    # ITU-R BT.601 in integers, one channel at a time: exact, and no float copy of the set
     red, green, blue = (images[:, c].to(torch.int32) for c in range(3))
     return ((299 * red + 587 * green + 114 * blue + 500) // 1000).to(torch.uint8)[:, None]
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out the same share of every class, at least one image of each.
-
-    Args:
-        labels: ``(N,)``.
-        share: Share of each class to hold out, rounded to whole images.
-        seed: Seed of the choice, which is independent for each class.
-
-    Returns:
-        Indices kept and indices held out, each ascending.
-
-    Raises:
-        ValueError: ``share`` is not between 0 and 1, or a class has a single image.
-
-    Example:
-        >>> kept, held = stratified_split(torch.tensor([0] * 10 + [1] * 20), share=0.1, seed=0)
-        >>> len(kept), len(held)
-        (27, 3)
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"the share held out must be between 0 and 1, got {share}")
+    """Split images by their labels ``(N,)`` into those kept and the same share of every class held out, ascending."""
     kept, held = [], []
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().squeeze(1)
@@ -139,13 +110,6 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(deviations)
 
 
-SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
-Part = Literal["train", "test"]
-
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
-_TEST_SHARE = 0.2
-
-
 class UnknownSourceError(ValueError):
     """Unknown name of an image source."""
 
@@ -159,36 +123,23 @@ class CorruptImagesError(ValueError):
 
 
 def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Path]:
-    """Split a source into its name and its location; ``"folder:PATH"`` and ``"file:PATH"`` give both.
-
-    Example:
-        >>> parse_source("folder:pictures/birds")
-        ('folder', PosixPath('pictures/birds'))
-        >>> parse_source("cifar-10")
-        Traceback (most recent call last):
-        lightning_locality.datamodules.image_sets.UnknownSourceError: unknown source 'cifar-10' (did you mean ...
-    """
+    """Split a source into its name and its location; ``"folder:PATH"`` and ``"file:PATH"`` give both."""
+    names = get_args(SourceName)
     kind, colon, path = source.partition(":")
     if colon and kind in ("folder", "file"):
-        return ("folder" if kind == "folder" else "file"), Path(path).expanduser()
-    names = get_args(SourceName)
-    if source not in names:
+        source, root = kind, path
+    elif source not in names:
         near = difflib.get_close_matches(source.lower(), names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownSourceError(
             f"unknown source {source!r}{hint}; known are {', '.join(names)}, folder:PATH and file:PATH"
         )
-    name: SourceName = next(known for known in names if known == source)
-    return name, Path(root).expanduser()
+    return cast(SourceName, source), Path(root).expanduser()
 
 
 def source_channels(name: SourceName) -> Literal[1, 3]:
     """Number of colour channels a source is read with by default."""
-    match name:
-        case "mnist" | "fashion_mnist" | "digits":
-            return 1
-        case "cifar10" | "cifar100" | "svhn" | "folder" | "file":
-            return 3
+    return 1 if name in ("mnist", "fashion_mnist", "digits") else 3
 
 
 def load_images(
@@ -205,21 +156,21 @@ def load_images(
 
     ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist`` and ``svhn`` are read through torchvision, in its file
     layout under ``root``. ``digits`` is scikit-learn's set of 1,797 8x8 digits, with values v from 0 to 16 stored as
-    ``(255 v + 8) // 16`` (``v = (16 u + 127) // 255`` recovers them). ``folder`` is a folder of class folders of image
-    files, labelled in the order of the class names, with or without ``train/`` and ``test/`` above the classes; its
-    images need an ``image_size`` unless all have the same size. ``file`` is an ``.npz`` file with uint8
+    ``(255 v + 8) // 16`` (``v = (16 u + 127) // 255`` recovers them). ``folder:PATH`` is a folder of class folders of
+    image files, labelled in the order of the class names, with or without ``train/`` and ``test/`` above the classes;
+    its images need an ``image_size`` unless all have the same size. ``file:PATH`` is an ``.npz`` file with uint8
     ``train_images`` and ``test_images`` ``(N, C, H, W)`` and their ``train_labels`` and ``test_labels``. Sources
     without an official split (``digits``, folders without ``train/``) hold out a stratified 20 % for testing, seed 0.
 
     Args:
-        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH`` or
-            ``file:PATH``.
+        source: One of these.
         part: ``"train"`` or ``"test"``.
         root: Folder of the set, as for torchvision; of the classes for ``folder``; not used by ``digits``.
         download: Let torchvision download a missing set.
         image_size: Height and width in pixels to resize the images to; None leaves them.
-        resize: How to resize: ``bilinear``, ``area`` (mean over blocks) or ``pad`` (black around).
-        channels: 1 (luma) or 3; None leaves them (folders and files are read as 3).
+        resize: ``bilinear`` (antialiased when the image shrinks), ``area`` (mean over the block of pixels that becomes
+            one) or ``pad`` (centred on black).
+        channels: 1 (luma 0.299 R + 0.587 G + 0.114 B) or 3; None leaves them (folders and files are read as 3).
 
     Raises:
         UnknownSourceError: Unknown source.
@@ -251,19 +202,15 @@ def load_images(
 def prepare_images(source: str, root: str | Path = "data") -> None:
     """Let torchvision download a set that is missing under ``root``; other sources need no preparation."""
     name, folder = parse_source(source, root)
-    match name:
-        case "digits" | "folder" | "file":
-            return
-        case "svhn":
+    if name in _TORCHVISION:
+        if name == "svhn":
             _torchvision(name, folder, "train", download=True)
-            _torchvision(name, folder, "test", download=True)
-        case _:
-            # the smaller part: either one checks and fetches the files of both
-            _torchvision(name, folder, "test", download=True)
+        # the smaller part: either part of the other sets checks and fetches the files of both
+        _torchvision(name, folder, "test", download=True)
 
 
 def _part_of(whole: LabelledImages, part: Part) -> LabelledImages:
-    kept, held = stratified_split(whole.labels, _TEST_SHARE, seed=0)
+    kept, held = stratified_split(whole.labels, 0.2, seed=0)
     chosen = kept if part == "train" else held
     return LabelledImages(whole.images[chosen], whole.labels[chosen])
 
@@ -280,23 +227,9 @@ def _digits() -> LabelledImages:
     return LabelledImages(((255 * values + 8) // 16).to(torch.uint8), torch.from_numpy(bunch.target).long())
 
 
-def _torchvision(
-    name: Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn"],
-    root: Path,
-    part: Part,
-    download: bool,
-) -> LabelledImages:
-    # a path whose absence tells a missing set from a damaged one
-    match name:
-        case "cifar10" | "cifar100":
-            kind: Any = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-            where = root / kind.base_folder
-        case "mnist" | "fashion_mnist":
-            kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
-            where = root / kind.__name__ / "raw"
-        case "svhn":
-            kind = datasets.SVHN
-            where = root / f"{part}_32x32.mat"
+def _torchvision(name: SourceName, root: Path, part: Part, download: bool) -> LabelledImages:
+    kind, path = _TORCHVISION[name]
+    where = root / path.format(part=part)
     options = {"split": part} if name == "svhn" else {"train": part == "train"}
     try:
         with warnings.catch_warnings():
@@ -326,14 +259,13 @@ def _torchvision(
 
 def _folder(root: Path, part: Part, size: int | None, resize: Resize) -> LabelledImages:
     official = (root / "train").is_dir()
-    top = root / part if official else root
+    first, top = (root / "train", root / part) if official else (root, root)
     if not top.is_dir():
         raise ImagesNotFoundError(f"no folder {top}: source 'folder' needs class folders in it")
     # the training part names the classes, so that both parts have the same labels
-    classes = sorted(p.name for p in (root / "train" if official else root).iterdir() if p.is_dir())
-    unknown = {p.name for p in top.iterdir() if p.is_dir()} - set(classes)
-    if unknown:
-        raise CorruptImagesError(f"{top} has classes that {root / 'train'} lacks: {sorted(unknown)}")
+    classes = sorted(p.name for p in first.iterdir() if p.is_dir())
+    if unknown := {p.name for p in top.iterdir() if p.is_dir()} - set(classes):
+        raise CorruptImagesError(f"{top} has classes that {first} lacks: {sorted(unknown)}")
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted((top / name).rglob("*")):

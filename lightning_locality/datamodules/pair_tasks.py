@@ -13,113 +13,8 @@ from torch import Tensor
 from lightning_locality.datamodules.image_pairs import AbstractImagePairs, Pairs
 from lightning_locality.datamodules.source_images import ClassImages
 
-
-def sample_same_class(
-    labels: Tensor,
-    candidates: Tensor,
-    size: int,
-    generator: torch.Generator,
-    *,
-    distinct: bool = True,
-    balanced: bool = False,
-) -> Pairs:
-    """Sample pairs of images of the same class (label 1) or of two classes (label 0).
-
-    A positive pair: a uniform class, then two of its images. A negative pair: a uniform first class, a second class
-    uniform among the others, then an image of each. Pair i uses row i of the generator's stream, so a longer sample
-    begins with the shorter one.
-
-    Args:
-        labels: Class of every image ``(M,)``.
-        candidates: Indices of the images to sample from ``(K,)``.
-        size: Number of pairs.
-        generator: Source of randomness, on the CPU.
-        distinct: The two images of a positive pair are always two images.
-        balanced: Exactly one pair of 0 and 1, of 2 and 3, and so on is positive; otherwise each by a fair coin.
-
-    Raises:
-        ValueError: There are fewer than two classes, or ``distinct`` and a class has a single image.
-    """
-    images = ClassImages.of(labels, candidates)
-    number = len(images.classes)
-    if number < 2:
-        raise ValueError(f"pairs need at least 2 classes, got {images.classes.tolist()}")
-    if distinct:
-        images.require_two_images(torch.ones(number, dtype=torch.bool))
-    # columns: coin, left class, right class, left image, right image; float64 resolves every image index
-    uniform = torch.rand((size, 5), dtype=torch.float64, generator=generator).unbind(1)
-    label = _coin(uniform[0], balanced)
-    left = (uniform[1] * number).long()
-    other = (uniform[2] * (number - 1)).long()
-    other = other + (other >= left)
-    right = torch.where(label == 1, left, other)
-    return Pairs(*images.two((left, right), (uniform[3], uniform[4]), distinct), label)
-
-
-def _coin(uniform: Tensor, balanced: bool) -> Tensor:
-    """Labels ``(N,)`` from uniform numbers; if balanced, one of every two is positive."""
-    label = (uniform < 0.5).long()
-    if balanced:
-        label[1::2] = 1 - label[::2][: len(label) // 2]
-    return label
-
-
-def sample_by_class_law(
-    labels: Tensor,
-    candidates: Tensor,
-    size: int,
-    generator: torch.Generator,
-    law: Tensor,
-    *,
-    distinct: bool = True,
-    balanced: bool = False,
-) -> Pairs:
-    """Sample pairs: the label by a fair coin, the two classes given the label, then a uniform image of each class.
-
-    If a class is as likely on one side under label 0 as under label 1, the image on that side is independent of the
-    label: given its class it is uniform, even if ``distinct`` forbids pairing an image with itself. Pair i uses row i
-    of the generator's stream.
-
-    Args:
-        labels: Class of every image ``(M,)``.
-        candidates: Indices of the images to sample from ``(K,)``.
-        size: Number of pairs.
-        generator: Source of randomness, on the CPU.
-        law: ``(2, C, C)``: for each label the probability of every left and right class, in ascending order of the
-            classes of the candidates.
-        distinct: As for :func:`sample_same_class`.
-        balanced: Likewise.
-
-    Raises:
-        ValueError: ``law`` is not a probability law, or ``distinct`` and a class paired with itself has a single image.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> law = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]])
-        >>> left, right, label = sample_by_class_law(torch.tensor([4, 7]), torch.arange(2), 100, generator, law)
-        >>> torch.equal(left, label), torch.equal(right, 1 - label)
-        (True, True)
-    """
-    images = ClassImages.of(labels, candidates)
-    count = len(images.classes)
-    # written so that NaN is rejected
-    if law.shape != (2, count, count) or not ((law >= 0).all() and (law.sum((1, 2)) - 1).abs().max() < 1e-6):
-        raise ValueError(
-            f"law must be a table of probabilities of {count}x{count} classes, which sum to 1, for each of two labels; "
-            f"got shape {tuple(law.shape)}: {law.tolist()}"
-        )
-    if distinct:
-        images.require_two_images((law.diagonal(dim1=1, dim2=2) > 0).any(0))
-    # columns: coin, the two classes, left image, right image; float64 resolves every image index
-    uniform = torch.rand((size, 4), dtype=torch.float64, generator=generator).unbind(1)
-    label = _coin(uniform[0], balanced)
-    # a cell of probability 0 adds nothing to the sum and is never the first above the uniform number
-    sums = law.to(torch.float64).flatten(1).cumsum(1)
-    sums = sums / sums[:, -1:]
-    point = uniform[1].contiguous()
-    negative, positive = (torch.searchsorted(row, point, right=True) for row in sums)
-    cell = torch.where(label == 1, positive, negative)
-    return Pairs(*images.two((cell // count, cell % count), (uniform[2], uniform[3]), distinct), label)
+Order = Literal["circle", "line"]
+Negatives = Literal["any", "same_class"]
 
 
 class AbstractLabelConditionalPairs(AbstractImagePairs):
@@ -127,24 +22,46 @@ class AbstractLabelConditionalPairs(AbstractImagePairs):
 
     @abstractmethod
     def law(self, classes: Tensor) -> Tensor:
-        """Probability of each left and right class given the label.
+        """Probability ``(2, C, C)``, float64, of each left and right class given the label.
 
         Args:
             classes: Class numbers in use, ascending, ``(C,)``.
-
-        Returns:
-            ``(2, C, C)``, float64: label, left class, right class.
-
-        Raises:
-            ValueError: The task cannot be built from these classes.
         """
 
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
-        """Sample by :func:`sample_by_class_law`."""
-        law = self.law(torch.unique(labels[candidates]))
-        return sample_by_class_law(
-            labels, candidates, size, generator, law, distinct=self.distinct, balanced=self.balanced
-        )
+        """Sample the label by a fair coin, the two classes given the label, then a uniform image of each class.
+
+        If a class is as likely on one side under label 0 as under label 1, the image on that side is independent of the
+        label: given its class it is uniform, even if ``distinct`` forbids pairing an image with itself.
+        """
+        images = ClassImages(labels, candidates)
+        law, count = self.law(images.classes), len(images.classes)
+        # written so that NaN is rejected
+        if law.shape != (2, count, count) or not ((law >= 0).all() and (law.sum((1, 2)) - 1).abs().max() < 1e-6):
+            raise ValueError(
+                f"law must be a table of probabilities of {count}x{count} classes, which sum to 1, for each of two "
+                f"labels; got shape {tuple(law.shape)}: {law.tolist()}"
+            )
+        if self.distinct:
+            images.require_two_images((law.diagonal(dim1=1, dim2=2) > 0).any(0))
+        # columns: coin, the two classes, left image, right image; float64 resolves every image index
+        uniform = torch.rand((size, 4), dtype=torch.float64, generator=generator).unbind(1)
+        label = _coin(uniform[0], self.balanced)
+        # a cell of probability 0 adds nothing to the sum and is never the first above the uniform number
+        sums = law.to(torch.float64).flatten(1).cumsum(1)
+        sums = sums / sums[:, -1:]
+        point = uniform[1].contiguous()
+        negative, positive = (torch.searchsorted(row, point, right=True) for row in sums)
+        cell = torch.where(label == 1, positive, negative)
+        return Pairs(*images.two(cell // count, cell % count, (uniform[2], uniform[3]), self.distinct), label)
+
+
+def _coin(uniform: Tensor, balanced: bool) -> Tensor:
+    """Labels ``(N,)`` from uniform numbers; if balanced, one of pairs 0 and 1, of 2 and 3, and so on is positive."""
+    label = (uniform < 0.5).long()
+    if balanced:
+        label[1::2] = 1 - label[::2][: len(label) // 2]
+    return label
 
 
 @final
@@ -154,33 +71,35 @@ class SameClass(AbstractImagePairs):
     A task that needs two distant regions: neither image alone tells anything about the label. The defaults are the
     published experiment's (CIFAR-10, 32x32 images on 224x224, 5,000 training and 10,000 test pairs, normalised and
     then pasted on zeros), without two of its defects: ``distinct=False, validation_is_test=True`` restores them.
-    ``distractors=k`` (ours) puts k images that say nothing about the label in between.
+    ``distractors=k`` (ours) puts k images that say nothing about the label in between. The arguments are those of
+    :class:`AbstractImagePairs`, and so are the errors.
 
     Source: Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
     Networks (Noam Razin, Asaf Maman, Nadav Cohen, 2022), the experiments on "Is Same Class".
 
-    The arguments are those of :class:`AbstractImagePairs`.
-
-    Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: The pair does not fit the canvas, or a number is out of range.
-
     Example:
-        >>> data = SameClass(source="cifar10", root="data", distance=160)
-        >>> data.image_shape, data.num_classes
-        ((3, 224, 224), 2)
-        >>> data.boxes  # top, left, height, width
+        >>> SameClass(source="cifar10", root="data", distance=160).boxes  # top, left, height, width
         ((96, 0, 32, 32), (96, 192, 32, 32))
     """
 
-    @property
-    def class_names(self) -> tuple[str, str]:
-        """Meaning of the labels 0 and 1."""
-        return ("different", "same class")
+    class_names = ("different", "same class")
 
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
-        """Sample by :func:`sample_same_class`."""
-        return sample_same_class(labels, candidates, size, generator, distinct=self.distinct, balanced=self.balanced)
+        """Sample the label by a fair coin, a uniform class, its own or a uniform other class, then an image of each."""
+        images = ClassImages(labels, candidates)
+        number = len(images.classes)
+        if number < 2:
+            raise ValueError(f"pairs need at least 2 classes, got {images.classes.tolist()}")
+        if self.distinct:
+            images.require_two_images(torch.ones(number, dtype=torch.bool))
+        # columns: coin, left class, right class, left image, right image; float64 resolves every image index
+        uniform = torch.rand((size, 5), dtype=torch.float64, generator=generator).unbind(1)
+        label = _coin(uniform[0], self.balanced)
+        left = (uniform[1] * number).long()
+        other = (uniform[2] * (number - 1)).long()
+        other = other + (other >= left)
+        right = torch.where(label == 1, left, other)
+        return Pairs(*images.two(left, right, (uniform[3], uniform[4]), self.distinct), label)
 
 
 @final
@@ -190,36 +109,24 @@ class SameParity(AbstractLabelConditionalPairs):
     Comparing the images is not enough: classes that look different may share a label. The parity of the left image is
     a fair coin and so is the label; together they fix the parity of the right one. A class is then uniform among the
     n(p) classes of its parity p. A class c therefore has probability 1 / (2 n(c mod 2)) on either side under either
-    label, whatever the classes in use: one image alone says nothing about the label.
-
-    The arguments are those of :class:`AbstractImagePairs`, with the defaults of :class:`SameClass`.
+    label, whatever the classes in use: one image alone says nothing about the label. The arguments are those of
+    :class:`AbstractImagePairs`.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: The pair does not fit the canvas, a number is out of range, or (at ``setup``) all classes
-            are even or all are odd.
+        ValueError: As for :class:`AbstractImagePairs`; at ``setup``: all classes are even or all are odd.
 
     Example:
         >>> data = SameParity(source="mnist", distance=96)
-        >>> data.boxes
-        ((96, 32, 32, 32), (96, 160, 32, 32))
         >>> data.law(torch.tensor([1, 3, 4]))[1]  # both odd, or both even
         tensor([[0.1250, 0.1250, 0.0000],
                 [0.1250, 0.1250, 0.0000],
                 [0.0000, 0.0000, 0.5000]], dtype=torch.float64)
     """
 
-    @property
-    def class_names(self) -> tuple[str, str]:
-        """Meaning of the labels 0 and 1."""
-        return ("one even, one odd", "same parity")
+    class_names = ("one even, one odd", "same parity")
 
     def law(self, classes: Tensor) -> Tensor:
-        """Probability ``(2, C, C)`` of each left and right class given the label.
-
-        Raises:
-            ValueError: There are no even or no odd classes.
-        """
+        """Probability ``(2, C, C)`` of each left and right class given the label."""
         odd = classes % 2 == 1
         count = torch.stack([~odd, odd]).sum(1)
         if count.min() == 0:
@@ -230,9 +137,6 @@ class SameParity(AbstractLabelConditionalPairs):
         pair = one[:, None] * one / 2
         same = odd[:, None] == odd
         return torch.stack([pair * ~same, pair * same])
-
-
-Order = Literal["circle", "line"]
 
 
 @final
@@ -261,9 +165,7 @@ class IsGreater(AbstractLabelConditionalPairs):
             differ.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: The pair does not fit the canvas, a number is out of range, or (at ``setup``) there are
-            fewer than three classes.
+        ValueError: As for :class:`AbstractImagePairs`, or an unknown ``order``; at ``setup``: fewer than three classes.
 
     Example:
         >>> data = IsGreater(source="mnist", distance=96)
@@ -285,12 +187,9 @@ class IsGreater(AbstractLabelConditionalPairs):
         return ("behind", "ahead") if self.order == "circle" else ("smaller", "greater")
 
     def law(self, classes: Tensor) -> Tensor:
-        """Probability ``(2, C, C)`` of each left and right class given the label.
-
-        Raises:
-            ValueError: There are fewer than three classes, so that one image would tell the label.
-        """
+        """Probability ``(2, C, C)`` of each left and right class given the label."""
         count = len(classes)
+        # of two classes, one image would tell the label
         if count < 3:
             raise ValueError(f"IsGreater needs at least 3 classes, got {classes.tolist()}: give more")
         place = torch.arange(count)
@@ -302,9 +201,6 @@ class IsGreater(AbstractLabelConditionalPairs):
             ahead = (steps >= 1) & (steps <= (count - 1) // 2)
         greater = ahead.to(torch.float64) / ahead.sum()
         return torch.stack([greater.T, greater])
-
-
-Negatives = Literal["any", "same_class"]
 
 
 @final
@@ -325,25 +221,20 @@ class DistantHalves(AbstractLabelConditionalPairs):
             from one image by chance.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: The halves do not fit the canvas, or a number is out of range.
+        ValueError: As for :class:`AbstractImagePairs`, or unknown ``negatives``, or an odd ``image_size``.
 
     Example:
-        >>> data = DistantHalves(source="cifar10", distance=160)
-        >>> data.boxes  # top, left, height, width
+        >>> DistantHalves(source="cifar10", distance=160).boxes  # top, left, height, width
         ((96, 16, 32, 16), (96, 192, 32, 16))
     """
+
+    class_names = ("two images", "same image")
 
     def __init__(self, source: str = "cifar10", *, negatives: Negatives = "any", **options: Any) -> None:
         super().__init__(source, **options)
         if negatives not in get_args(Negatives):
             raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}, got {negatives!r}")
         self.negatives = negatives
-
-    @property
-    def class_names(self) -> tuple[str, str]:
-        """Meaning of the labels 0 and 1."""
-        return ("two images", "same image")
 
     @property
     def columns(self) -> tuple[slice, slice]:

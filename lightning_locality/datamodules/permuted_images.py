@@ -16,28 +16,10 @@ from lightning_locality.datamodules.source_images import AbstractSourceImages
 
 
 def window_permutation(size: int, window: int, generator: torch.Generator) -> Tensor:
-    """Sample a uniform permutation of the pixels within each window of an image.
+    """Sample a uniform permutation of the pixels within each window of an image, cut from the top left corner.
 
-    The image is cut into windows from the top left corner; those at the right and bottom edges are smaller if
-    ``window`` does not divide ``size``.
-
-    Args:
-        size: Height and width of the image in pixels.
-        window: Height and width of a window in pixels, 1 (identity) to ``size`` (uniform over all permutations).
-        generator: Source of randomness, on the CPU.
-
-    Returns:
-        ``(size * size,)``, int64: new pixel k, counted row by row, is the old pixel with this number.
-
-    Raises:
-        ValueError: ``window`` is below 1 pixel or above ``size``.
-
-    Example:
-        >>> window_permutation(2, 1, torch.Generator()).tolist()
-        [0, 1, 2, 3]
+    New pixel k, counted row by row, is the old pixel with number k of the result, ``(size * size,)``, int64.
     """
-    if not 1 <= window <= size:
-        raise ValueError(f"window must be from 1 to the image's {size} pixels, got {window}")
     number = torch.arange(size * size).reshape(size, size)
     moved = torch.empty_like(number)
     corners = range(0, size, window)
@@ -54,14 +36,11 @@ class PermutedImages(AbstractSourceImages):
 
     A permutation takes nothing from a classifier that treats all pixels alike, but takes locality from the task:
     former neighbours are now up to a window apart. With s the image size, the pixels are permuted uniformly within
-    windows of side
-
-        w = 1 + round(scramble (s - 1)),
-
-    so 0 is the identity and 1 a uniform permutation of the whole image (if w does not divide s, the last windows of a
-    row and of a column are smaller). Within a window of side w the expected mean displacement along an axis is
-    (w^2 - 1) / (3w) pixels; :attr:`expected_displacement` is its mean over the image, which grows with ``scramble``.
-    The permutation depends on ``seed``, s and w only and is the same for all splits and channels.
+    windows of side w = 1 + round(scramble (s - 1)), so 0 is the identity and 1 a uniform permutation of the whole image
+    (if w does not divide s, the last windows of a row and of a column are smaller). Within a window of side w the
+    expected mean displacement along an axis is (w^2 - 1) / (3w) pixels; :attr:`expected_displacement` is its mean over
+    the image, which grows with ``scramble``. The permutation depends on ``seed``, s and w only and is the same for all
+    splits and channels.
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
@@ -74,8 +53,7 @@ class PermutedImages(AbstractSourceImages):
         options: Further arguments of :class:`AbstractSourceImages`.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: A number is out of range, or (at ``setup``) exceeds the number of images.
+        ValueError: Unknown source, or a number out of range or (at ``setup``) above the number of images.
 
     Example:
         >>> data = PermutedImages(source="digits", scramble=3 / 7, image_size=8)
@@ -134,11 +112,7 @@ class PermutedImages(AbstractSourceImages):
         return self.table(split).shape[1]
 
     def sample(self, split: Split) -> Tensor:
-        """Sample image indices and labels ``(2, N)``; a smaller sample is the beginning of a larger one.
-
-        Raises:
-            ValueError: There are too few images, or images of classes that the training images lack.
-        """
+        """Sample image indices and labels ``(2, N)``; a smaller sample is the beginning of a larger one."""
         candidates, wanted = self.candidates(split), self._wanted[split]
         if wanted is not None and wanted > len(candidates):
             raise ValueError(

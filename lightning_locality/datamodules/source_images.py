@@ -7,9 +7,8 @@ __all__ = ["AbstractSourceImages"]
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,42 +26,33 @@ from lightning_locality.datamodules.image_sets import (
     stratified_split,
 )
 
+# splits that a stage needs
+_STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+# as published; of the training images, to three digits
+_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
 
-@dataclass(frozen=True)
+
 class ClassImages:
-    """Images grouped by class; methods take a class by its position among those present, in ascending order.
+    """Images ``candidates`` ``(K,)`` grouped by their ``labels`` ``(M,)``; a class is its place among ``classes``."""
 
-    Args:
-        classes: Class numbers ``(C,)``, ascending.
-        counts: Number of images of each class ``(C,)``.
-        by_class: Indices of the images ``(K,)``, grouped by class.
-
-    Example:
-        >>> images = ClassImages.of(labels=torch.tensor([3, 5, 3]), candidates=torch.arange(3))
-        >>> images.classes.tolist(), images.one(torch.tensor([0, 0, 1]), torch.tensor([0.0, 0.9, 0.5])).tolist()
-        ([3, 5], [0, 2, 1])
-    """
-
-    classes: Tensor
-    counts: Tensor
-    by_class: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor, candidates: Tensor) -> Self:
-        """Group the images ``candidates`` ``(K,)`` by their ``labels`` ``(M,)``, keeping their order."""
+    def __init__(self, labels: Tensor, candidates: Tensor) -> None:
         own = labels[candidates]
-        classes, counts = torch.unique(own, return_counts=True)
-        return cls(classes, counts, candidates[own.argsort(stable=True)])
+        self.classes, self.counts = torch.unique(own, return_counts=True)
+        self._by_class = candidates[own.argsort(stable=True)]
 
-    def one(self, kind: Tensor, uniform: Tensor) -> Tensor:
-        """Pick an image ``(N,)`` of each class ``kind`` ``(N,)`` by float64 numbers in [0, 1) ``(N,)``."""
-        return self._image(kind, (uniform * self.counts[kind]).long())
+    def sample(self, size: int, generator: torch.Generator) -> Tensor:
+        """Sample ``size`` uniform images of uniform classes."""
+        which, where = torch.rand((size, 2), dtype=torch.float64, generator=generator).unbind(1)
+        kind = (which * len(self.classes)).long()
+        return self._image(kind, (where * self.counts[kind]).long())
 
-    def two(
-        self, kinds: tuple[Tensor, Tensor], uniform: tuple[Tensor, Tensor], distinct: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Pick an image of each of two classes; if ``distinct``, never the same image twice."""
-        left, right = kinds
+    def two(self, left: Tensor, right: Tensor, uniform: tuple[Tensor, Tensor], distinct: bool) -> tuple[Tensor, Tensor]:
+        """Pick an image of each class by uniform numbers, all ``(N,)``; if ``distinct``, never the same one twice."""
         place = (uniform[0] * self.counts[left]).long()
         excluded = ((left == right) & distinct).long()
         other = (uniform[1] * (self.counts[right] - excluded)).long()
@@ -80,11 +70,7 @@ class ClassImages:
 
     def _image(self, kind: Tensor, place: Tensor) -> Tensor:
         first = self.counts.cumsum(0) - self.counts
-        return self.by_class[first[kind] + place]
-
-
-# as published; of the training images, to three digits
-_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
+        return self._by_class[first[kind] + place]
 
 
 class AbstractSourceImages(AbstractImageDataModule):
@@ -94,11 +80,10 @@ class AbstractSourceImages(AbstractImageDataModule):
     test samples use its official test images.
 
     Args:
-        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no
-            download), ``folder:PATH``, a folder of class folders, with or without train/ and test/, or
-            ``file:PATH``, an .npz file (see :func:`~lightning_locality.datamodules.image_sets.load_images`).
-        root: Folder of the image set, as for torchvision; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data``
-            if that is not set.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
+            ``folder:PATH`` (of class folders) or ``file:PATH`` (.npz), see
+            :func:`~lightning_locality.datamodules.image_sets.load_images`.
+        root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         image_size: Height and width in pixels that the source's images are resized to.
         resize: How to resize: bilinear, area (mean over blocks) or pad (black around).
         channels: 1 (grey) or 3 (colour); by default the source's own, 3 for folders and files.
@@ -118,6 +103,8 @@ class AbstractSourceImages(AbstractImageDataModule):
         UnknownSourceError: Unknown source.
         ValueError: A number is out of range.
     """
+
+    unit = "image"  # noun for a sample in messages
 
     def __init__(
         self,
@@ -182,17 +169,7 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and sample the splits that the stage needs."""
-        splits: tuple[Split, ...]
-        match stage:
-            case "fit":
-                splits = ("train", "validation")
-            case "validate":
-                splits = ("validation",)
-            case "test" | "predict":
-                splits = ("test",)
-            case _:
-                splits = ("train", "validation", "test")
-        for split in splits:
+        for split in _STAGES.get(stage or "", get_args(Split)):
             if split not in self._tables:
                 self._tables[split] = self.sample(split)
         if not self._affine:
@@ -208,21 +185,12 @@ class AbstractSourceImages(AbstractImageDataModule):
         """The source's official train or test images ``(N, C, s, s)``, uint8, and their labels."""
         if part not in self._parts:
             self._parts[part] = load_images(
-                self.source,
-                part,
-                self.root,
-                image_size=self.image_size,
-                resize=self.resize,
-                channels=self.channels,
+                self.source, part, self.root, image_size=self.image_size, resize=self.resize, channels=self.channels
             )
         return self._parts[part]
 
     def candidates(self, split: Split) -> Tensor:
-        """Indices into ``images(part(split))`` that the split may use; training and validation share none.
-
-        Raises:
-            ValueError: The source lacks one of ``classes``.
-        """
+        """Indices into ``images(part(split))`` that the split may use; training and validation share none."""
         labels = self.images(self.part(split)).labels
         candidates = torch.arange(len(labels))
         if self.part(split) == "train" and not self.validation_is_test:
@@ -231,29 +199,15 @@ class AbstractSourceImages(AbstractImageDataModule):
         if self.classes is None:
             return candidates
         known = torch.unique(labels).tolist()
-        missing = sorted(set(self.classes) - set(known))
-        if missing:
+        if missing := sorted(set(self.classes) - set(known)):
             raise ValueError(f"classes {missing} are not in {self.source}, which has {known}")
         return candidates[torch.isin(labels[candidates], torch.tensor(list(self.classes)))]
 
-    def stream(self, split: Split) -> Split:
-        """Name of a split's random stream; with ``validation_is_test``, validation repeats the test samples."""
-        return "test" if self.part(split) == "test" else split
-
     def table(self, split: Split) -> Tensor:
-        """The samples of a split as returned by :meth:`sample`.
-
-        Raises:
-            RuntimeError: Called before ``setup``.
-        """
+        """The samples of a split as returned by :meth:`sample`; RuntimeError before ``setup``."""
         if split not in self._tables:
             raise RuntimeError(f"the {split} {self.unit}s have not been sampled yet: call setup() first")
         return self._tables[split]
-
-    @property
-    def unit(self) -> str:
-        """Noun for a sample in messages."""
-        return "image"
 
     def normalization(self, mean: Tensor, std: Tensor) -> list[Tensor]:
         """Factor and offset ``(C,)`` of a uint8 value, and any further rows for :meth:`affine`."""

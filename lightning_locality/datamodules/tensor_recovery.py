@@ -7,6 +7,7 @@ __all__ = ["AbstractRecoveryDataModule", "TargetFormat", "TensorRecovery", "plan
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import repeat
 from typing import Any, Literal, final, get_args
 
@@ -30,16 +31,18 @@ from lightning_locality.tensors.mode_tree import ModeTree, node_name
 from lightning_locality.tensors.tensor_train import TensorTrain
 from lightning_locality.tensors.tucker import Tucker
 
+TargetFormat = Literal["matrix", "cp", "tucker", "tt", "ht"]
+
+# 4096 entries each; those of matrices, cp and ht are the published ones
+_SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
+_OTHER_SHAPE = (16, 16, 16)
+# entries of the largest tensor that is formed: 128 MiB in float64
+_MAX_DENSE = 2**24
+
 
 @final
 class RepeatedBatch:
-    """A loader that yields one batch, always the same object, ``steps`` times.
-
-    Example:
-        >>> loader = RepeatedBatch(RecoveryBatch(None, None, None), steps=3)
-        >>> len(loader), len({id(batch) for batch in loader})
-        (3, 1)
-    """
+    """A loader that yields one batch, always the same object, ``steps`` times."""
 
     def __init__(self, batch: RecoveryBatch, steps: int) -> None:
         self.batch, self.steps = batch, steps
@@ -70,19 +73,16 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
         if epoch_length < 1:
             raise ValueError(f"epoch_length must be at least 1 training step, got {epoch_length}")
         self.epoch_length = epoch_length
-        self._problem: RecoveryBatch | None = None
         self._moved: tuple[torch.device, RecoveryBatch] | None = None
 
     @abstractmethod
     def build(self) -> RecoveryBatch:
         """Build the problem on the CPU, the same one every time."""
 
-    @property
+    @cached_property
     def problem(self) -> RecoveryBatch:
         """The problem, on the CPU, built on first use."""
-        if self._problem is None:
-            self._problem = self.build()
-        return self._problem
+        return self.build()
 
     def setup(self, stage: str | None = None) -> None:
         """Build the problem, which is the same for all stages."""
@@ -114,9 +114,6 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
         return self._moved[1]
 
 
-TargetFormat = Literal["matrix", "cp", "tucker", "tt", "ht"]
-
-
 def planted_tensor(
     target: TargetFormat,
     shape: Sequence[int],
@@ -127,25 +124,20 @@ def planted_tensor(
 ) -> Factorization:
     r"""Sample a tensor of given rank and Frobenius norm: all weights N(0, 1), then scaled by one number.
 
-    With probability one, ``rank`` is exactly the rank of the matrix, of the Tucker matricisations or of the bonds of
-    the tensor train; it bounds the CP rank; and it is the number of local components of a hierarchical tensor, which
-    bounds the ranks at the children of their nodes.
+    The factorisation is in float64 on the CPU, without gradients. With probability one, ``rank`` is exactly the rank of
+    the matrix, of the Tucker matricisations or of the bonds of the tensor train; it bounds the CP rank; and it is the
+    number of local components of a hierarchical tensor, which bounds the ranks at the children of their nodes.
 
-    Source: the laws for ``matrix`` (:math:`U V^\top`), ``cp`` and ``ht`` are those of Implicit Regularization in
-    Hierarchical Tensor Factorization and Deep Convolutional Neural Networks (Noam Razin, Asaf Maman, Nadav Cohen,
-    2022). Using the same rule for ``tucker`` and ``tt`` is ours.
+    Source: the laws for ``matrix`` (:math:`U V^\top`), ``cp`` and ``ht`` are those of the paper of 2022 named at
+    :class:`TensorRecovery`. Using the same rule for ``tucker`` and ``tt`` is ours.
 
     Args:
         target: Format.
         shape: Sizes of the modes.
-        rank: ``matrix``, ``cp``: a number. ``tucker``: one for all modes or one each. ``tt``: likewise for the
-            bonds. ``ht``: one for all levels of interior nodes or one each, from the bottom up.
+        rank: As for :class:`TensorRecovery`.
         tree: Mode tree of ``ht``; None for the perfect binary one that merges neighbours.
         norm: Frobenius norm.
         seed: Seed of the weights.
-
-    Returns:
-        The factorisation, in float64 on the CPU, without gradients.
 
     Raises:
         ValueError: A rank that no tensor of this shape has or needs, a tree of another order, or a norm that is not
@@ -166,16 +158,12 @@ def planted_tensor(
     law: dict[str, Any] = {"init_scale": 1.0, "seed": seed, "dtype": torch.float64, "device": "cpu"}
     planted: Factorization
     match target:
-        case "matrix":
-            if order != 2:
+        case "matrix" | "cp":
+            if target == "matrix" and order != 2:
                 raise ValueError(f"shape of target 'matrix' must hold 2 sizes, got {tuple(shape)}")
             (number,) = per_mode("rank", rank, 1)
-            _check("rank", number, min(shape))
-            planted = DeepMatrix(shape, depth=2, hidden=number, **law)
-        case "cp":
-            (number,) = per_mode("rank", rank, 1)
             _check("rank", number, math.prod(shape) // max(shape))
-            planted = CP(shape, number, **law)
+            planted = CP(shape, number, **law) if target == "cp" else DeepMatrix(shape, 2, number, **law)
         case "tucker":
             ranks = per_mode("rank", rank, order)
             for mode, here in enumerate(ranks):
@@ -220,13 +208,6 @@ def _widths(tree: ModeTree, shape: Sequence[int], rank: int | Sequence[int]) -> 
     return widths
 
 
-# 4096 entries each; those of matrices, cp and ht are the published ones
-_SHAPES: dict[str, tuple[int, ...]] = {"matrix": (64, 64), "ht": (8, 8, 8, 8)}
-_SHAPE_OF_ORDER_3 = (16, 16, 16)
-# entries of the largest tensor that is formed: 128 MiB in float64
-_MAX_DENSE = 2**24
-
-
 @final
 class TensorRecovery(AbstractRecoveryDataModule):
     r"""Recover a tensor of low rank from some of its entries, or from inner products with rank-one tensors.
@@ -235,13 +216,11 @@ class TensorRecovery(AbstractRecoveryDataModule):
     the test set. Sensing: inner products :math:`\langle \bigotimes_n x^n, W^* \rangle` with vectors of independent
     entries N(0, 1) / (number of entries)^(1 / 2N), which give the loss the scale that it has in completion, and as many
     new ones for the test. The target is that of :func:`planted_tensor`. Everything is determined by the arguments, up
-    to the rounding of another machine.
+    to the rounding of another machine. A tensor of more than 2^24 entries is never formed: it has no
+    :attr:`target_tensor`, and its test set in completion is no larger than the training set.
 
     The defaults are the published ones: 4096 entries (64x64, 16x16x16 or 8x8x8x8), half of them observed, rank 5,
     Frobenius norm 64.
-
-    A tensor of more than 2^24 entries is never formed: it has no :attr:`target_tensor`, and its test set in
-    completion is no larger than the training set.
 
     Source: Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks (Noam
     Razin, Asaf Maman, Nadav Cohen, 2022) and, with norm 1, Implicit Regularization in Tensor Factorization (the same,
@@ -251,8 +230,8 @@ class TensorRecovery(AbstractRecoveryDataModule):
     Args:
         target: Format in which the target has low rank.
         shape: Sizes of the modes; the default is the published one of the format (16x16x16 for ``tucker``, ``tt``).
-        rank: ``matrix``, ``cp``: a number. ``tucker``: one for all modes or one each. ``tt``: likewise for the
-            bonds. ``ht``: one for all levels of interior nodes or one each, from the bottom up.
+        rank: ``matrix``, ``cp``: a number. ``tucker``, ``tt``, ``ht``: one for all modes, bonds or levels of interior
+            nodes (from the bottom up), or one for each.
         tree: Mode tree of ``ht``, or its interior nodes; None for the perfect binary one that merges neighbours.
         norm: Frobenius norm of the target; None for the square root of the number of entries.
         task: ``completion`` or ``sensing``.
@@ -265,11 +244,9 @@ class TensorRecovery(AbstractRecoveryDataModule):
         ValueError: More observations than entries, a tree of another order, or ranks, sizes or numbers out of range.
 
     Example:
-        >>> problem = TensorRecovery(target="matrix", seed=0).problem
-        >>> problem.train.indices.shape, problem.test.indices.shape
-        (torch.Size([2048, 2]), torch.Size([2048, 2]))
-        >>> round(problem.target.norm().item(), 10), torch.linalg.matrix_rank(problem.target).item()
-        (64.0, 5)
+        >>> target = TensorRecovery(target="matrix", seed=0).target_tensor
+        >>> target.shape, round(target.norm().item(), 10), torch.linalg.matrix_rank(target).item()
+        (torch.Size([64, 64]), 64.0, 5)
     """
 
     def __init__(
@@ -294,7 +271,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
             raise ValueError(f"task must be 'completion' or 'sensing', got {task!r}")
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a standard deviation of at least 0, got {noise}")
-        self.shape = _SHAPES.get(target, _SHAPE_OF_ORDER_3) if shape is None else tuple(shape)
+        self.shape = _SHAPES.get(target, _OTHER_SHAPE) if shape is None else tuple(shape)
         self.entries = math.prod(self.shape)
         self.task, self.noise, self.seed = task, noise, seed
         if self.entries > 1e300:
@@ -329,10 +306,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
         target = self.planted.to_tensor().contiguous() if self.entries <= _MAX_DENSE else None
         train: Observations
         test: Observations | None
-        if self.task == "completion":
-            train, test = self._complete()
-        else:
-            train, test = self._sense("train"), self._sense("test")
+        train, test = self._complete() if self.task == "completion" else (self._sense("train"), self._sense("test"))
         if self.noise:
             generator = seeded_generator(self.seed, "noise")
             noise = torch.randn(self.observations, dtype=torch.float64, generator=generator)
@@ -359,10 +333,8 @@ class TensorRecovery(AbstractRecoveryDataModule):
     def _sense(self, split: str) -> RankOneMeasurements:
         generator = seeded_generator(self.seed, "vectors", split)
         scale = self.entries ** (-0.5 / len(self.shape))
-        vectors = tuple(
-            scale * torch.randn(self.observations, size, dtype=torch.float64, generator=generator)
-            for size in self.shape
-        )
+        sizes = [(self.observations, size) for size in self.shape]
+        vectors = tuple(scale * torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes)
         return RankOneMeasurements(vectors, self.planted.inner(vectors))
 
 

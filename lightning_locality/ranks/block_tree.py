@@ -23,27 +23,22 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
     .. math:: \mathcal{A}_{d_1 \dots d_P c} = f_c \bigl( x_1^{(d_1)}, \dots, x_P^{(d_P)} \bigr)
 
     The grid tensor of "On the Expressive Power of Deep Learning: A Tensor Analysis" (Cohen, Sharir, Shashua, 2016),
-    with whole images as templates: block p of template d is put into block p. :func:`dense_spectra` gives its ranks.
+    with whole images as templates: block p of template d is put into block p. It is ``(K, ..., K, outputs)`` with P
+    modes before the outputs, in float64 on the model's device; :func:`dense_spectra` gives its ranks.
 
     Args:
-        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left unchanged.
+        model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
         templates: ``(K, C, H, W)``.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         evaluation: How the network is evaluated; None: the default.
-
-    Returns:
-        ``(K, ..., K, outputs)`` with P modes before the outputs, in float64 on the model's device.
 
     Raises:
         ValueError: More than 2^22 combinations, blocks that are not a partition, or a model that does not fit.
 
     Example:
-        >>> class Product(torch.nn.Module):
-        ...     def forward(self, x):
-        ...         return x.flatten(1).prod(1)
+        >>> product = lambda x: x.flatten(1).prod(1)
         >>> templates = torch.tensor([1.0, 2.0])[:, None, None, None].expand(2, 1, 1, 3)
-        >>> grid_tensor(Product(), templates, torch.eye(3, dtype=torch.bool)[:, None]).flatten().int().tolist()
+        >>> grid_tensor(product, templates, torch.eye(3, dtype=torch.bool)[:, None]).flatten().int().tolist()
         [1, 2, 2, 4, 2, 4, 4, 8]
     """
     labels, parts, number = _labels(blocks, templates), len(blocks), len(templates)
@@ -75,38 +70,34 @@ def tree_separation(
 
     .. math:: F_{ij} = f \bigl( x_I^{(i)}, x_{I^c}^{(j)} \bigr), \qquad i, j = 1, \dots, k
 
-    The rank of a submatrix is that of the matricisation (generically) if it is below k, else k: raise ``size`` until no
-    rank equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while
-    the grid tensor takes K^P. Several outputs of one column are put side by side.
+    The rank of a submatrix is that of the matricisation (generically) if it is below k: raise ``size`` until no rank
+    equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while the
+    grid tensor takes K^P. Several outputs of one column are put side by side.
 
     Args:
-        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left unchanged.
+        model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
         images: ``(K, C, H, W)``, from which the contents are taken.
         blocks: ``(P, H, W)``, boolean; every pixel is in one of them, as in :func:`blocks`.
         tree: Over the blocks.
         size: Rows and columns k of the submatrices; a node of few blocks may have fewer contents.
-        joint: A row takes all blocks of I from one image, a column the others from one image: nearly real images, with
-            one seam. Otherwise every block is sampled independently, as in the grid tensor.
+        joint: Take all blocks of a row, and of a column, from one image: nearly real images, with one seam. Otherwise
+            every block is sampled independently, as in the grid tensor.
         seed: Of the samples.
         evaluation: How the network is evaluated; None: the default.
 
     Returns:
-        For every node but the root its singular values, over the root of the number of rows and columns. Their
-        tolerance is three times the Frobenius norm of the change when the images move by one unit in the last place,
-        or of the outputs' own rounding.
+        For every node but the root its singular values, over the root of the number of entries. Their tolerance is
+        three times the Frobenius norm of the change when the images move by one unit in the last place, or of the
+        outputs' own rounding.
 
     Raises:
-        ValueError: A tree of another order than there are blocks, blocks that are not a partition, a size below 2 or,
-            with ``joint``, above the number of images, or a model that does not fit.
+        ValueError: A tree or a model that does not fit, blocks that are not a partition, or a size below 2 or, with
+            ``joint``, above the number of images.
 
     Example:
-        >>> class Pairs(torch.nn.Module):
-        ...     def forward(self, x):
-        ...         a, b, c, d = x.flatten(1).unbind(1)
-        ...         return a * b + c * d
+        >>> pairs = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
         >>> images, columns = torch.randn(8, 1, 1, 4), torch.eye(4, dtype=torch.bool)[:, None]
-        >>> tree_separation(Pairs(), images, columns, ModeTree.perfect(4), size=6).ranks()
+        >>> tree_separation(pairs, images, columns, ModeTree.perfect(4), size=6).ranks()
         {(0,): 2, (1,): 2, (2,): 2, (3,): 2, (0, 1): 2, (2, 3): 2}
     """
     labels, parts = _labels(blocks, images), len(blocks)
@@ -121,9 +112,8 @@ def tree_separation(
     cuts = {node: (node, tree.complement(node)) for node in tree.nodes[:-1]}
     # a node and its complement have one matrix, read from either side
     distinct = dict.fromkeys(min(cut, cut[::-1]) for cut in cuts.values())
-    contents = {
-        cut: tuple(_sample_contents(len(side), len(images), size, joint, generator) for side in cut) for cut in distinct
-    }
+    sample = lambda side: _sample_contents(len(side), len(images), size, joint, generator)
+    contents = {cut: tuple(map(sample, cut)) for cut in distinct}
     # combinations that several nodes share are evaluated once
     everything = torch.cat([_crossed(rows, columns, cut).flatten(0, 1) for cut, (rows, columns) in contents.items()])
     choices, places = torch.unique(everything, dim=0, return_inverse=True)
@@ -132,16 +122,13 @@ def tree_separation(
         values = network.map(lambda rows: choices[rows], len(choices))
         noise = _noise(network, choices, values, generator)
     counts = [len(rows) * len(columns) for rows, columns in contents.values()]
-    matrices = dict(zip(contents, places.to(values.device).split(counts), strict=True))
-    spectra, tolerance = dict[Node, Tensor](), dict[Node, float]()
-    for node, cut in cuts.items():
-        known = cut if cut in contents else cut[::-1]
-        rows, columns = map(len, contents[known])
-        matrix = values[matrices[known]].reshape(rows, columns, -1)
-        matrix = (matrix if known == cut else matrix.transpose(0, 1)) / (rows * columns) ** 0.5
-        spectra[node] = torch.linalg.svdvals(matrix.flatten(1).mT)
-        largest = float(spectra[node][0])
-        tolerance[node] = max(ROUNDING, 3 * noise / largest) if largest > 0 else ROUNDING
+    matrices = dict[tuple[Node, Node], Tensor]()
+    for (cut, (rows, columns)), part in zip(contents.items(), places.to(values.device).split(counts), strict=True):
+        matrix = values[part].reshape(len(rows), len(columns), -1) / len(part) ** 0.5
+        matrices |= {cut: matrix, cut[::-1]: matrix.transpose(0, 1)}
+    spectra = {node: torch.linalg.svdvals(matrices[cut].flatten(1).mT) for node, cut in cuts.items()}
+    largest = {node: float(spectrum[0]) for node, spectrum in spectra.items()}
+    tolerance = {node: max(ROUNDING, 3 * noise / value) if value > 0 else ROUNDING for node, value in largest.items()}
     return NodeSpectra(spectra, tolerance)
 
 
@@ -160,8 +147,7 @@ def _sample_contents(parts: int, number: int, size: int, joint: bool, generator:
     """Return image numbers ``(k, parts)`` for the blocks of one side of a cut, all rows different."""
     if joint:
         return torch.randperm(number, generator=generator)[:size, None].expand(-1, parts)
-    if number**parts <= 4 * size:
-        # as many as there are
+    if number**parts <= 4 * size:  # as many as there are
         rows = torch.randperm(number**parts, generator=generator)[:size, None]
         return rows // number ** torch.arange(parts) % number
     found = torch.empty(0, parts, dtype=torch.int64)
@@ -184,5 +170,4 @@ def _noise(network: SplicedNetwork, choices: Tensor, values: Tensor, generator: 
     some = torch.randperm(len(choices), generator=generator)[:_NOISE_POINTS].to(choices.device)
     seed = int(torch.randint(2**31, (), generator=generator))
     moved = network.map(lambda rows: choices[some[rows]], len(some), rounding_seed=seed) - values[some]
-    rounded = network.eps * values
-    return max(float(change.square().sum(1).mean().sqrt()) for change in (moved, rounded))
+    return max(float(change.square().sum(1).mean().sqrt()) for change in (moved, network.eps * values))

@@ -22,15 +22,14 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
         \mathcal{W} = \sum_{r=1}^{R_\nu} \mathcal{W}^{[\nu, r]}
 
     with :math:`\mathcal{W}^{[\nu, r]}` the tensor without all other components of the node (ours). Unlike the norm of
-    a local component, it does not change if the factorisation is rewritten without changing the tensor's terms: by
-    scaling columns against rows, or by signs. For a sum of rank-one tensors it is the norm of each, at the node of all
-    modes.
+    a local component, it does not depend on how the terms are written: columns may be scaled against rows, or change
+    signs. For a sum of rank-one tensors it is the norm of each, at the node of all modes.
 
     Args:
         model: :class:`HierarchicalTensorFactorization` or :class:`CP`.
-        relative: Divide by the norm of the tensor. At high orders a float64 may hold neither norm, but holds their
-            ratio. If components cancel to less than about 1e-8 of their norms, the tensor's norm is rounding, and the
-            ratio may be infinite.
+        relative: Divide by the norm of the tensor: at high orders a float64 may hold neither norm, but their ratio.
+            If components cancel to less than about 1e-8 of their norms, the tensor's norm is rounding, and the ratio
+            may be infinite.
 
     Raises:
         ValueError: If the factorisation is another one or has weights that are not finite.
@@ -44,15 +43,14 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
     check_finite(model)
     form, norms = factored(_with_components(model)), dict[Node, Tensor]()
     sweep = gram_sweep(form)
-    root, log = sweep.root
+    root, log = sweep.inside[-1]
     # rounding may make the square negative if components cancel
-    shift = 0.5 * (root.clamp_min(0).log2() + log) if relative else torch.zeros_like(log)
-    for group, below, above in zip(form.groups, sweep.below, sweep.above, strict=True):
-        if below is not None and above is not None:
-            values = below[0].clamp_min(0).sqrt() * above[0].clamp_min(0).sqrt()
-            scale = (0.5 * (below[1] + above[1])[:, None] - shift).exp2()
-            scale = torch.where(values > 0, scale, 0.0)
-            norms |= dict(zip(group.nodes, (values * scale).unbind(), strict=True))
+    shift = 0.5 * (root.flatten().clamp_min(0).log2() + log) if relative else torch.zeros_like(log)
+    for k, (below, log) in sweep.below.items():
+        above, more = sweep.above[k]
+        values = below.clamp_min(0).sqrt() * above.clamp_min(0).sqrt()
+        scale = (0.5 * (log + more)[:, None] - shift).exp2().where(values > 0, 0.0)
+        norms |= dict(zip(form.groups[k].nodes, (values * scale).unbind(), strict=True))
     return {node: norms[node] for node in form.tree.interior}
 
 
@@ -93,6 +91,6 @@ def _with_components(model: Factorization) -> HierarchicalTensorFactorization | 
     if isinstance(model, (HierarchicalTensorFactorization, CP)):
         return model
     raise ValueError(
-        f"model must be a HierarchicalTensorFactorization or CP, which have local components, "
+        "model must be a HierarchicalTensorFactorization or CP, which have local components, "
         f"got {type(model).__name__}: see its magnitudes"
     )

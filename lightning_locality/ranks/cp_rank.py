@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["CPRank", "CPRankNotFoundError", "cp_epsilon_ranks", "cp_rank"]
 
 from collections.abc import Iterable
+from functools import reduce
 from itertools import combinations
 from typing import NamedTuple, final
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.ranks.dense import dense_spectra
-from lightning_locality.ranks.levenberg_marquardt import CPFit, fit_cp
+from lightning_locality.ranks.levenberg_marquardt import fit_cp
 from lightning_locality.ranks.spectra import NodeSpectra, epsilon_rank
 from lightning_locality.tensors.mode_tree import Node
 
@@ -65,12 +66,12 @@ def cp_rank(
     max_steps: int = 500,
     seed: int = 0,
 ) -> CPRank:
-    r"""Smallest number of rank-one tensors whose sum is within a relative distance of a tensor.
+    r"""Smallest number of rank-one tensors whose sum is within a relative distance of a tensor; 0 for zeros.
 
     .. math:: \min \Bigl\{ R : \Bigl\lVert \mathcal{T} - \sum_{r=1}^R a_r^1 \otimes \dots \otimes a_r^N \Bigr\rVert
         \le \text{rtol} \cdot \lVert \mathcal{T} \rVert \Bigr\}
 
-    A matricisation of a sum of R rank-one tensors has a rank of at most R, so the largest rank of a matrix within that
+    A sum of R rank-one tensors has matricisations of rank R at most, so the largest rank of a matrix within that
     distance of a matricisation (all of them up to order 8, above that those at consecutive modes) is a certain lower
     bound. From there R is raised until one of several Levenberg-Marquardt fits succeeds, which also find components
     that are nearly parallel, on which alternating least squares stall. Success at the bound certifies the rank.
@@ -79,19 +80,15 @@ def cp_rank(
     come arbitrarily close: the rank is 2 within 1e-3, with a large ``condition``, and 3 within 1e-6, where a fit of two
     would need components too large to be found; it is not certified.
 
-    The search is exhaustive: every R from the bound on is fitted, at a cost that grows as its cube. Give ``max_rank``
-    for tensors that may have no small rank (the bound reaches 64 for an 8 x 8 x 8 x 8 tensor; a random one has 142).
-
     Args:
         tensor: Of any order from 1, real, any floating type; computed in float64 on its device.
         rtol: Relative distance; below about 1e-14 the rounding of the tensor counts as components.
-        max_rank: Largest number of components tried; None for as many as any tensor of that shape needs.
+        max_rank: Largest number of components tried; None for as many as any tensor of that shape needs. The cost of a
+            fit grows as the cube of R: give it for tensors that may have no small rank (for an 8 x 8 x 8 x 8 tensor
+            the bound reaches 64; a random one has 142).
         starts: Fits side by side for every R.
         max_steps: Maximum steps of a fit.
         seed: Of the starts, which are the same on any device.
-
-    Returns:
-        The rank, its bound and the fit; rank 0 for a tensor of zeros.
 
     Raises:
         ValueError: If the tensor has no modes or entries or is not real or not finite, if ``rtol`` is not between 0 and
@@ -107,8 +104,7 @@ def cp_rank(
         >>> cp_rank(diagonal, rtol=0.3).rank  # the distance is 1 / sqrt(14) = 0.27 without the smallest
         2
     """
-    _check_rtol(rtol)
-    return _Search(tensor, max_rank, starts, max_steps, seed).rank(rtol)
+    return _Search(tensor, [rtol], max_rank, starts, max_steps, seed).rank(rtol)
 
 
 def cp_epsilon_ranks(
@@ -122,14 +118,11 @@ def cp_epsilon_ranks(
 ) -> dict[float, CPRank | None]:
     """CP ranks within several relative distances.
 
-    The arguments are those of :func:`cp_rank`, with ``tolerances`` instead of ``rtol``; every search starts from the
-    rank within the next larger distance.
+    The arguments and errors are those of :func:`cp_rank`, with ``tolerances`` instead of ``rtol``; every search starts
+    from the rank within the next larger distance.
 
     Returns:
         Distance -> rank, from the largest distance down; None if ``max_rank`` components were not enough.
-
-    Raises:
-        ValueError: As for :func:`cp_rank`.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 0.05, 0.005]))
@@ -137,30 +130,28 @@ def cp_epsilon_ranks(
         {0.1: 1, 0.01: 2, 0.001: 3, 1e-06: 3}
     """
     descending = sorted(set(tolerances), reverse=True)
-    for rtol in descending:
-        _check_rtol(rtol)
-    search = _Search(tensor, max_rank, starts, max_steps, seed)
-    found: dict[float, CPRank | None] = {}
+    search = _Search(tensor, descending, max_rank, starts, max_steps, seed)
+    found: dict[float, CPRank | None] = dict.fromkeys(descending)
     least = 1
     for rtol in descending:
         try:
             found[rtol] = closest = search.rank(rtol, least)
         except CPRankNotFoundError:
-            return found | dict.fromkeys(descending[len(found) :])
+            break
         least = max(least, closest.rank)
     return found
-
-
-def _check_rtol(rtol: float) -> None:
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol must be between 0 and 1, relative to the tensor's norm, got {rtol}")
 
 
 @final
 class _Search:
     """A tensor in float64, divided by its largest entry, and its spectra at the cuts that bound the rank."""
 
-    def __init__(self, tensor: Tensor, max_rank: int | None, starts: int, max_steps: int, seed: int) -> None:
+    def __init__(
+        self, tensor: Tensor, tolerances: list[float], max_rank: int | None, starts: int, max_steps: int, seed: int
+    ) -> None:
+        for rtol in tolerances:
+            if not 0 < rtol < 1:
+                raise ValueError(f"rtol must be between 0 and 1, relative to the tensor's norm, got {rtol}")
         if not tensor.ndim or not tensor.numel() or tensor.is_complex():
             raise ValueError(
                 f"tensor must be real and have modes and entries, got {tensor.dtype} {tuple(tensor.shape)}"
@@ -188,10 +179,9 @@ class _Search:
         best = 1.0
         for rank in range(max(bound, least), self.limit + 1):
             # a little closer than required, since compression discards something as well
-            fit = self._fit(core.reshape([core.shape[n] for n in modes]), rank, 0.999 * rtol, generator)
-            parts = dict(zip(modes, fit.factors, strict=True))
-            ones = core.new_ones(1, rank)
-            factors = [basis @ parts.get(n, ones) for n, basis in enumerate(bases)]
+            fitted = self._fit(core.reshape([core.shape[n] for n in modes]), rank, 0.999 * rtol, generator)
+            parts = dict(zip(modes, fitted, strict=True))
+            factors = [basis @ parts.get(n, core.new_ones(1, rank)) for n, basis in enumerate(bases)]
             if not modes:
                 factors[0] = factors[0] * core.reshape(())
             # from the whole tensor, including what compression discarded
@@ -199,8 +189,7 @@ class _Search:
             best = min(best, error)
             if error <= rtol:
                 norms = torch.stack([factor.norm(dim=0) for factor in factors]).prod(0)
-                share = self.scale ** (1 / len(factors))
-                scaled = tuple(share * factor for factor in factors)
+                scaled = tuple(self.scale ** (1 / len(factors)) * factor for factor in factors)
                 return CPRank(rank, bound, rank == bound, error, float(norms.sum() / norm), scaled)
         tried = f"the bound is {bound}" if bound > self.limit else f"the closest fit is at {best:.3g}"
         raise CPRankNotFoundError(
@@ -210,19 +199,18 @@ class _Search:
             best,
         )
 
-    def _fit(self, core: Tensor, rank: int, rtol: float, generator: torch.Generator) -> CPFit:
-        """Fit a core whose modes all have more than one row."""
+    def _fit(self, core: Tensor, rank: int, rtol: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Factors of a core whose modes all have more than one row."""
         match core.ndim:
             case 0:
-                return CPFit((), 0.0, 0)
+                return ()
             case 1:
                 # compression left one row in all other modes: one component, the others zero
-                return CPFit((torch.nn.functional.pad(core[:, None], (0, rank - 1)),), 0.0, 0)
+                return (torch.nn.functional.pad(core[:, None], (0, rank - 1)),)
             case 2:
                 left, values, right = torch.linalg.svd(core, full_matrices=False)
-                return CPFit((left[:, :rank] * values[:rank], right[:rank].mT), 0.0, 0)
-            case _:
-                return fit_cp(core, rank, rtol, self.starts, self.max_steps, generator)
+                return left[:, :rank] * values[:rank], right[:rank].mT
+        return fit_cp(core, rank, rtol, self.starts, self.max_steps, generator).factors
 
 
 def _cuts(order: int) -> list[Node]:
@@ -230,9 +218,9 @@ def _cuts(order: int) -> list[Node]:
     cuts: list[Node] = [(n,) for n in range(order)] if order > 1 else []
     for size in range(2, order // 2 + 1):
         if order <= ALL_CUTS:
-            groups: Iterable[Node] = combinations(range(order), size)
+            groups = list(combinations(range(order), size))
         else:
-            groups = (tuple(sorted((first + n) % order for n in range(size))) for first in range(order))
+            groups = [tuple(sorted((first + n) % order for n in range(size))) for first in range(order)]
         # of two complementary halves one is enough
         cuts += [group for group in groups if 2 * size < order or 0 in group]
     return cuts
@@ -243,8 +231,7 @@ def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[T
 
     The core has the CP rank of the tensor; what is discarded is far below the relative distance.
     """
-    bases: list[Tensor] = []
-    core = target
+    bases, core = list[Tensor](), target
     discarded = max(1e-2 * rtol, 1e-15) / target.ndim**0.5
     for n in range(target.ndim):
         rows = target.movedim(n, 0).reshape(target.shape[n], -1)
@@ -257,7 +244,5 @@ def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[T
 
 def _outer_sum(factors: list[Tensor]) -> Tensor:
     """The sum of the components' outer products."""
-    rows = factors[0]
-    for factor in factors[1:]:
-        rows = (rows[:, None] * factor).reshape(-1, factor.shape[1])
+    rows = reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
     return rows.sum(1).reshape([len(factor) for factor in factors])

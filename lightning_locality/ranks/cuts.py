@@ -20,39 +20,24 @@ _CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of 
 
 
 class VarianceComponents(NamedTuple):
-    """Unbiased variance components of a function of two blocks, each ``()`` and possibly below zero.
+    """Unbiased variance components of a function of two blocks, possibly below zero."""
 
-    Args:
-        inside: Variance due to block I alone (the rows).
-        outside: Variance due to block J alone (the columns).
-        crossing: Variance that neither block explains alone: what crosses the cut.
-    """
-
-    inside: Tensor
-    outside: Tensor
-    crossing: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Sum of the three."""
-        return self.inside + self.outside + self.crossing
+    inside: Tensor  # due to block I alone (the rows)
+    outside: Tensor  # due to block J alone (the columns)
+    crossing: Tensor  # what neither block explains alone: it crosses the cut
 
     @property
     def share(self) -> Tensor:
         """Share of the variance that crosses the cut; 0 for a constant."""
-        return torch.where(self.total == 0, 0.0, self.crossing / torch.where(self.total == 0, 1.0, self.total))
+        total = self.inside + self.outside + self.crossing
+        return torch.where(total == 0, 0.0, self.crossing / torch.where(total == 0, 1.0, total))
 
 
 class PairMoments(NamedTuple):
-    r"""Unbiased moments of the spectrum of a function of two blocks, each ``()``.
+    """Unbiased moments of the spectrum of a function of two blocks."""
 
-    Args:
-        s2_squared: :math:`(\sum_k \sigma_k^2)^2`.
-        s4: :math:`\sum_k \sigma_k^4`.
-    """
-
-    s2_squared: Tensor
-    s4: Tensor
+    s2_squared: Tensor  # (sum_k sigma_k^2)^2
+    s4: Tensor  # sum_k sigma_k^4
 
     @property
     def participation_ratio(self) -> Tensor:
@@ -71,16 +56,13 @@ def variance_components(matrix: Tensor) -> VarianceComponents:
     :math:`\mathrm{MS}_{IJ} = \lVert H F H \rVert^2 / ((K - 1)(L - 1))`, H the centring.
 
     Args:
-        matrix: Values ``(K, L)`` or, for several outputs, ``(K, L, C)``; rows are samples of block I, columns
-            samples of block J, all independent.
+        matrix: Values ``(K, L)`` or ``(K, L, C)`` at independent samples of block I (rows) and of block J (columns).
 
     Raises:
         ValueError: Another shape, fewer than two samples of a block, or values that are not finite.
 
     Example:
-        >>> variance_components(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).share.item()  # a sum of two functions
-        0.0
-        >>> float(variance_components(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).crossing)
+        >>> variance_components(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).crossing.item()
         4.0
     """
     values = _checked(matrix, 2)
@@ -109,13 +91,11 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     sums over equal and different indices are mixed, and unmixed again exactly (ours).
 
     Args:
-        matrix: Values ``(K, L)`` or, for several outputs, ``(K, L, C)``; rows are samples of block I, columns
-            samples of block J, all independent.
-        centred: Take the part of f that crosses the cut; a matrix that is already centred gives the same.
+        matrix: Values ``(K, L)`` or ``(K, L, C)`` at independent samples of block I (rows) and of block J (columns).
+        centred: Take the part of f that crosses the cut.
 
     Raises:
-        ValueError: Another shape, fewer than four samples of a block (two without ``centred``), or values that
-            are not finite.
+        ValueError: Another shape, fewer than four samples of a block (two if not centred), or values not finite.
 
     Example:
         >>> matrix = torch.tensor([1.0, 2.0, 3.0, 5.0])[:, None] * torch.tensor([1.0, -1.0, 2.0, 1.0])
@@ -153,8 +133,8 @@ def _checked(matrix: Tensor, least: int) -> Tensor:
     """Return the matrix in float64 and as (K, L, C)."""
     if matrix.ndim not in (2, 3) or min(matrix.shape[:2]) < least:
         raise ValueError(
-            f"matrix must be (K, L) or (K, L, C) with at least {least} samples of each block, "
-            f"got {tuple(matrix.shape)}: draw more samples"
+            f"matrix must be (K, L) or (K, L, C) with at least {least} samples of each block, got "
+            f"{tuple(matrix.shape)}: draw more samples"
         )
     if bad := int((~matrix.isfinite()).sum()):
         raise ValueError(f"matrix has {bad} of {matrix.numel()} values that are not finite: look at the network")
@@ -202,29 +182,24 @@ def two_way_table(
 
     .. math:: F_{ijc} = f_c \bigl( x_I^{(i)}, x_J^{(j)} \bigr)
 
-    If f is a sum of R products of a function of block I and one of block J, the rank of F is at most R, and R for
-    enough samples. F over the root of K L approaches the operator between functions of either block whose kernel is f.
+    in K L forward passes: ``(K, L, outputs)`` in float64, on the model's device. If f is a sum of R products of a
+    function of block I and one of block J, the rank of F is at most R, and R for enough samples. F over the root of K L
+    approaches the operator between functions of either block whose kernel is f.
 
     Args:
-        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left unchanged.
+        model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
         images_i: Where block I is taken from, ``(K, C, H, W)``.
         images_j: Where block J is taken from, ``(L, C, H, W)``.
         mask: ``(H, W)``, True in block I.
         evaluation: How the network is evaluated; None: the default.
 
-    Returns:
-        ``(K, L, outputs)`` in float64, on the model's device. It takes K L forward passes.
-
     Raises:
         ValueError: Images, mask and model that do not fit together, or outputs that are not finite.
 
     Example:
-        >>> class Product(torch.nn.Module):
-        ...     def forward(self, x):
-        ...         return x[:, 0, 0, 0] * x[:, 0, 0, 1]
+        >>> product = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1]
         >>> images = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None].expand(3, 1, 1, 2)
-        >>> two_way_table(Product(), images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
+        >>> two_way_table(product, images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
         [[1, 2, 3], [2, 4, 6], [3, 6, 9]]
     """
     mask = checked_mask(mask, images_i)
@@ -242,10 +217,8 @@ def _table(
     network: SplicedNetwork, first: int, second: int, rows: int, columns: int, rounding_seed: int | None = None
 ) -> Tensor:
     """Outputs ``(K, L, C)``: block 0 from images first, first + 1, ..., block 1 from images second, second + 1, ..."""
-    values = network.map(
-        lambda k: torch.stack([first + k // columns, second + k % columns], dim=1), rows * columns, rounding_seed
-    )
-    return values.reshape(rows, columns, -1)
+    choose = lambda k: torch.stack([first + k // columns, second + k % columns], dim=1)
+    return network.map(choose, rows * columns, rounding_seed).reshape(rows, columns, -1)
 
 
 @final
@@ -257,11 +230,9 @@ class CutShare:
         share: Crossing over all variance, between 0 and 1 up to the error of sampling.
         standard_error: Of the share, over the choice of images.
         crossing: Variance that neither block explains alone, summed over the outputs.
-        inside: Variance due to block I alone.
-        outside: Variance due to block J alone.
-        participation_ratio: Number of products of functions of either block that make up the crossing part: the
-            unbiased estimate of :math:`(\sum_k \sigma_k^2)^2 / \sum_k \sigma_k^4`. NaN if the crossing part cannot
-            be told from rounding, or if the images are too few for an estimate.
+        inside, outside: Variance due to block I, and to block J, alone.
+        participation_ratio: Number of products of functions of either block that make up the crossing part, estimated
+            as in :func:`pair_moments`. NaN if the crossing part may be rounding, or if the images are too few.
         spectrum: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU; root mean
             squares over repetitions.
         noise: Level below which values of the spectrum may be rounding.
@@ -291,8 +262,7 @@ class CutShare:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists, including the rank; NaN becomes None."""
         ratio = None if math.isnan(self.participation_ratio) else self.participation_ratio
-        spectrum = self.spectrum.tolist()
-        return {**vars(self), "participation_ratio": ratio, "spectrum": spectrum, "rank": self.rank}
+        return vars(self) | {"participation_ratio": ratio, "spectrum": self.spectrum.tolist(), "rank": self.rank}
 
 
 def cut_share(
@@ -312,26 +282,23 @@ def cut_share(
 
     with v the variances of these parts, block I of one image beside block J of another: 0 if and only if the network
     adds a function of either block. Interactions inside a block do not count. This is the second-order Sobol' index of
-    the two blocks taken as two factors: the total index of either block less its closed index, or 1 less the closed
-    indices of both ("Global sensitivity indices for nonlinear mathematical models and their Monte Carlo estimates",
-    Sobol', 2001). Variances are summed over outputs; they are the unbiased ones of two crossed random factors,
-    :func:`variance_components`, of a table made by :func:`two_way_table`.
+    the two blocks: the total index of either less its closed index ("Global sensitivity indices for nonlinear
+    mathematical models and their Monte Carlo estimates", Sobol', 2001). Variances are the :func:`variance_components`
+    of a :func:`two_way_table`, summed over outputs.
 
     The standard error is that of a jackknife over rows and over columns; with repetitions, the larger of this and of
-    their spread, divided by the root of the number of repetitions that have images of their own (ours). A network whose
-    outputs do not vary beyond rounding has a share of 0. Rounding is estimated from images moved by one unit in the
-    last place.
+    their spread, divided by the root of the number of repetitions that have images of their own (ours). Outputs that do
+    not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of 0.
 
     Args:
-        model: Module, or function of networks in evaluation mode; takes ``(n, C, H, W)``, gives ``(n,)`` or
-            ``(n, outputs)``; left unchanged.
+        model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
         images: ``(B, C, H, W)``, from the distribution of interest.
         mask: ``(H, W)``, True in block I.
         size: Images K for either block, at least 4; None: 64, or half of all images.
         repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
-        evaluation: How the network is evaluated; None: the default. Every repetition takes ``size ** 2`` forward
-            passes, and the noise at most 256 more.
+        evaluation: How the network is evaluated, ``size ** 2`` times for every repetition and at most 256 times for the
+            noise; None: the default.
 
     Raises:
         ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
@@ -339,13 +306,11 @@ def cut_share(
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
-        >>> images = torch.randn(100, 1, 1, 4, generator=torch.Generator().manual_seed(0))
-        >>> round(float(cut_share(near, images, torch.tensor([[True, True, False, False]]))), 6)
+        >>> round(float(cut_share(near, torch.randn(100, 1, 1, 4), torch.tensor([[True, True, False, False]]))), 6)
         0.0
     """
     mask = checked_mask(mask, images)
-    if size is None:
-        size = min(len(images) // 2, 64)
+    size = min(len(images) // 2, 64) if size is None else size
     if size < 4 or 2 * size > len(images):
         raise ValueError(
             f"size must be 4 or more images per block, and 2 x size at most as many as there are, got size={size} and "
@@ -357,7 +322,21 @@ def cut_share(
     with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation) as network:
         tables = [_table(network, start, start + size, size, size) for start in range(0, len(chosen), 2 * size)]
         noise, floor = _noise(network, tables[0], seed)
-    return _summary(tables, noise, floor, own)
+    parts = [variance_components(table) for table in tables]
+    pooled = VarianceComponents(*(torch.stack(part).mean() for part in zip(*parts, strict=True)))
+    inside, outside, crossing = map(float, pooled)
+    spectrum = torch.stack([_spectrum(_crossing(table)) for table in tables]).square().mean(0).sqrt()
+    ratio, share, error = math.nan, 0.0, 0.0
+    if any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables):
+        share = float(pooled.share)
+        variance = torch.stack([_jackknife(table) for table in tables]).mean()
+        if repetitions > 1:
+            variance = torch.maximum(variance, torch.stack([part.share for part in parts]).var())
+        error = float((variance / own).sqrt())
+        if spectrum[0] > noise:
+            s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
+            ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
+    return CutShare(share, error, crossing, inside, outside, ratio, spectrum.cpu(), noise, size, repetitions)
 
 
 def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
@@ -369,16 +348,16 @@ def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> 
     return torch.cat(samples), available / needed
 
 
-def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> tuple[float, float]:
+def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> list[float]:
     """Singular values that rounding can give to the crossing part, and to the table less its mean."""
-    size, corner = len(table), min(_CORNER, len(table))
+    size = len(table)
+    corner = min(_CORNER, size)
     moved = _table(network, 0, size, corner, corner, rounding_seed=seed) - table[:corner, :corner]
     scale = table.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition
     least = scale * max(2 * network.eps / size**0.5, ROUNDING)
-    floors = (3 * _spectrum(part)[0] for part in (_crossing(moved), moved - moved.mean((0, 1))))
-    noise, floor = (float(torch.maximum(value, least)) for value in floors)
-    return noise, floor
+    parts = _crossing(moved), moved - moved.mean((0, 1))
+    return [float(torch.maximum(3 * _spectrum(part)[0], least)) for part in parts]
 
 
 def _crossing(table: Tensor) -> Tensor:
@@ -390,59 +369,24 @@ def _crossing(table: Tensor) -> Tensor:
 
 def _spectrum(table: Tensor) -> Tensor:
     rows, columns, _ = table.shape
-    values: Tensor = torch.linalg.svdvals(table.reshape(rows, -1).mT)
-    return torch.div(values, (rows * columns) ** 0.5)
-
-
-def _summary(tables: list[Tensor], noise: float, floor: float, own: float) -> CutShare:
-    parts = [variance_components(table) for table in tables]
-    pooled = VarianceComponents(*(torch.stack(part).mean() for part in zip(*parts, strict=True)))
-    spectrum = torch.stack([_spectrum(_crossing(table)) for table in tables]).square().mean(0).sqrt()
-    varies = any(_spectrum(table - table.mean((0, 1)))[0] > floor for table in tables)
-    ratio, share, error = math.nan, 0.0, 0.0
-    if varies:
-        share = float(pooled.share)
-        variance = torch.stack([_jackknife(table) for table in tables]).mean()
-        if len(tables) > 1:
-            variance = torch.maximum(variance, torch.stack([part.share for part in parts]).var())
-        error = float((variance / own).sqrt())
-    if varies and spectrum[0] > noise:
-        s2_squared, s4 = (float(sum(part)) for part in zip(*map(pair_moments, tables), strict=True))
-        ratio = s2_squared / s4 if s4 > 0 and s2_squared > 0 else math.nan
-    return CutShare(
-        share=share,
-        standard_error=error,
-        crossing=float(pooled.crossing),
-        inside=float(pooled.inside),
-        outside=float(pooled.outside),
-        participation_ratio=ratio,
-        spectrum=spectrum.cpu(),
-        noise=noise,
-        size=len(tables[0]),
-        repetitions=len(tables),
-    )
+    return torch.div(torch.linalg.svdvals(table.reshape(rows, -1).mT), (rows * columns) ** 0.5)
 
 
 def _jackknife(table: Tensor) -> Tensor:
     """Variance of the share from leaving out rows, and columns."""
-    residual = _crossing(table)
-    row = table.mean(1) - table.mean((0, 1))
-    column = table.mean(0) - table.mean((0, 1))
+    residual, mean = _crossing(table), table.mean((0, 1))
+    row, column = table.mean(1) - mean, table.mean(0) - mean
     shares = (_without_each(residual, row, column), _without_each(residual.transpose(0, 1), column, row))
     return torch.stack([(len(share) - 1) ** 2 / len(share) * share.var() for share in shares]).sum()
 
 
 def _without_each(residual: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The share without row i, for all i, from the parts of the full table (K, L, C), (K, C) and (L, C).
-
-    The parts stay the same except for means that are no longer zero, which move to the next larger part.
-    """
+    """The share without row i, for all i, from the parts of the full table (K, L, C), (K, C) and (L, C)."""
+    # the parts stay the same except for means that are no longer zero, which move to the next larger part
     rows, columns = residual.shape[:2]
-    squares = residual.square().sum((1, 2))
+    squares, own = residual.square().sum((1, 2)), row.square().sum(1)
     crossing = (squares.sum() - squares * rows / (rows - 1)) / ((rows - 2) * (columns - 1))
-    own = row.square().sum(1)
     inside = (own.sum() - own * rows / (rows - 1)) / (rows - 2) - crossing / columns
     moved = torch.einsum("klc,lc->k", residual, column) / (rows - 1)
     outside = (column.square().sum() - 2 * moved + squares / (rows - 1) ** 2) / (columns - 1) - crossing / (rows - 1)
-    total = inside + outside + crossing
-    return torch.where(total == 0, 0.0, crossing / torch.where(total == 0, 1.0, total))
+    return VarianceComponents(inside, outside, crossing).share

@@ -11,6 +11,7 @@ __all__ = ["data_alignment", "data_entanglement", "data_spectra", "pixel_tree"]
 import math
 from collections.abc import Iterator
 from functools import reduce
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -28,11 +29,9 @@ _MAX_ENTRIES = 2**24  # of a chunk of Gramians: 128 MiB
 def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
     r"""The tree of an image's quadrants, their quadrants and so on; the modes are the pixels, row by row.
 
-    An odd side has its larger half at the end; a side of a single pixel is not halved further.
-
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Of the image, in pixels; an odd side has its larger half at the end, a single pixel is not halved.
+        width: As the height.
         levels: Number of levels of quadrants; the pixels are the children of the last ones.
 
     Raises:
@@ -51,8 +50,7 @@ def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
         middle = len(side) // 2
         return [side[:middle], side[middle:]] if middle else [side]
 
-    nodes: list[list[int]] = [[pixel] for pixel in range(height * width)]
-    blocks = [(range(height), range(width))]
+    nodes, blocks = list[list[int]](), [(range(height), range(width))]
     for _ in range(levels):
         blocks = [(rows, columns) for above in blocks for rows in halves(above[0]) for columns in halves(above[1])]
         nodes += [[row * width + column for row in rows for column in columns] for rows, columns in blocks]
@@ -96,45 +94,34 @@ def sample_gramians(
     """
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
-    measured = _measured(tree, levels)
+    families = _families(tree, levels)
     angles = math.pi * theta * modes
     embedded = torch.stack([angles.cos(), angles.sin()], -1)
     inner = dict[Node, Tensor]()
-    for depth, nodes in reversed(list(enumerate(measured, 1))):
-        for node in nodes:
-            children = tree.children(node) if depth < len(measured) else ()
-            inner[node] = (
-                reduce(torch.mul, [inner[child] for child in children])
-                if children
-                else _product(embedded[list(node)].flatten(0, 1))
-            )
+    for node in reversed(list(chain(*families.values()))):
+        if node in families:
+            inner[node] = reduce(torch.mul, [inner[child] for child in families[node]])
+        else:
+            inner[node] = _product(embedded[list(node)].flatten(0, 1))
     del embedded
-    inner_nodes = (node for nodes in measured[:-1] for node in nodes if tree.children(node))
-    parents = dict.fromkeys((tree.root, *inner_nodes))
-    outer: dict[Node, Tensor | None] = {tree.root: None}
-    for node in parents:
-        children = tree.children(node)
-        products = all_but_one(outer.pop(node), [inner[child] for child in children], _times)
+    outer = {tree.root: torch.ones_like(next(iter(inner.values())))}
+    for node, children in families.items():
+        products = all_but_one(outer.pop(node), [inner[child] for child in children], torch.mul)
         for child, others in zip(children, products, strict=True):
-            assert others is not None
-            if child in parents:
+            if child in families:
                 outer[child] = others
             yield child, inner[child], others
 
 
-def _measured(tree: ModeTree, levels: int | None) -> list[tuple[Node, ...]]:
-    """Nodes by their depth below the root; without levels while there are at most 32, and at least one level."""
-    measured, below = list[tuple[Node, ...]](), tree.children(tree.root)
-    while below and (levels is None or len(measured) < levels):
-        if levels is None and measured and sum(map(len, measured)) + len(below) > _MAX_NODES:
+def _families(tree: ModeTree, levels: int | None) -> dict[Node, tuple[Node, ...]]:
+    """Nodes -> their measured children, parents first; without levels at most 32 children, or all of the root's."""
+    families = level = {tree.root: tree.children(tree.root)}
+    for _ in range(1, tree.order if levels is None else levels):
+        level = {node: tree.children(node) for node in chain(*level.values()) if tree.children(node)}
+        if not level or (levels is None and len(list(chain(*families.values(), *level.values()))) > _MAX_NODES):
             break
-        measured.append(below)
-        below = tuple(child for node in below for child in tree.children(node))
-    return measured
-
-
-def _times(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    return right if left is None else left if right is None else left * right
+        families = families | level
+    return families
 
 
 def _product(embedded: Tensor) -> Tensor:
@@ -168,13 +155,12 @@ def data_spectra(
     Source: "What Makes Data Suitable for a Locally Connected Neural Network? A Necessary and Sufficient Condition
     Based on Quantum Entanglement" (Alexander, De La Vega, Razin, Cohen, 2023). The published program reads the first
     features of a large part repeatedly; here every feature counts once. Several channels of a pixel are one mode with
-    the tensor product of their embeddings (ours).
-
-    Time is O(M^2) per feature and O(M^3) per node, memory 16 M^2 bytes per node; the paper uses a thousand samples.
+    the tensor product of their embeddings (ours). Time is O(M^2) per feature and O(M^3) per node, memory 16 M^2 bytes
+    per node; the paper uses a thousand samples.
 
     Args:
         samples: Features ``(M, N)``, or images ``(M, C, H, W)`` whose modes are the pixels, row by row; floating,
-            scaled to a range or standard deviation of about 1 (``theta`` is an angle per unit).
+            scaled to a range or standard deviation of about 1.
         labels: ``(M,)``: bool, 0 and 1, or -1 and 1; or classes, with ``positive``.
         tree: Over the modes; None: :class:`ModeTree.perfect <lightning_locality.tensors.mode_tree.ModeTree>` for
             features, :func:`pixel_tree` for images.
@@ -183,12 +169,11 @@ def data_spectra(
         positive: The class to tell from the rest.
 
     Returns:
-        For every node, root excluded and larger nodes first, its singular values above rounding, descending. Their
+        For every node but the root, larger nodes first, its singular values above rounding, descending. Their
         tolerance is the square root of a Gramian's rounding: about 1e-7.
 
     Raises:
-        ValueError: If samples are not floating, not finite or of another shape, if labels are of another kind, if the
-            tree has another order, or if ``theta`` or ``levels`` is not positive.
+        ValueError: If an argument is of another kind, shape or range, or if samples are not finite.
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -231,28 +216,20 @@ def data_entanglement(
         = \ln \frac{(y^\top (G_A \circ G_{A^c}) \, y)^2}{\operatorname{tr} (Y G_A Y G_{A^c})^2}, \qquad
         q_k = \sigma_k^2 / \sum_l \sigma_l^2
 
-    with the singular values, Gramians and source of :func:`data_spectra` and ``Y = diag(y)``. Low entanglement at all
-    nodes is necessary and sufficient for a locally connected (tree) network to fit the data. Order 1 is the paper's;
-    order 2, whose exponential is the participation ratio, needs no decomposition and is never above order 1.
+    with ``Y = diag(y)``, and the rest and the source as in :func:`data_spectra`. Low entanglement at all nodes is
+    necessary and sufficient for a locally connected (tree) network to fit the data. Order 1 is the paper's; order 2,
+    whose exponential is the participation ratio, needs no decomposition and is never above order 1.
 
     Before comparing two numbers, note (measured; ours):
 
-    - The value depends on ``theta``: small angles give nearly 0, large ones make samples orthogonal and give ln M
-      for any data. Compare at one angle, well below ln M.
+    - Small angles ``theta`` give nearly 0, large ones make samples orthogonal and give ln M for any data. Compare at
+      one angle, well below ln M.
     - It depends on M, and at most angles on noise more than on structure: independent white noise then scores
       highest, although the tensor of its whole population is a product. :func:`data_alignment` does not.
-    - Natural images have less of it than the same images with their pixels permuted, but the difference is small
-      compared with both.
+    - Natural images have only slightly less of it than the same images with their pixels permuted.
 
-    The arguments are those of :func:`data_spectra`, and ``order``: 1 for the entropy of the spectrum, 2 for the Rényi-2
-    entropy.
-
-    Returns:
-        For every node, root excluded and larger nodes first: 0 for a product and for data that cancel, at most
-        ln min(M, dimensions).
-
-    Raises:
-        ValueError: As in :func:`data_spectra`, or if ``order`` is neither 1 nor 2.
+    The arguments and errors are those of :func:`data_spectra`, and ``order``: 1 for the entropy of the spectrum, 2 for
+    the Rényi-2 entropy. The result is 0 for a product and for data that cancel, and at most ln min(M, dimensions).
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -294,10 +271,8 @@ def data_alignment(
     It measures how much one side of the samples tells about the other, and needs no labels. White noise, which has the
     highest :func:`data_entanglement`, has 0 up to sampling error at every angle; natural images are below the same
     images with their pixels permuted. It falls as samples become orthogonal, at large ``theta`` or in many modes
-    (measured; ours). Time and memory are O(M^2) per node. The arguments are those of :func:`data_spectra`.
-
-    Returns:
-        For every node, root excluded and larger nodes first: between -1 and 1; 0 if one side is constant.
+    (measured; ours). Time and memory are O(M^2) per node. The arguments are those of :func:`data_spectra`; the result
+    is between -1 and 1, and 0 if one side is constant.
 
     Raises:
         ValueError: As in :func:`data_spectra`, or if there are fewer than 4 samples.

@@ -6,6 +6,7 @@ __all__ = ["dense_spectra", "stacked_spectra"]
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,13 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
     .. math:: \sigma \left( [\![ \mathcal{W}; \nu ]\!] \right), \qquad [\![ \mathcal{W}; \nu ]\!]
         \in \mathbb{R}^{\prod_{n \in \nu} D_n \times \prod_{n \notin \nu} D_n}
 
-    The ranks for all nodes of a tree but the root are the hierarchical tensor rank: see :class:`NodeSpectra`.
+    Their tolerance is the usual rule for dense matrices, the rounding of the tensor's own type times the longer side
+    of the matricisation, but at most the square root of that rounding: in 16 bits the rule would take every value for
+    rounding (ours).
 
     Args:
         tensor: Of order N, real and finite, of any type.
         cuts: A tree, meaning all its nodes but the root, or groups of modes, counted from 0.
-
-    Returns:
-        The singular values of every group, descending, in the order of the groups. Their tolerance is the rounding of
-        the tensor's own type times the longer side of the matricisation, the usual rule for dense matrices, but at most
-        the square root of that rounding: in 16 bits the rule would take every value for rounding (ours).
 
     Raises:
         ValueError: If the tensor is complex, empty or not finite, if the tree has another order, or if a group holds
@@ -38,8 +36,8 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
     Example:
         >>> tensor = torch.zeros(2, 2, 2)
         >>> tensor[0, 0, 0], tensor[1, 1, 1] = 3.0, 2.0
-        >>> {node: values.round(decimals=6).tolist() for node, values in dense_spectra(tensor, [(0, 1)]).items()}
-        {(0, 1): [3.0, 2.0]}
+        >>> dense_spectra(tensor, [(0, 1)])[(0, 1)].round(decimals=6).tolist()
+        [3.0, 2.0]
     """
     return stacked_spectra(tensor.unsqueeze(0), cuts)[0]
 
@@ -47,8 +45,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
     """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, one batched decomposition per cut.
 
-    The tensors are for example the checkpoints of a run or the outputs of a network; ``cuts`` counts the modes from 0
-    after the first dimension.
+    The tensors are for example the checkpoints of a run; ``cuts`` counts the modes from 0 after the first dimension.
 
     Example:
         >>> stack = torch.stack([torch.eye(3), torch.ones(3, 3)])
@@ -64,10 +61,11 @@ def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[No
     measured = tensors.detach().double()
     eps = torch.finfo(tensors.dtype if tensors.is_floating_point() else torch.float64).eps
     values, tolerance = dict[Node, Tensor](), dict[Node, float]()
-    with _torch_in_tensorly():
+    with _tensorly() as tensorly:
         # one group at a time: most matricisations are copies
         for group in groups:
-            matrices = _matricize(measured, group)
+            joined: Tensor = tensorly.base.matricize(measured, (0, *(1 + mode for mode in group)))
+            matrices = joined.reshape(len(tensors), -1, joined.shape[1])
             values[group] = singular_values(matrices)
             tolerance[group] = min(max(matrices.shape[1:]) * eps, eps**0.5)
     return [NodeSpectra({group: v[k] for group, v in values.items()}, tolerance) for k in range(len(tensors))]
@@ -89,24 +87,13 @@ def mode_groups(cuts: ModeTree | Iterable[Node], order: int, name: str, subject:
 
 
 @contextmanager
-def _torch_in_tensorly() -> Iterator[None]:
-    """Set tensorly's backend to torch in this thread; its own context manager would set it in all on exit."""
+def _tensorly() -> Iterator[Any]:
+    """Tensorly with torch as its backend in this thread; its own context manager would set it in all on exit."""
     import tensorly
 
     before = tensorly.backend.current_backend()
     tensorly.set_backend("pytorch", local_threadsafe=True)
     try:
-        yield
+        yield tensorly
     finally:
         tensorly.set_backend(before, local_threadsafe=True)
-
-
-def _matricize(tensors: Tensor, group: Node) -> Tensor:
-    """Matricisations ``(B, rows, columns)`` with the modes of the group as rows."""
-    import tensorly
-
-    if len(group) == 1:
-        unfolded: Tensor = tensorly.base.partial_unfold(tensors, group[0], skip_begin=1)
-        return unfolded
-    joined: Tensor = tensorly.base.matricize(tensors, (0, *(1 + mode for mode in group)))
-    return joined.reshape(len(tensors), -1, joined.shape[1])

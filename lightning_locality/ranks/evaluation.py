@@ -23,10 +23,9 @@ _MIN_ROWS, _PARTS, _NUMBERS, _NUMBERS_CPU = 512, 64, 2**27, 2**20
 def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """Yield the model in evaluation mode, without parameter gradients, in exact arithmetic; restore everything on exit.
 
-    Restored, also after an error, are every module's ``training`` flag, the parameters' ``requires_grad`` and ``grad``,
-    all buffers (running statistics), the state of torch's global random generators, and torch's precision settings.
-    Inside, float32 is computed as such: autocast and the TF32 and bfloat16 substitutes for float32 are disabled. Hooks
-    stay in place: they may be part of what the model computes.
+    Restored, also after an error, are the modules' ``training`` flags, the parameters' ``requires_grad`` and ``grad``,
+    all buffers (running statistics), torch's global random generators and its precision settings. Inside, autocast and
+    the TF32 and bfloat16 substitutes for float32 are disabled. Hooks stay: they may be part of the model's function.
 
     Args:
         model: The network to be measured.
@@ -41,20 +40,19 @@ def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn
         >>> layer.training, layer.weight.dtype
         (True, torch.float32)
     """
-    modules, parameters = list(model.modules()), list(model.parameters())
-    training = [module.training for module in modules]
-    gradients = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    training = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in modules
+        for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    tensors = list(chain(parameters, model.buffers()))
+    tensors = [*model.parameters(), *model.buffers()]
     cuda = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     with torch.random.fork_rng(devices=cuda), _exact_float32():
         try:
             model.eval()
-            for parameter in parameters:
+            for parameter in model.parameters():
                 # requires_grad cannot be set again on a tensor made in inference mode
                 if parameter.requires_grad and not parameter.is_inference():
                     parameter.requires_grad_(False)
@@ -62,9 +60,9 @@ def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn
             usable = torch.is_inference_mode_enabled() or not any(t.is_inference() for t in tensors)
             yield model if same and usable else copy.deepcopy(model).to(dtype)
         finally:
-            for module, flag in zip(modules, training, strict=True):
+            for module, flag in training:
                 module.training = flag
-            for parameter, (required, gradient) in zip(parameters, gradients, strict=True):
+            for parameter, required, gradient in gradients:
                 if parameter.requires_grad != required:
                     parameter.requires_grad_(required)
                 parameter.grad = gradient
@@ -78,23 +76,16 @@ def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """Disable autocast and the TF32 and bfloat16 substitutes for float32.
-
-    Torch has an old and a new set of names for these settings and refuses to answer the old ones if the new ones say
-    something else. Both are set, so that a network that reads either gets an answer.
-    """
+    """Disable autocast and the TF32 and bfloat16 substitutes for float32."""
+    # Torch has an old and a new set of names for these settings and refuses to answer the old ones if the new ones say
+    # something else. Both are set, so that a network that reads either gets an answer.
     cuda, cpu, cudnn = torch.backends.cuda.matmul, torch.backends.mkldnn, torch.backends.cudnn
     # names that torch has no types for
     backends: list[Any] = [cuda, cpu.matmul, cpu.conv, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
-    exact = ["ieee"] * len(backends)
-
-    def use(precisions: list[str]) -> None:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
-
     with ExitStack() as stack:
-        stack.callback(use, [backend.fp32_precision for backend in backends])
-        use(exact)
+        for backend in backends:
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         try:
             convolutions = cudnn.allow_tf32
@@ -104,7 +95,9 @@ def _exact_float32() -> Iterator[None]:
         stack.callback(setattr, cudnn, "allow_tf32", convolutions)
         torch.set_float32_matmul_precision("highest")
         cudnn.allow_tf32 = False
-        use(exact)
+        # again: the old names have set some of them
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
@@ -116,8 +109,8 @@ class Evaluation:
     """How a network is evaluated at thousands of inputs.
 
     Args:
-        chunk: Rows per call, halved when memory runs out; None: a default that depends on the number and the size of
-            the rows and on the kind of device alone. Another chunk changes results by rounding only.
+        chunk: Rows per call, halved when memory runs out; None: by the number and the size of the rows and the kind of
+            device. Another chunk changes results by rounding only.
         dtype: Type of weights and images during the evaluation; None: the model's own, or float32 for 16-bit models,
             whose rounding would drown what is measured. If it differs from the model's, a copy is evaluated.
         progress: Called after every chunk with the number of rows done and the number of all rows.
@@ -146,17 +139,10 @@ class Evaluation:
         return measuring(model, torch.float32 if half and self.dtype is None else self.dtype)
 
     def map(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device, numbers: int = 1) -> Tensor:
-        """Evaluate a function of row numbers at 0, ..., count - 1.
+        """Evaluate a function of row numbers at 0, ..., count - 1: ``(count, ...)`` in float64 on ``device``.
 
-        Args:
-            function: Takes row numbers ``(n,)``, int64 on ``device``, and gives real numbers ``(n, ...)``; the value
-                of a row must not depend on the other rows of the call.
-            count: Number of rows.
-            device: Where the function works.
-            numbers: Size of a row's input, which bounds the default chunk.
-
-        Returns:
-            ``(count, ...)`` in float64 on ``device``.
+        The function takes row numbers ``(n,)``, int64 on ``device``, and gives real numbers ``(n, ...)``; the value of
+        a row must not depend on the other rows of the call. ``numbers``, its size, bounds the default chunk.
 
         Raises:
             ValueError: No rows, results of another shape, or results that are not finite.
@@ -164,7 +150,10 @@ class Evaluation:
         """
         if count < 1:
             raise ValueError(f"count must be at least one row, got {count}")
-        chunk = self.chunk or _default_chunk(count, numbers, device)
+        budget = _NUMBERS_CPU if torch.device(device).type == "cpu" else _NUMBERS
+        most = max(1, min(max(_MIN_ROWS, count // _PARTS), budget // numbers))
+        # a power of two by default
+        chunk = self.chunk or 1 << (most.bit_length() - 1)
         values, done = torch.empty(0), 0
         while done < count:
             rows = torch.arange(done, min(done + chunk, count), device=device)
@@ -188,13 +177,6 @@ class Evaluation:
                 "evaluate it in float64 with Evaluation(dtype=torch.float64)"
             )
         return values
-
-
-def _default_chunk(count: int, numbers: int, device: torch.device) -> int:
-    """Return a power of two."""
-    budget = _NUMBERS_CPU if torch.device(device).type == "cpu" else _NUMBERS
-    rows = max(1, min(max(_MIN_ROWS, count // _PARTS), budget // numbers))
-    return 1 << (rows.bit_length() - 1)
 
 
 def _attempt(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor | None:
@@ -229,9 +211,9 @@ def row_too_large(device: torch.device) -> MemoryError:
 
 def scores(outputs: Tensor) -> Tensor:
     """Return a network's outputs ``(n,)`` or ``(n, C)`` as ``(n, C)``, or raise a ValueError."""
-    fits = isinstance(outputs, Tensor) and outputs.ndim in (1, 2) and outputs.is_floating_point() and outputs.numel()
-    if not fits:
-        got = f"{tuple(outputs.shape)} of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    tensor = isinstance(outputs, Tensor)
+    if not (tensor and outputs.ndim in (1, 2) and outputs.is_floating_point() and outputs.numel()):
+        got = f"{tuple(outputs.shape)} of {outputs.dtype}" if tensor else type(outputs).__name__
         raise ValueError(
             f"model must give real numbers (n,) or (n, C) for n images, got {got}: wrap it in a module whose forward "
             "returns the logits alone, flattened to (n, C)"

@@ -37,7 +37,7 @@ class FactoredTree:
     tree: ModeTree
     # children before parents, the root alone in the last one
     groups: tuple[NodeGroup, ...]
-    # of every group (n, R_node or D, R_parent), of the root (1, R, 1)
+    # (n, R_node or D, R_parent), of the root (1, R, 1)
     weights: tuple[Tensor, ...]
 
     def gather(self, group: NodeGroup, outputs: Sequence[Scaled]) -> list[Scaled]:
@@ -54,12 +54,9 @@ class FactoredTree:
 
 
 def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None = None) -> FactoredTree:
-    """Put a factorisation in the form of its own tree or, for CP, any tree (None: the root has all leaves as children).
-
-    Keeps the graph of the parameters.
-    """
+    """The form of a factorisation over its own tree or, for CP, any; keeps the graph of the parameters."""
     if isinstance(model, HierarchicalTensorFactorization):
-        groups = tuple(cast(NodeGroup, group) for group in model.groups)
+        groups = tuple(model.groups)
         own = (float64_weight(group.chain).expand(len(group.nodes), -1, -1) for group in groups)
         return FactoredTree(model.tree, groups, tuple(own))
     # the factors at the leaves, identities at the interior nodes, ones at the root
@@ -68,22 +65,19 @@ def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None 
     widths, depths = dict.fromkeys(tree.interior, model.rank), dict.fromkeys(tree.nodes, 1)
     # one matrix per group: the chains of these groups are not used
     made = node_groups(tree, model.shape, widths, depths, shared=True).to(factors[0].device)
-    groups = tuple(cast(NodeGroup, group) for group in made)
+    groups = tuple(made)
     identity = torch.eye(model.rank, dtype=torch.float64, device=factors[0].device)
-    weights = [
-        torch.stack([factors[node[0]] for node in group.nodes])
-        if group.leaf
-        else identity.expand(len(group.nodes), -1, -1)
-        for group in groups[:-1]
-    ]
+    weights = []
+    for group in groups[:-1]:
+        leaves = [factors[node[0]] for node in group.nodes if group.leaf]
+        weights.append(torch.stack(leaves) if leaves else identity.expand(len(group.nodes), -1, -1))
     return FactoredTree(tree, groups, (*weights, identity.new_ones(1, model.rank, 1)))
 
 
 def check_finite(model: Factorization) -> None:
     """Raise ValueError if weights are not finite."""
     # one number, so that the device is waited for once
-    wrong = int(torch.stack([(~weight.isfinite()).sum() for weight in model.parameters()]).sum())
-    if wrong:
+    if wrong := int(torch.stack([(~weight.isfinite()).sum() for weight in model.parameters()]).sum()):
         raise ValueError(f"weights must be finite to be measured, and {wrong} are not: has the training diverged?")
 
 
@@ -97,10 +91,9 @@ def float64_weight(chain: nn.Module) -> Tensor:
 def float64_factors(model: CP) -> list[Tensor]:
     """Matrices ``(D_n, R)`` of a sum of rank-one tensors, in float64."""
     kinds = list(zip(model.shape, model.depth, strict=True))
-    by_kind = {
-        kind: iter(float64_weight(g).unbind()) for kind, g in zip(dict.fromkeys(kinds), model.groups, strict=True)
-    }
-    return [next(by_kind[kind]) for kind in kinds]
+    stacked = (iter(float64_weight(group).unbind()) for group in model.groups)
+    of_kind = dict(zip(dict.fromkeys(kinds), stacked, strict=True))
+    return [next(of_kind[kind]) for kind in kinds]
 
 
 def scaled(values: Tensor) -> Scaled:
@@ -109,9 +102,9 @@ def scaled(values: Tensor) -> Scaled:
     At order 4096 plain products underflow; powers of two, and whole numbers ``(n,)`` as their logarithms, cost no
     digits. The divisor is a constant to autograd.
     """
-    rest = range(1, values.ndim)
-    exponents = torch.frexp(values.detach().abs().amax(tuple(rest)))[1].clamp(-1000, 1000).to(values.dtype)
-    return values * torch.exp2(-exponents).reshape(-1, *(1 for _ in rest)), exponents
+    largest = values.detach().abs().amax(tuple(range(1, values.ndim)))
+    exponents = torch.frexp(largest)[1].clamp(-1000, 1000).to(values.dtype)
+    return values * torch.exp2(-exponents).reshape(-1, *[1] * (values.ndim - 1)), exponents
 
 
 def child_sources(group: NodeGroup) -> list[tuple[int, ...]]:
@@ -124,8 +117,7 @@ def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
     if len(outputs) == 1:
         return outputs[0]
     rows = max(output.shape[1] for output in outputs)
-    short = [rows - output.shape[1] for output in outputs]
-    return torch.cat([F.pad(o, (0, 0, 0, n)) if n else o for o, n in zip(outputs, short, strict=True)])
+    return torch.cat([F.pad(output, (0, 0, 0, rows - output.shape[1])) for output in outputs])
 
 
 @final

@@ -7,6 +7,7 @@ __all__: list[str] = []
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import TypeVar, final
 
 import torch
@@ -37,67 +38,56 @@ class GramSweep:
     Grasedyck, 2010, for the diagonal transfer tensors of a hierarchical factorisation).
     """
 
-    # G and B of every group but the root's (n, R_parent, R_parent)
+    # G and B of every group (n, R_parent, R_parent)
     inside: list[Scaled]
     outside: list[Scaled]
-    # diagonals of A and F of every group (n, R), None for leaves
-    below: list[Scaled | None]
-    above: list[Scaled | None]
-    # squared norm of the tensor (1,)
-    root: Scaled
+    # diagonals of A and F of the groups with children (n, R)
+    below: dict[int, Scaled]
+    above: dict[int, Scaled]
 
 
 def gram_sweep(form: FactoredTree) -> GramSweep:
     """All Gramians, leaves to root and back."""
-    groups, last = form.groups, len(form.groups) - 1
     # before they are squared
     weights, sizes = zip(*map(scaled, form.weights), strict=True)
-    grams: list[Scaled] = []
-    below: list[Scaled | None] = []
-    for group, weight, size in zip(groups, weights, sizes, strict=True):
+    inside, below = list[Scaled](), dict[int, Scaled]()
+    for k, (group, weight, size) in enumerate(zip(form.groups, weights, sizes, strict=True)):
         if group.leaf:
             gram, log = scaled(weight.mT @ weight)
-            below.append(None)
         else:
-            inner, under = reduce(_times, form.gather(group, grams))
-            below.append((inner.diagonal(dim1=1, dim2=2), under))
+            inner, under = reduce(times, form.gather(group, inside))
+            below[k] = inner.diagonal(dim1=1, dim2=2), under
             gram, more = scaled(weight.mT @ inner @ weight)
             log = under + more
-        grams.append((gram, log + 2 * size))
-    outside: list[Scaled] = []
-    above: list[Scaled | None] = []
-    handed, handed_logs = Inheritance(groups), Inheritance(groups)
-    for k in range(last, -1, -1):
-        group, weight = groups[k], weights[k]
-        if k < last:
+        inside.append((gram, log + 2 * size))
+    root = weights[-1]
+    outside, above = [(root.new_ones(1, 1, 1), root.new_zeros(1))], dict[int, Scaled]()
+    handed, handed_logs = Inheritance(form.groups), Inheritance(form.groups)
+    for k in reversed(range(len(form.groups))):
+        group, weight = form.groups[k], weights[k]
+        if weight is not root:
             outside.append((handed.take(k), handed_logs.take(k).flatten()))
         if group.leaf:
-            above.append(None)
             continue
-        front, log = scaled(weight @ weight.mT if k == last else weight @ outside[-1][0] @ weight.mT)
-        log = log + 2 * sizes[k]
-        log = log if k == last else log + outside[-1][1]
-        above.append((front.diagonal(dim1=1, dim2=2), log))
-        for child, (back, more) in enumerate(all_but_one((front, log), form.gather(group, grams), _times)):
+        back, over = outside[-1]
+        front, log = scaled(weight @ back @ weight.mT)
+        log = log + 2 * sizes[k] + over
+        above[k] = front.diagonal(dim1=1, dim2=2), log
+        for child, (back, over) in enumerate(all_but_one((front, log), form.gather(group, inside), times)):
             handed.give(group, child, back)
-            handed_logs.give(group, child, more[:, None, None])
-    norm, log = grams[last]
-    return GramSweep(grams[:last], outside[::-1], below, above[::-1], (norm.flatten(), log))
+            handed_logs.give(group, child, over[:, None, None])
+    return GramSweep(inside, outside[::-1], below, above)
 
 
 def all_but_one(first: T, factors: Sequence[T], times: Callable[[T, T], T]) -> Iterator[T]:
     """For every factor, the product of ``first`` and all others: from both ends, never by division."""
-    suffixes = list(factors[-1:])
-    for factor in reversed(factors[1:-1]):
-        suffixes.append(times(factor, suffixes[-1]))
-    prefix = first
-    for factor in factors[:-1]:
-        yield times(prefix, suffixes.pop())
-        prefix = times(prefix, factor)
-    yield prefix
+    suffixes = list(accumulate(factors[:0:-1], lambda product, factor: times(factor, product)))
+    for prefix in accumulate(factors[:-1], times, initial=first):
+        yield times(prefix, suffixes.pop()) if suffixes else prefix
 
 
-def _times(left: Scaled, right: Scaled) -> Scaled:
+def times(left: Scaled, right: Scaled) -> Scaled:
+    """Entry-wise product."""
     values, more = scaled(left[0] * right[0])
     return values, left[1] + right[1] + more
 
@@ -113,14 +103,13 @@ def gram_spectra(form: FactoredTree) -> NodeSpectra:
     :math:`\sqrt{2^{-52}}\, \kappa_\nu \sigma_1` are not to be trusted.
     """
     sweep, spectra = gram_sweep(form), GroupSpectra(form)
-    for k, ((gram, log), (back, more)) in enumerate(zip(sweep.inside, sweep.outside, strict=True)):
+    for k, ((gram, log), (back, more)) in enumerate(zip(sweep.inside[:-1], sweep.outside[:-1], strict=True)):
         inner, outer = gram.diagonal(dim1=1, dim2=2), back.diagonal(dim1=1, dim2=2)
         # a column that is zero on one side contributes nothing on the other
         alive = (inner > 0) & (outer > 0)
         # by roots: a float64 may not hold the quotient of a large and a tiny number
-        ratio = torch.where(alive, inner.sqrt() / torch.where(alive, outer, 1.0).sqrt(), 1.0)
-        factors = torch.where(alive, ratio.sqrt(), 0.0)
-        inverse = torch.where(alive, 1 / ratio.sqrt(), 0.0)
+        ratio = torch.where(alive, inner.sqrt() / outer.where(alive, 1.0).sqrt(), 1.0)
+        factors, inverse = ratio.sqrt().where(alive, 0.0), (1 / ratio.sqrt()).where(alive, 0.0)
         left = _root(inverse[:, :, None] * gram * inverse[:, None, :])
         right = _root(factors[:, :, None] * back * factors[:, None, :])
         spectra.add(k, left @ right.mT, 0.5 * (log + more), (inner.sqrt() * outer.sqrt()).sum(1))
@@ -130,18 +119,17 @@ def gram_spectra(form: FactoredTree) -> NodeSpectra:
 def gram_ratios(form: FactoredTree) -> dict[Node, Tensor]:
     r"""Participation ratios :math:`\operatorname{tr}(G_\nu B_\nu)^2 / \operatorname{tr}((G_\nu B_\nu)^2)`."""
     sweep, found = gram_sweep(form), dict[Node, Tensor]()
-    for group, (gram, _), (back, _) in zip(form.groups[:-1], sweep.inside, sweep.outside, strict=True):
+    for group, (gram, _), (back, _) in zip(form.groups, sweep.inside, sweep.outside, strict=True):
         found |= dict(zip(group.nodes, trace_ratio(gram @ back).unbind(), strict=True))
-    return {node: found[node] for node in form.tree.nodes[:-1]}
+    return found
 
 
 def trace_ratio(products: Tensor) -> Tensor:
     """Squared trace over trace of the square ``(n,)`` of matrices ``(n, R, R)``; 0 for zeros."""
     products, _ = scaled(products)
     squares = (products * products.mT).sum((1, 2))
-    alive = squares > 0
-    traces = products.diagonal(dim1=1, dim2=2).sum(1)
-    ratios: Tensor = torch.where(alive, traces.square() / torch.where(alive, squares, 1.0), 0.0)
+    alive, traces = squares > 0, products.diagonal(dim1=1, dim2=2).sum(1)
+    ratios: Tensor = (traces.square() / squares.where(alive, 1.0)).where(alive, 0.0)
     return ratios
 
 

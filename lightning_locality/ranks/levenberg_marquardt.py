@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__: list[str] = []
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -36,10 +37,9 @@ def fit_cp(
     .. math:: \min_{A_1, \dots, A_N} \Bigl\lVert \mathcal{T} - \sum_{r=1}^R A_{1,:r} \otimes \dots \otimes A_{N,:r}
         \Bigr\rVert, \qquad \text{step} = (J^\top J + \lambda)^{-1} J^\top (\text{residual})
 
-    :math:`J^\top J` is assembled from the Gram matrices of the factors; the Jacobian is never formed. The damping
-    follows the ratio of gain and prediction: "Methods for non-linear least squares problems" (Madsen, Nielsen,
-    Tingleff, 2004). With :math:`P = R \sum_n D_n`, a step takes :math:`P^3 / 3` operations and :math:`16 P^2` bytes
-    per start. Everything is in float64 on the tensor's device, but the starts are sampled by a generator on the CPU
+    The damping follows the ratio of gain and prediction: "Methods for non-linear least squares problems" (Madsen,
+    Nielsen, Tingleff, 2004). With :math:`P = R \sum_n D_n`, a step takes :math:`P^3 / 3` operations and
+    :math:`16 P^2` bytes per start. In float64 on the tensor's device; the starts are sampled by a generator on the CPU
     (None: seed 0). Steps end early once no start improves; the closest fit is returned, close enough or not.
     """
     if tensor.ndim < 2:
@@ -68,9 +68,8 @@ def fit_cp(
         diagonal += damping[:, None]
         triangle, failed = torch.linalg.cholesky_ex(hessian)
         move = torch.cholesky_solve(descent[..., None], triangle)[..., 0]
-        moved = [
-            factor + move[:, part].reshape(factor.shape) for factor, part in zip(factors, _parts(factors), strict=True)
-        ]
+        parts = torch.split(move, [factor[0].numel() for factor in factors], 1)
+        moved = [factor + part.reshape(factor.shape) for factor, part in zip(factors, parts, strict=True)]
         new_residual = target - _sum(moved)
         new_error = new_residual.flatten(1).norm(dim=1)
         better = (failed == 0) & (new_error < error)
@@ -98,55 +97,46 @@ def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -
 
 def _sum(factors: Sequence[Tensor]) -> Tensor:
     """The sums of rank-one tensors (S, D_1, ..., D_N)."""
-    starts, rank = len(factors[0]), factors[0].shape[2]
     # Khatri-Rao product of all modes but the last, then one matrix product
-    rows = factors[0]
-    for factor in factors[1:-1]:
-        rows = (rows[:, :, None] * factor[:, None]).reshape(starts, -1, rank)
-    return (rows @ factors[-1].mT).reshape(starts, *(factor.shape[1] for factor in factors))
+    rows = reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1, 2), factors[:-1])
+    return (rows @ factors[-1].mT).reshape(len(rows), *(factor.shape[1] for factor in factors))
 
 
 def _normal_equations(factors: Sequence[Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
-    """J^T J (S, P, P) and J^T residual (S, P), J the derivative of the sum; parameters by mode, row and component."""
+    """J^T J (S, P, P) and J^T residual (S, P), J the derivative of the sum; parameters by mode, row and component.
+
+    Assembled from the Gram matrices of the factors: the Jacobian is never formed.
+    """
     order, starts, rank = len(factors), len(residual), factors[0].shape[2]
-    parts = _parts(factors)
+    parts = [slice(*ends) for ends in pairwise(accumulate((factor[0].numel() for factor in factors), initial=0))]
     grams = [factor.mT @ factor for factor in factors]
     hessian = residual.new_empty(starts, parts[-1].stop, parts[-1].stop)
     descent = residual.new_empty(starts, parts[-1].stop)
-    ones = torch.ones_like(grams[0])
-    for n in range(order):
-        size = factors[n].shape[1]
+    for n, factor in enumerate(factors):
         # of the residual, not of the target: near the solution the difference of two large terms would be noise
-        descent[:, parts[n]] = _contracted(residual, factors, n).reshape(starts, -1)
+        descent[:, parts[n]] = _contracted(residual, factors, n).flatten(1)
         for p in range(n, order):
-            others = ones
+            others = torch.ones_like(grams[0])
             for m in set(range(order)) - {n, p}:
                 others = others * grams[m]
             if n == p:
-                unit = torch.eye(size, dtype=others.dtype, device=others.device)
+                unit = torch.eye(factor.shape[1], dtype=others.dtype, device=others.device)
                 block = torch.einsum("brs,ij->birjs", others, unit)
             else:
-                block = torch.einsum("brs,bis,bjr->birjs", others, factors[n], factors[p])
-            block = block.reshape(starts, size * rank, -1)
+                block = torch.einsum("brs,bis,bjr->birjs", others, factor, factors[p])
+            block = block.reshape(starts, factor.shape[1] * rank, -1)
             hessian[:, parts[n], parts[p]] = block
             hessian[:, parts[p], parts[n]] = block.mT
     return hessian, descent
 
 
-def _parts(factors: Sequence[Tensor]) -> list[slice]:
-    """Positions of every factor's parameters among all."""
-    return [slice(*ends) for ends in pairwise(accumulate((factor[0].numel() for factor in factors), initial=0))]
-
-
 def _contracted(tensors: Tensor, factors: Sequence[Tensor], kept: int) -> Tensor:
     """Contract every tensor (S, D_1, ..., D_N) with the columns of all factors but one: (S, D_kept, R)."""
-    starts, rank = len(tensors), factors[0].shape[2]
-    last = next(n for n in reversed(range(len(factors))) if n != kept)
+    starts, order, rank = len(tensors), len(factors), factors[0].shape[2]
+    last = next(n for n in reversed(range(order)) if n != kept)
     # the first by a matrix product, as it takes most of the time, the others column by column
-    partial = tensors.movedim(last + 1, -1) @ factors[last].reshape(
-        starts, *[1] * (len(factors) - 2), *factors[last].shape[1:]
-    )
-    modes = [n for n in range(len(factors)) if n != last]
+    partial = tensors.movedim(last + 1, -1) @ factors[last].reshape(starts, *[1] * (order - 2), -1, rank)
+    modes = [n for n in range(order) if n != last]
     for n in reversed(modes):
         if n != kept:
             axis = modes.index(n) + 1

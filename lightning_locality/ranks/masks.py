@@ -1,4 +1,4 @@
-"""Boolean masks that cut images into two blocks of pixels, or into many."""
+"""Boolean masks that cut images of ``height`` x ``width`` pixels into two blocks, or into many."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from torch import Tensor
 
 
 def halves(height: int, width: int, axis: int = 1) -> Tensor:
-    """The first half of an image; for an odd number of rows or columns the smaller one.
+    """The left half of an image, or the top one along axis 0, as a mask ``(H, W)`` that is True in block I.
 
-    Args:
-        height: In pixels.
-        width: In pixels.
-        axis: 1: left of right, 0: top of bottom.
-
-    Returns:
-        ``(H, W)``, True in block I.
+    For an odd number of rows or columns it is the smaller one.
 
     Raises:
         ValueError: Another axis, or one along which there is only one pixel.
@@ -37,15 +31,9 @@ def halves(height: int, width: int, axis: int = 1) -> Tensor:
 
 
 def checkerboard(height: int, width: int, size: int) -> Tensor:
-    """Squares of alternating colour, the top left one in block I.
+    """Squares of ``size`` pixels and alternating colour as a mask ``(H, W)``, True in block I with the top left one.
 
-    Args:
-        height: In pixels.
-        width: In pixels.
-        size: Side of the squares, in pixels; those at the right and the lower edge may be cut off.
-
-    Returns:
-        ``(H, W)``, True in block I.
+    Those at the right and the lower edge may be cut off.
 
     Raises:
         ValueError: Squares below one pixel or as large as the image.
@@ -62,16 +50,9 @@ def checkerboard(height: int, width: int, size: int) -> Tensor:
 
 
 def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
-    """A grid of rectangles, row by row, as equal as the pixels allow.
+    """A grid of P = ``rows`` x ``columns`` rectangles, row by row, as masks ``(P, H, W)``.
 
-    Args:
-        height: In pixels.
-        width: In pixels.
-        rows: Number of rows of rectangles.
-        columns: Number of columns of rectangles.
-
-    Returns:
-        ``(P, H, W)`` with P = rows x columns; every pixel is True in one of them.
+    They are as equal as the pixels allow; every pixel is True in one of them.
 
     Raises:
         ValueError: More rectangles than pixels along an axis, or none.
@@ -89,16 +70,10 @@ def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
 
 
 def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
-    """The parts of an image repeatedly cut into quarters, each against the rest of the image.
+    """The parts of an image cut into quarters ``levels`` times, each against the rest of the image.
 
-    Args:
-        height: In pixels.
-        width: In pixels.
-        levels: Number of cuts: level l has 4^l parts.
-
-    Returns:
-        Name -> ``(H, W)``, True in the part: ``"1/0"`` to ``"1/3"`` are the quadrants row by row, ``"2/0"`` to
-        ``"2/15"`` their quadrants row by row over the whole image, and so on.
+    Level l has 4^l of them, as masks ``(H, W)`` by name: ``"1/0"`` to ``"1/3"`` are the quadrants row by row, ``"2/0"``
+    to ``"2/15"`` theirs, row by row over the whole image, and so on.
 
     Raises:
         ValueError: No levels, or parts smaller than a pixel.
@@ -109,28 +84,18 @@ def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
     """
     _check_size(height, width)
     if levels < 1 or 2**levels > min(height, width):
-        raise ValueError(
-            f"levels must be 1 to {min(height, width).bit_length() - 1} in an image of {height} x {width} pixels, "
-            f"got {levels}"
-        )
-    return {
-        f"{level}/{k}": part
-        for level in range(1, levels + 1)
-        for k, part in enumerate(blocks(height, width, 2**level, 2**level))
-    }
+        most = min(height, width).bit_length() - 1
+        raise ValueError(f"levels must be 1 to {most} in an image of {height} x {width} pixels, got {levels}")
+    parts = {level: blocks(height, width, 2**level, 2**level) for level in range(1, levels + 1)}
+    return {f"{level}/{k}": part for level, cut in parts.items() for k, part in enumerate(cut)}
 
 
 def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
-    """Cuts from coarse to fine, for a plot of what crosses them against their scale.
+    """Cuts from coarse to fine, as masks ``(H, W)`` by name, for a plot of what crosses them against their scale.
 
-    Args:
-        height: In pixels.
-        width: In pixels.
-
-    Returns:
-        Name -> ``(H, W)``: ``"left"`` against right and ``"top"`` against bottom, ``"quadrants"`` (the diagonal ones
-        against the others), and ``"checkerboard N"``, N pixels wide: powers of two up to a quarter of the longer side
-        and up to the shorter side. Those for which the image has too few pixels are left out.
+    They are ``"left"`` against right and ``"top"`` against bottom, ``"quadrants"`` (the diagonal ones against the
+    others), and ``"checkerboard N"``, N pixels wide: powers of two up to a quarter of the longer side and up to the
+    shorter side. Those for which the image has too few pixels are left out.
 
     Raises:
         ValueError: An image of one pixel.
@@ -139,7 +104,6 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
         >>> list(standard_cuts(16, 16))
         ['left', 'top', 'quadrants', 'checkerboard 4', 'checkerboard 2', 'checkerboard 1']
     """
-    _check_size(height, width)
     if height == width == 1:
         raise ValueError("height and width must be more than one pixel, got 1 x 1: nothing can be cut")
     cuts: dict[str, Tensor] = {}
@@ -161,11 +125,9 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
 
 def checked_mask(mask: Tensor, images: Tensor, name: str = "mask") -> Tensor:
     """Return a mask ``(H, W)`` on the device of images ``(B, C, H, W)``, or raise a ValueError if they do not fit."""
+    size, got = tuple(images.shape[2:]), tuple(images.shape)
     if images.ndim != 4:
-        raise ValueError(
-            f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {tuple(images.shape)}"
-        )
-    size = tuple(images.shape[2:])
+        raise ValueError(f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {got}")
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} must be boolean, True in block I, got {mask.dtype}: compare it, as in {name} > 0")
     if tuple(mask.shape) != size:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["node_spectra", "participation_ratios"]
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,21 +16,11 @@ from lightning_locality.ranks.factored import FactoredTree, check_finite, factor
 from lightning_locality.ranks.gram import gram_ratios, gram_spectra
 from lightning_locality.ranks.qr import qr_spectra
 from lightning_locality.ranks.spectra import NodeSpectra
-from lightning_locality.tensors import (
-    CP,
-    DeepMatrix,
-    Factorization,
-    HierarchicalTensorFactorization,
-    ModeTree,
-    Node,
-    TensorTrain,
-    Tucker,
-)
+from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node, TensorTrain
 from lightning_locality.tensors.mode_tree import node_name
 
 Method = Literal["qr", "gram"]
 Tree = ModeTree | Iterable[Node]
-V = TypeVar("V")
 
 
 @torch.no_grad()
@@ -42,16 +32,16 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
 
     The ranks of these matrices are the hierarchical tensor rank of "Implicit Regularization in Hierarchical Tensor
     Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022). Those of a factorisation are
-    computed exactly and without the tensor, at a cost linear in the order; in float64 on the weights' device,
-    whatever their type. Values below a node's tolerance are indistinguishable from rounding: 100 times that of
-    float64, times the condition of the factored form there (ours); for a tensor, see :func:`dense_spectra`. Values
-    that the widths of the factorisation make zero may be left out by one method and not by the other.
+    computed exactly and without the tensor, in float64 on the weights' device, at a cost linear in the order. Values
+    below a node's tolerance are indistinguishable from rounding: 100 times that of float64, times the condition of
+    the factored form there (ours); for a tensor, see :func:`dense_spectra`. Values that the widths of the
+    factorisation make zero may be left out by one method and not by the other.
 
     Args:
         subject: A factorisation, or a tensor.
-        tree: A tree, or groups of modes counted from 0. None: for a hierarchical factorisation its own tree, whose
-            nodes are the only ones allowed; for a tensor train the groups of first modes and the single modes (only
-            groups of neighbouring modes are allowed); otherwise a perfect binary tree. Required for a tensor.
+        tree: A tree, or groups of modes counted from 0; required for a tensor. A hierarchical factorisation is
+            measured at nodes of its own tree only (None: all), a tensor train at groups of neighbouring modes only
+            (None: all groups of first modes, and single modes), others anywhere (None: a perfect binary tree).
         method: ``"qr"``: by triangular factors, to full precision. ``"gram"``: by Gramians, to half the digits;
             hierarchical factorisations and CP over a tree only.
 
@@ -73,23 +63,13 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
         if tree is None:
             raise ValueError("tree must be given for a tensor: ModeTree.perfect(tensor.ndim), or groups of modes")
         return dense_spectra(subject, mode_groups(tree, subject.ndim, "tree", "tensor"))
-    check_finite(subject)
-    nodes = _nodes(subject, tree)
-    if (form := _tree_form(subject, tree)) is not None:
+    nodes, form = _nodes_and_form(subject, tree)
+    if form is not None:
         spectra = qr_spectra(form) if method == "qr" else gram_spectra(form)
         return spectra if nodes == form.tree.nodes[:-1] else _select(spectra, nodes)
     if method != "qr":
         raise _no_gramians("groups of modes without a tree" if isinstance(subject, CP) else type(subject).__name__)
-    match subject:
-        case CP():
-            return trains.cp_spectra(subject, nodes)
-        case TensorTrain():
-            return trains.train_spectra(subject, nodes)
-        case Tucker():
-            return trains.tucker_spectra(subject, nodes)
-        case DeepMatrix():
-            return trains.matrix_spectra(subject, nodes)
-    raise _unknown(subject)
+    return trains.spectra(subject, nodes)
 
 
 def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict[Node, Tensor]:
@@ -98,21 +78,17 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
     .. math:: \operatorname{PR}_\nu = \Bigl( \sum_k \sigma_k^2 \Bigr)^2 \Big/ \sum_k \sigma_k^4
         = \frac{\operatorname{tr}(G_\nu B_\nu)^2}{\operatorname{tr}(G_\nu B_\nu G_\nu B_\nu)}
 
-    with the Gramians of the two sides of the matricisation (ours). In float64, with the graph of the weights, so that
-    for example ``torch.stack(list(participation_ratios(model).values())).log().sum()`` is a penalty on the
-    hierarchical rank. For a tensor of zeros the ratio and its gradient are 0, and the logarithm is not finite.
-    Components that cancel cost digits: the relative error is below a small multiple of :math:`2^{-52} \kappa_\nu^4`
-    with the condition that :func:`node_spectra` gives.
+    with the Gramians of the two sides of the matricisation (ours). In float64, with the graph of the weights: the sum
+    of their logarithms, for example, is a penalty on the hierarchical rank. For a tensor of zeros the ratio and its
+    gradient are 0, and the logarithm is not finite. Components that cancel cost digits: the relative error is below a
+    small multiple of :math:`2^{-52} \kappa_\nu^4` with the condition that :func:`node_spectra` gives.
 
     Args:
         model: A factorisation.
-        tree: As in :func:`node_spectra`.
+        tree: As in :func:`node_spectra`, and so are the errors.
 
     Returns:
         Node -> scalar between 1 and the rank.
-
-    Raises:
-        ValueError: As in :func:`node_spectra`.
 
     Example:
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4), shape=3, widths=3, init_scale=1.0)
@@ -121,67 +97,49 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
         >>> bool(1 < ratios[(0, 1)] < 3), all(p.grad is not None for p in model.parameters())
         (True, True)
     """
+    nodes, form = _nodes_and_form(model, tree)
+    if form is None:
+        return trains.ratios(model, nodes)
+    ratios = gram_ratios(form)
+    return {node: ratios[tuple(sorted(node))] for node in nodes}
+
+
+def _nodes_and_form(model: Factorization, tree: Tree | None) -> tuple[tuple[Node, ...], FactoredTree | None]:
+    """The groups of modes to measure, checked, and the form of a tree if the factorisation has one there."""
     check_finite(model)
-    nodes = _nodes(model, tree)
-    if (form := _tree_form(model, tree)) is not None:
-        ratios = gram_ratios(form)
-        return {node: ratios[tuple(sorted(node))] for node in nodes}
-    match model:
-        case CP():
-            return trains.cp_ratios(model, nodes)
-        case TensorTrain():
-            return trains.train_ratios(model, nodes)
-        case Tucker():
-            return trains.tucker_ratios(model, nodes)
-        case DeepMatrix():
-            return dict.fromkeys(nodes, trains.matrix_ratio(model))
-    raise _unknown(model)
-
-
-def _nodes(model: Factorization, tree: Tree | None) -> tuple[Node, ...]:
-    """The groups of modes to measure, checked."""
-    nodes = mode_groups(_default_tree(model) if tree is None else tree, model.order, "tree", "factorisation")
-    if isinstance(model, HierarchicalTensorFactorization) and tree is not None and tree != model.tree:
-        for node in nodes:
-            if tuple(sorted(node)) not in model.tree:
-                raise ValueError(
-                    f"tree has the node {node_name(node)}, which is not in the factorisation's own tree: leave tree "
-                    "out, or pass model.to_tensor()"
-                )
-    return nodes
-
-
-def _default_tree(model: Factorization) -> ModeTree:
+    if tree is None:
+        match model:
+            case HierarchicalTensorFactorization():
+                tree = model.tree
+            case TensorTrain():
+                tree = ModeTree([range(k) for k in range(2, model.order + 1)])
+            case _:
+                tree = ModeTree.perfect(model.order)
+    nodes = mode_groups(tree, model.order, "tree", "factorisation")
     match model:
         case HierarchicalTensorFactorization():
-            return model.tree
-        case TensorTrain():
-            return ModeTree([range(k) for k in range(2, model.order + 1)])
-    return ModeTree.perfect(model.order)
+            for node in nodes if tree != model.tree else ():
+                if tuple(sorted(node)) not in model.tree:
+                    raise ValueError(
+                        f"tree has the node {node_name(node)}, which is not in the factorisation's own tree: leave "
+                        "tree out, or pass model.to_tensor()"
+                    )
+            return nodes, factored(model)
+        case CP() if isinstance(tree, ModeTree):
+            return nodes, factored(model, tree)
+    return nodes, None
 
 
-def _tree_form(model: Factorization, tree: Tree | None) -> FactoredTree | None:
-    """The form of a tree that a hierarchical factorisation, or CP over a tree, has; None for any other."""
-    match model:
-        case HierarchicalTensorFactorization():
-            return factored(model)
-        case CP() if tree is None or isinstance(tree, ModeTree):
-            return factored(model, _default_tree(model) if tree is None else tree)
-    return None
-
-
-def _select(spectra: NodeSpectra, nodes: Sequence[Node]) -> NodeSpectra:
+def _select(spectra: NodeSpectra, nodes: Iterable[Node]) -> NodeSpectra:
     """The spectra at some nodes, whose modes may be in any order."""
-
-    def of(values: Mapping[Node, V]) -> dict[Node, V]:
-        return {node: values[tuple(sorted(node))] for node in nodes}
-
-    return NodeSpectra(of(spectra), of(spectra.tolerance), spectra.log_scale, of(spectra.condition or {}))
+    own, condition = {node: tuple(sorted(node)) for node in nodes}, spectra.condition or {}
+    return NodeSpectra(
+        {node: spectra[key] for node, key in own.items()},
+        {node: spectra.tolerance[key] for node, key in own.items()},
+        spectra.log_scale,
+        {node: condition[key] for node, key in own.items()},
+    )
 
 
 def _no_gramians(subject: str) -> ValueError:
     return ValueError(f"method='gram' works for hierarchical factorisations and CP over a tree, not for {subject}")
-
-
-def _unknown(model: Factorization) -> ValueError:
-    return ValueError(f"no exact spectra for {type(model).__name__}: pass model.to_tensor() and a tree")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,23 +25,10 @@ _BOOTSTRAP_NUMBERS = 2**23  # float64 numbers that the bootstrap holds at a time
 
 @final
 class PatchGrid:
-    """Square patches that tile an image, numbered row by row.
+    """Square patches that tile an image, numbered row by row; ``patch`` is their side, which divides height and width.
 
-    Args:
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        patch: Side of a patch in pixels, which divides height and width. None: of the sides that give 2 to 64 patches
-            the one nearest to a seventh of the shorter side (ours), the smaller of two that are equally near.
-
-    Raises:
-        ValueError: A side that does not divide both or leaves fewer than two patches, or no side by default.
-
-    Example:
-        >>> grid = PatchGrid(4, 6, patch=2)
-        >>> grid.rows, grid.columns, grid.distances(torch.tensor([[0, 0, 0], [1, 2, 3]])).tolist()
-        (2, 3, [1, 2, 1])
-        >>> PatchGrid(8, 80).patch, PatchGrid(224, 224).patch
-        (4, 32)
+    None: of the sides that give 2 to 64 patches the one nearest to a seventh of the shorter side (ours), the smaller of
+    two that are equally near.
     """
 
     def __init__(self, height: int, width: int, patch: int | None = None) -> None:
@@ -90,26 +78,22 @@ class PatchGrid:
 class InteractionProfile:
     """Strength of interaction of image patches against their distance, made by ``interaction_profile``.
 
-    All tensors are float64 on the CPU unless said otherwise; D is the number of distances, m that of patches. Unknown
-    values are NaN: the shares, radii and mean distance of a network that is additive over the patches, bands without
-    bootstraps, the input-gradient change with the exact method.
+    Tensors are float64 on the CPU unless said otherwise, with D distances and m patches. Unknown values are NaN: the
+    shares, radii and mean distance of a network that is additive over the patches, bands without bootstraps, the
+    input-gradient change with the exact method.
 
     Args:
         distance: Chebyshev distance of the positions of two patches, in pixels ``(D,)``.
         strength: Mean normalised interaction of the pairs at a distance ``(D,)``, 0 none. With the exact method at most
             1, up to sampling; the linear one may exceed it if the network is far from affine in a patch.
-        low: Lower end of its 95 % band over samples ``(D,)``.
-        high: Upper end ``(D,)``.
-        share: Share of all interaction that is at a distance ``(D,)``.
-        cumulative: Share up to a distance ``(D,)``.
+        low, high: Ends of its 95 % band over samples ``(D,)``.
+        share, cumulative: Share of all interaction that is at, and up to, a distance ``(D,)``.
         uniform: What ``cumulative`` would be if all pairs interacted equally ``(D,)``.
         gradient_change: Mean change of direction of a patch's input gradient ``(D,)``: 0 none, 1 orthogonal.
         pairs: Number of pairs at a distance, int64 ``(D,)``.
         mean_distance: Of the interaction, in pixels.
-        mean_distance_low: Lower end of its 95 % band over samples.
-        mean_distance_high: Upper end.
-        r50: Smallest distance up to which half of the interaction lies, in pixels; nothing is interpolated.
-        r90: Likewise for nine tenths.
+        mean_distance_low, mean_distance_high: Ends of its 95 % band over samples.
+        r50, r90: Smallest distances, in pixels, up to which half and nine tenths of the interaction lie.
         uniform_mean_distance: Mean distance if all pairs interacted equally, in pixels.
         patch: Side of a patch, in pixels.
         grid: Rows and columns of patches.
@@ -117,14 +101,6 @@ class InteractionProfile:
         samples: Number of images, each with a donor.
         matrix: Interaction of patches A and B ``(m, m)``, patches row by row; NaN for pairs that were left out. The
             diagonal holds a patch's total effect.
-
-    Example:
-        >>> from lightning_locality.ranks.profile import interaction_profile
-        >>> product = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 2]
-        >>> images = torch.randn(8, 1, 1, 3, generator=torch.Generator().manual_seed(0))
-        >>> profile = interaction_profile(product, images, patch=1)
-        >>> profile.share.tolist(), profile.mean_distance, profile.r50
-        ([0.0, 1.0], 2.0, 2.0)
     """
 
     distance: Tensor
@@ -149,15 +125,7 @@ class InteractionProfile:
     matrix: Tensor
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Plot strength and its band against distance.
-
-        Args:
-            axes: None: new ones, of a figure of their own: ``axes.figure``, which a notebook shows and
-                ``axes.figure.savefig(path)`` writes.
-
-        Returns:
-            The axes.
-        """
+        """Plot strength and its band against distance on ``axes``, or on those of a new ``axes.figure``."""
         from lightning_locality.plotting.ranks import plot_profile
 
         if axes is None:
@@ -169,66 +137,42 @@ class InteractionProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as lists and numbers that JSON knows; NaN becomes None."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {name: _plain(np.asarray(value)) for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Restore the profile that :meth:`to_dict` was called on, to the last bit.
-
-        Args:
-            values: The result of :meth:`to_dict`, also by way of JSON.
-
-        Raises:
-            ValueError: Missing or unknown names.
-        """
-        kinds = {field.name: str(field.type) for field in fields(cls)}
-        if set(values) != set(kinds):
+        """Restore a profile, to the last bit, from the result of :meth:`to_dict`, also by way of JSON."""
+        types = {field.name: field.type for field in fields(cls)}
+        missing, unknown = sorted(set(types) - set(values)), sorted(set(values) - set(types))
+        if missing or unknown:
             raise ValueError(
-                f"values are not of an InteractionProfile: missing {sorted(set(kinds) - set(values))}, unknown "
-                f"{sorted(set(values) - set(kinds))}; pass what to_dict() gave"
+                f"values are not of an InteractionProfile: missing {missing}, unknown {unknown}; pass what to_dict() "
+                "gave"
             )
-        restored = {name: _with_nan(value) for name, value in values.items()} | {"grid": tuple(values["grid"])}
-        for name in (name for name, kind in kinds.items() if kind == "Tensor"):
-            restored[name] = torch.tensor(restored[name], dtype=torch.int64 if name == "pairs" else torch.float64)
+        restored: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+        restored["grid"] = tuple(values["grid"])
+        for name in (name for name, kind in types.items() if kind == "Tensor"):
+            # NumPy reads None as NaN
+            restored[name] = torch.from_numpy(np.array(values[name], np.int64 if name == "pairs" else np.float64))
         return cls(**restored)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_nan(one) for one in value]
-    return math.nan if value is None else value
+def _plain(value: np.ndarray) -> Any:
+    return value.tolist() if value.dtype.kind == "U" else np.where(np.isfinite(value), value, np.array(None)).tolist()
 
 
 @final
 @dataclass(frozen=True)
 class PairwiseInteractions:
-    """Contributions of samples to the interaction of pairs of patches, float64.
-
-    Args:
-        grid: The patches.
-        pairs: The pairs that were measured ``(2, P)``, at least one at every distance.
-        interaction: Of every sample and pair ``(n, P)``.
-        effect: Total effect of every patch ``(n, m)``.
-        change: Input-gradient change of every sample and pair ``(n, P)``, or None.
-        noise: Interaction that rounding alone can give to a pair ``(P,)``.
-        effect_noise: Effect that rounding alone can give to a patch.
-    """
+    """Contributions of samples to the interaction of pairs of patches, float64."""
 
     grid: PatchGrid
-    pairs: Tensor
-    interaction: Tensor
-    effect: Tensor
-    change: Tensor | None
-    noise: Tensor
-    effect_noise: float
+    pairs: Tensor  # that were measured (2, P), at least one at every distance
+    interaction: Tensor  # (n, P)
+    effect: Tensor  # total effect of every patch (n, m)
+    change: Tensor | None  # of the input gradient (n, P)
+    noise: Tensor  # interaction that rounding alone can give to a pair (P,)
+    effect_noise: float  # effect that rounding alone can give to a patch
 
     def profile(self, method: Literal["linear", "exact"], bootstraps: int, seed: int) -> InteractionProfile:
         """Take means over samples, with 95 % bands (percentiles) from ``bootstraps`` resamples of the samples."""
@@ -238,36 +182,39 @@ class PairwiseInteractions:
         # averages over the pairs at a distance, as a matrix product
         average = (where[:, None] == distances).double().to(device)
         average /= average.sum(0)
-        distance, number = distances.double() * self.grid.patch, number.cpu()
-        weight = number.double().to(device)
-        alive = self.interaction.mean(0) > self.noise
-        effect, interaction = self.effect.mean(0), torch.where(alive, self.interaction.mean(0), 0.0)
-        strength, mass = self._by_distance(interaction[None], effect[None], average, weight)
-        mass = mass[0].cpu()
-        total = float(mass.sum())
-        share = mass / total if total > 0 else torch.full_like(mass, math.nan)
-        cumulative, uniform = share.cumsum(0), (number.cumsum(0) / number.sum())
-        low, high, mean_low, mean_high = self._bands(alive, average, weight, distance, bootstraps, seed)
-        change = torch.full_like(distance, math.nan) if self.change is None else (self.change.mean(0) @ average).cpu()
+        distance, weight = distances.double() * self.grid.patch, number.double().to(device)
+        interaction, effect = self.interaction.mean(0), self.effect.mean(0)
+        alive = interaction > self.noise
+        interaction = torch.where(alive, interaction, 0.0)
+        strength, mass = (x[0].cpu() for x in self._by_distance(interaction[None], effect[None], average, weight))
+        # NaN if there is no interaction at all
+        share = mass / torch.where(mass.sum() > 0, mass.sum(), math.nan)
+        cumulative = share.cumsum(0)
+        # 1e-12: sums that are the share up to rounding
+        r50, r90 = (next(iter(distance[cumulative >= part - 1e-12].tolist()), math.nan) for part in (0.5, 0.9))
+        unknown = torch.full_like(distance, math.nan)
+        low, high, mean_low, mean_high = unknown, unknown, math.nan, math.nan
+        if bootstraps:
+            low, high, mean_low, mean_high = self._bands(alive, average, weight, distance, bootstraps, seed)
         matrix = torch.full((len(self.grid), len(self.grid)), math.nan, dtype=torch.float64)
         first, second = self.pairs.cpu()
         matrix[first, second] = matrix[second, first] = interaction.cpu()
         matrix.diagonal().copy_(effect)
         return InteractionProfile(
             distance=distance,
-            strength=strength[0].cpu(),
+            strength=strength,
             low=low,
             high=high,
             share=share,
             cumulative=cumulative,
-            uniform=uniform,
-            gradient_change=change,
+            uniform=number.cumsum(0) / number.sum(),
+            gradient_change=unknown if self.change is None else (self.change.mean(0) @ average).cpu(),
             pairs=number,
             mean_distance=float(share @ distance),
             mean_distance_low=mean_low,
             mean_distance_high=mean_high,
-            r50=_radius(distance, cumulative, 0.5),
-            r90=_radius(distance, cumulative, 0.9),
+            r50=r50,
+            r90=r90,
             uniform_mean_distance=float(number.double() @ distance / number.sum()),
             patch=self.grid.patch,
             grid=(self.grid.rows, self.grid.columns),
@@ -276,23 +223,18 @@ class PairwiseInteractions:
             matrix=matrix,
         )
 
-    def _by_distance(
-        self, interaction: Tensor, effect: Tensor, average: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _by_distance(self, interaction: Tensor, effect: Tensor, average: Tensor, weight: Tensor) -> list[Tensor]:
         """Strength and mass ``(K, D)`` of K means over samples."""
         # the root first: a product of two small effects may underflow
         root = torch.where(effect > self.effect_noise, effect, 0.0).sqrt()
         norm = root[:, self.pairs[0]] * root[:, self.pairs[1]]
-        strength = torch.where(norm > 0, interaction / torch.where(norm > 0, norm, 1.0), 0.0) @ average
-        return strength, (interaction @ average) * weight
+        strength = torch.where(norm > 0, interaction / torch.where(norm > 0, norm, 1.0), 0.0)
+        return [strength @ average, (interaction @ average) * weight]
 
     def _bands(
         self, alive: Tensor, average: Tensor, weight: Tensor, distance: Tensor, bootstraps: int, seed: int
     ) -> tuple[Tensor, Tensor, float, float]:
         """Bands of strength and of mean distance."""
-        if not bootstraps:
-            missing = torch.full_like(distance, math.nan)
-            return missing, missing, math.nan, math.nan
         device, samples = self.interaction.device, len(self.interaction)
         chosen = torch.randint(samples, (bootstraps, samples), generator=torch.Generator().manual_seed(seed))
         counts = torch.zeros(bootstraps, samples, dtype=torch.float64)
@@ -306,11 +248,4 @@ class PairwiseInteractions:
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
         low, high = torch.cat(strengths).quantile(ends, 0)
         # a resample may have no interaction at all
-        mean_low, mean_high = torch.cat(means).nanquantile(ends).tolist()
-        return low, high, mean_low, mean_high
-
-
-def _radius(distance: Tensor, cumulative: Tensor, share: float) -> float:
-    # 1e-12: sums that are the share up to rounding
-    reached = distance[cumulative >= share - 1e-12]
-    return float(reached[0]) if len(reached) else math.nan
+        return low, high, *torch.cat(means).nanquantile(ends).tolist()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["interaction_profile"]
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.evaluation import Evaluation, scores
+from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
 from lightning_locality.ranks.splice import Network, SplicedNetwork, splice, spliced
 
@@ -51,41 +52,38 @@ def interaction_profile(
         \qquad (L_{AB} + L_{BA}) / 2
 
     for Y: equal to it for a network that is affine in every patch, and n (1 + m) forward and backward passes for all
-    pairs, while "exact" takes n (1 + m + P) forward passes. The gradient of a saturated classifier says little about
-    the effect of replacing a patch: there the linear strength is that of steep places, and "exact" is to be trusted,
-    with a sample of the pairs if they are many. "linear" also gives the change of direction of the input gradient,
+    pairs, while "exact" takes n (1 + m + P) forward passes. Of a saturated classifier, whose gradient says little about
+    replacing a patch, the linear strength is that of steep places: trust "exact", with a sample of the pairs if they
+    are many. "linear" also gives the change of direction of the input gradient,
     :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term acts on
     ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
     Maman, Cohen, 2022). It is not a measure of interaction: it does not see products of a function of A and one of B.
 
     For several outputs the mean is taken; "linear" samples a direction for every sample, uniform on the unit sphere
     (unbiased for the mean). Interactions and effects within the rounding of the network's type are set to zero (ours),
-    and if an effect is zero so is I. The model is left unchanged.
+    and if an effect is zero so is I.
 
     Args:
-        model: Module, measured in eval mode, or function of networks in eval mode; differentiable by the images for
-            "linear".
+        model: Module, or function of networks in evaluation mode; differentiable by the images for "linear".
         images: ``(N, C, H, W)``, on any device.
         patch: Side of the patches, in pixels, that divides H and W. None: of the sides that give 2 to 64 patches the
             one nearest to a seventh of the shorter side.
         samples: How many of the images are taken, 2 to N. None: all, but at most 64. Each has a donor, another image;
             if N is at least twice as large, no donor is a sample.
         method: "linear", or "exact" for networks that cannot be differentiated by their input.
-        pairs_per_distance: With "exact", the number of pairs that are sampled at every distance to stand for the
-            others; None: all.
+        pairs_per_distance: With "exact", how many pairs stand for all at a distance; None: all.
         seed: Of the samples, donors, directions, sampled pairs and bands.
         bootstraps: Resamples of the samples for the 95 % bands; 0 for none.
-        evaluation: How the network is evaluated: chunks, type of numbers, progress; None: the default.
+        evaluation: How the network is evaluated; None: the default.
 
     Raises:
         ValueError: Images, patch, samples or outputs that do not fit; a network without a gradient by its input.
 
     Example:
         >>> neighbours = lambda x: (x[:, 0, 0, 1:] * x[:, 0, 0, :-1]).sum(1)
-        >>> images = torch.randn(50, 1, 1, 4, generator=torch.Generator().manual_seed(0))
-        >>> profile = interaction_profile(neighbours, images, patch=1)
-        >>> profile.distance.tolist(), profile.share.tolist(), profile.gradient_change[2].item()
-        ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0], 0.0)
+        >>> profile = interaction_profile(neighbours, torch.randn(50, 1, 1, 4), patch=1)
+        >>> profile.distance.tolist(), profile.share.tolist(), profile.mean_distance, profile.r90
+        ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0], 1.0, 1.0)
     """
     if method not in ("linear", "exact"):
         raise ValueError(f"method must be 'linear' or 'exact', got {method!r}")
@@ -111,8 +109,8 @@ def interaction_profile(
     donors = order.roll(samples % len(images) or 1)[:samples]
     used = images[torch.cat([order[:samples], donors]).to(images.device)]
     with spliced(model, used, grid.labels(), evaluation) as network:
-        measurement = _Measurement(network, grid, generator)
-        found = measurement.linear() if method == "linear" else measurement.exact(pairs_per_distance)
+        measured = _Measurement(network, grid, generator)
+        found = measured.linear() if method == "linear" else measured.exact(pairs_per_distance)
     return found.profile(method, bootstraps, seed)
 
 
@@ -121,11 +119,10 @@ class _Measurement:
     """A network on samples, followed by their donors, with patches replaced."""
 
     def __init__(self, source: SplicedNetwork, grid: PatchGrid, generator: torch.Generator) -> None:
-        self.network, self.images, self.labels = source.network, source.images, source.labels
-        self.grid, self.evaluation, self.generator = grid, source.evaluation, generator
-        self.device, self.pixels = source.device, self.images[0].numel()
+        self.source, self.grid, self.generator = source, grid, generator
+        self.device, self.images, self.pixels = source.device, source.images, source.images[0].numel()
         self.samples, self.rounding = len(self.images) // 2, (_ROUNDING * source.eps) ** 2
-        self.outputs = self._outputs(self.images[:1]).shape[1]
+        self.outputs = source.outputs(self.images[:1]).shape[1]
         directions = torch.randn(self.samples, self.outputs, generator=generator, dtype=torch.float64)
         self.directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.device)
         self.done = self.total = 0
@@ -139,9 +136,8 @@ class _Measurement:
         self.total = self.samples * (1 + patches)
         for group in self._groups(pixels + patches * (2 * patches + self.outputs)):
             base = self._map(partial(self._gradient_rows, group), len(group))
-            gradient = base[:, :pixels].view(len(group), *self.images.shape[1:])
-            function = partial(self._change_rows, group, gradient)
-            found = self._map(function, len(group) * patches).view(len(group), patches, -1)
+            gradient = base[:, :pixels].view(-1, *self.images.shape[1:])
+            found = self._map(partial(self._change_rows, group, gradient), len(group), patches)
             # (n, B, A): what replacing B does to A
             moved, cosine, outputs = torch.split(found, [patches, patches, self.outputs], 2)
             interaction.append((moved[:, first, second].square() + moved[:, second, first].square()) / 8)
@@ -166,8 +162,7 @@ class _Measurement:
         interaction, effect, squares = [], [], []
         self.total = self.samples * len(sets)
         for group in self._groups(len(sets) * self.outputs):
-            function = partial(self._output_rows, group, sets)
-            found = self._map(function, len(group) * len(sets)).view(len(group), len(sets), -1)
+            found = self._map(partial(self._output_rows, group, sets), len(group), len(sets))
             none, one, two = torch.split(found, [1, patches, pairs.shape[1]], 1)
             crossed = none - one[:, first] - one[:, second] + two
             interaction.append(crossed.square().mean(2) / 4)
@@ -181,11 +176,13 @@ class _Measurement:
         """Split the samples so that what is kept from those measured together has a bound."""
         return torch.split(torch.arange(self.samples, device=self.device), max(1, _KEPT // numbers))
 
-    def _map(self, function: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        progress, before = self.evaluation.progress, self.done
-        whole = None if progress is None else lambda done, _: progress(before + done, self.total)
+    def _map(self, function: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
+        """Evaluate a function of row numbers at all rows of a shape, as part of all that is measured."""
+        evaluation, before, count = self.source.evaluation, self.done, math.prod(shape)
         self.done += count
-        return replace(self.evaluation, progress=whole).map(function, count, self.device, self.pixels)
+        if progress := evaluation.progress:
+            evaluation = replace(evaluation, progress=lambda done, _: progress(before + done, self.total))
+        return evaluation.map(function, count, self.device, self.pixels).view(*shape, -1)
 
     def _sample_pairs(self, number: int | None) -> Tensor:
         pairs = self.grid.pairs()
@@ -197,8 +194,7 @@ class _Measurement:
 
     def _gradient_rows(self, group: Tensor, rows: Tensor) -> Tensor:
         """Gradient and outputs of samples ``(n, C H W + K)``."""
-        gradient, outputs = self._gradient(self.images[group[rows]], group[rows])
-        return torch.cat([gradient.flatten(1), outputs], 1)
+        return torch.cat([part.flatten(1) for part in self._gradient(self.images[group[rows]], group[rows])], 1)
 
     def _change_rows(self, group: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
         """With one patch replaced: change of the gradient at every patch, cosines, outputs ``(n, 2m + K)``."""
@@ -211,25 +207,22 @@ class _Measurement:
 
     def _output_rows(self, group: Tensor, sets: Tensor, rows: Tensor) -> Tensor:
         """Outputs ``(n, K)`` with a set of patches replaced."""
-        return self._outputs(self._replaced(group[rows // len(sets)], sets[rows % len(sets)]))
+        return self.source.outputs(self._replaced(group[rows // len(sets)], sets[rows % len(sets)]))
 
     def _replaced(self, samples: Tensor, patches: Tensor) -> Tensor:
         """Images of samples with patches ``(n, m)``, boolean, from their donors."""
-        return splice(self.images, self.labels, samples[:, None] + self.samples * patches)
+        return splice(self.images, self.source.labels, samples[:, None] + self.samples * patches)
 
     def _step(self, samples: Tensor) -> Tensor:
         """Difference of donors and samples."""
         return self.images[samples + self.samples] - self.images[samples]
-
-    def _outputs(self, x: Tensor) -> Tensor:
-        return scores(self.network(x))
 
     def _gradient(self, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient ``(n, C, H, W)`` by the images, along every sample's direction of outputs, and outputs; float64."""
         refusal = "model cannot be differentiated by its images: give method='exact', which needs outputs alone"
         with torch.enable_grad():
             leaf = x.requires_grad_()
-            outputs = self._outputs(leaf)
+            outputs = self.source.outputs(leaf)
             if not outputs.requires_grad:
                 raise ValueError(refusal)
             try:

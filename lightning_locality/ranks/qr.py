@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +37,22 @@ def qr_spectra(form: FactoredTree) -> NodeSpectra:
     :math:`Q_c`, the Khatri-Rao product of the :math:`U_c` is that of the :math:`S_c` up to orthonormal columns
     (ours). The error of a value is below a small multiple of :math:`2^{-52} \kappa_\nu \sigma_1`,
     :math:`\kappa_\nu = \sum_r \|s_r\| \|z_r\| / \sigma_1` with the columns of :math:`S_\nu` and :math:`Z_\nu`. All
-    nodes of a group are one batched operation; the cost is linear in the order and proportional to the fourth power
-    of the widths.
+    nodes of a group are one batched operation; the cost is proportional to the fourth power of the widths.
     """
-    groups, spectra, triangles = form.groups, GroupSpectra(form), _up(form)
-    tops, talls, sizes = (Inheritance(groups) for _ in range(3))
+    triangles: list[Scaled] = []
+    for group, weight in zip(form.groups[:-1], form.weights[:-1], strict=True):
+        if group.leaf:
+            triangles.append(scaled(triangular(weight)))
+        else:
+            folded, below = reduce(join, form.gather(group, triangles))
+            triangle, log = scaled(triangular(folded @ weight))
+            triangles.append((triangle, log + below))
+    spectra = GroupSpectra(form)
+    tops, talls, sizes = (Inheritance(form.groups) for _ in range(3))
     end = scaled(form.weights[-1].mT)
-    for k in reversed(range(len(groups))):
-        group, weight = groups[k], form.weights[k]
-        if k < len(groups) - 1:
+    for k in reversed(range(len(form.groups))):
+        group, weight = form.groups[k], form.weights[k]
+        if k < len(triangles):
             triangle, own = triangles[k]
             log, norms = sizes.take(k).squeeze(1).tensor_split([1], dim=1)
             log, spread = log.squeeze(1), (triangle.norm(dim=1) * norms).sum(1)
@@ -69,39 +78,17 @@ def qr_spectra(form: FactoredTree) -> NodeSpectra:
     return spectra.spectra(ROUNDING)
 
 
-def _up(form: FactoredTree) -> list[Scaled]:
-    """Triangular factors of all groups but the root."""
-    triangles: list[Scaled] = []
-    for group, weight in zip(form.groups[:-1], form.weights[:-1], strict=True):
-        if group.leaf:
-            triangles.append(scaled(triangular(weight)))
-        else:
-            folded, below = fold(form.gather(group, triangles))
-            triangle, log = scaled(triangular(folded @ weight))
-            triangles.append((triangle, log + below))
-    return triangles
+def join(left: Scaled, right: Scaled) -> Scaled:
+    """Triangular factor of the Khatri-Rao product ``(n, k, R)``."""
+    rows, more = scaled(_khatri_rao_triangle(left[0], right[0]))
+    return rows, left[1] + right[1] + more
 
 
-def fold(parts: Sequence[Scaled]) -> Scaled:
-    """Triangular factor of the Khatri-Rao product of several ``(n, k, R)``, multiplied two at a time."""
-    rows, log = parts[0]
-    for part, more in parts[1:]:
-        rows, extra = scaled(_khatri_rao_triangle(rows, part))
-        log = log + more + extra
-    return rows, log
-
-
-def _complements(end: Scaled, children: Sequence[Scaled]) -> Iterator[tuple[Scaled, Scaled]]:
+def _complements(end: Scaled, children: Sequence[Scaled]) -> list[tuple[Scaled, Scaled]]:
     """For every child, two factors whose Khatri-Rao product is that of everything but the child."""
-    suffixes = [children[-1]]
-    for part in reversed(children[1:-1]):
-        suffixes.append(fold([part, suffixes[-1]]))
-    prefix = end
-    for child in range(len(children) - 1):
-        yield prefix, suffixes[-1 - child]
-        if child < len(children) - 2:
-            prefix = fold([prefix, children[child]])
-    yield prefix, children[-2]
+    prefixes = list(accumulate(children[:-2], join, initial=end))
+    suffixes = list(accumulate(children[:0:-1], lambda product, child: join(child, product)))
+    return [*zip(prefixes, reversed(suffixes), strict=True), (prefixes[-1], children[-2])]
 
 
 def _short(form: FactoredTree, k: int) -> bool:
@@ -115,15 +102,14 @@ def triangular(matrices: Tensor) -> Tensor:
     Square and wide matrices are decomposed too: if columns are nearly orthogonal, their small multiples then stay
     apart from large ones, and the next product knows the zeros.
     """
-    triangle: Tensor = torch.linalg.qr(matrices, mode="r")[1]
+    triangle: Tensor = torch.linalg.qr(matrices, mode="r").R
     return triangle
 
 
 def _khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None) -> Tensor:
     """Triangular factors of column-wise Kronecker products times matrices, in chunks of bounded size.
 
-    The factors are triangular, ``(n, p, R)`` and ``(n, q, R)``, ``last`` is ``(n, R, m)`` (None: identities), the
-    result ``(n, min(p q, m), m)``.
+    Of triangles ``(n, p, R)`` and ``(n, q, R)`` and ``last`` ``(n, R, m)`` (None: identities): ``(n, min(p q, m), m)``.
     """
     n, p, width = left.shape
     most = MOST_NUMBERS_ON_GPU if left.is_cuda else MOST_NUMBERS
@@ -145,18 +131,15 @@ def _khatri_rao_triangle(left: Tensor, right: Tensor, last: Tensor | None = None
 
 
 def _split_triangle(left: Tensor, right: Tensor) -> Tensor:
-    """The same for square triangles: row (i, j) of the product is zero before column max(i, j).
+    """The same for square triangles, in less than half the operations.
 
-    A quarter of the rows is decomposed in all columns, the rest in the second half of them: less than half the
-    operations.
+    Row (i, j) of the product is zero before column max(i, j): three quarters of them have the second half only.
     """
     half = left.shape[2] // 2
     top = triangular(_khatri_rao(left[:, :half], right[:, :half]))
-    rest = (
-        _khatri_rao(left[:, half:, half:], right[:, :, half:]),
-        _khatri_rao(left[:, :half, half:], right[:, half:, half:]),
-    )
-    bottom = triangular(torch.cat([part.mT for part in (top[:, half:, half:], *rest)], 2).mT)
+    below = _khatri_rao(left[:, half:, half:], right[:, :, half:])
+    beside = _khatri_rao(left[:, :half, half:], right[:, half:, half:])
+    bottom = triangular(torch.cat([part.mT for part in (top[:, half:, half:], below, beside)], 2).mT)
     return torch.cat([top[:, :half], F.pad(bottom, (half, 0))], 1)
 
 

@@ -37,8 +37,8 @@ def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:
         ValueError: If a value is not finite, which an integer could not show.
 
     Example:
-        >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-20])).item(), numerical_rank(torch.zeros(3)).item()
-        (2, 0)
+        >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-20])).item()
+        2
     """
     values = _finite(spectrum).double()
     fraction = torch.as_tensor(rtol, dtype=torch.float64, device=values.device)
@@ -76,8 +76,7 @@ def effective_rank(spectrum: Tensor) -> Tensor:
         p_r = \sigma_r / \sum_{r'} \sigma_{r'}
 
     Source: "The effective rank: a measure of effective dimensionality" (Roy, Vetterli, 2007). Values below the
-    rounding of a float64 decomposition, :math:`100 \cdot 2^{-52} \sigma_1` (ours), are ignored, so that noise does
-    not count.
+    rounding of a float64 decomposition, :math:`100 \cdot 2^{-52} \sigma_1`, do not count (ours).
 
     Args:
         spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
@@ -142,6 +141,9 @@ def stable_rank(spectrum: Tensor) -> Tensor:
     return _scaled(spectrum).square().sum(-1)
 
 
+_QUANTITIES = (effective_rank, participation_ratio, stable_rank, entanglement_entropy)
+
+
 def _finite(spectrum: Tensor) -> Tensor:
     if bad := int((~spectrum.isfinite()).sum()):
         raise ValueError(f"spectrum has {bad} of {spectrum.numel()} values that are not finite: check its source")
@@ -183,10 +185,8 @@ class NodeSpectra(Mapping[Node, Tensor]):
 
     Example:
         >>> spectra = NodeSpectra({(0,): torch.tensor([2.0, 1e-17])}, {(0,): 1e-13})
-        >>> spectra.rank((0,)), spectra.rank((0,), rtol=1e-18)
-        (1, 2)
-        >>> spectra.ranks()
-        {(0,): 1}
+        >>> spectra.rank((0,)), spectra.rank((0,), rtol=1e-18), spectra.ranks()
+        (1, 2, {(0,): 1})
     """
 
     def __init__(
@@ -231,14 +231,9 @@ class NodeSpectra(Mapping[Node, Tensor]):
         """
         ranks, rows = self.ranks(), dict[Node, dict[str, str | float]]()
         for nodes, values in self._stacked():
-            columns = {
-                "effective_rank": effective_rank(values),
-                "participation_ratio": participation_ratio(values),
-                "stable_rank": stable_rank(values),
-                "entanglement_entropy": entanglement_entropy(values),
-                "largest": values.amax(-1),
-            }
-            for node, *numbers in zip(nodes, *(column.tolist() for column in columns.values()), strict=True):
+            columns = {function.__name__: function(values).tolist() for function in _QUANTITIES}
+            columns["largest"] = values.amax(-1).tolist()
+            for node, *numbers in zip(nodes, *columns.values(), strict=True):
                 rows[node] = {"node": node_name(node), "rank": ranks[node], "tolerance": self.tolerance[node]}
                 rows[node] |= dict(zip(columns, numbers, strict=True))
         return [rows[node] for node in self]

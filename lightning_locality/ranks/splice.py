@@ -18,20 +18,10 @@ Network = nn.Module | Callable[[Tensor], Tensor]
 
 
 def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
-    """Put images together from blocks of others.
+    """Put images together from blocks of images ``(K, C, H, W)``.
 
-    Args:
-        images: ``(K, C, H, W)``.
-        labels: ``(H, W)``, the block that a pixel is in, 0 to P - 1.
-        choices: ``(n, P)``, the image that a block is taken from.
-
-    Returns:
-        ``(n, C, H, W)``.
-
-    Example:
-        >>> images = torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]])
-        >>> splice(images, torch.tensor([[0, 1]]), torch.tensor([[0, 1], [1, 1]])).flatten(1).tolist()
-        [[1.0, 4.0], [3.0, 4.0]]
+    ``labels`` ``(H, W)`` are the block, 0 to P - 1, that a pixel is in; ``choices`` ``(n, P)`` the image that a block
+    is taken from.
     """
     source = choices[:, labels.flatten()]
     channels = [channel.flatten(1).gather(0, source) for channel in images.unbind(1)]
@@ -40,18 +30,9 @@ def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
 
 @contextmanager
 def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[SplicedNetwork]:
-    """Prepare a network (:meth:`Evaluation.prepared`) for evaluation on spliced images.
+    """Prepare a network (:meth:`Evaluation.prepared`) for spliced images, which are moved to its device and type.
 
-    Args:
-        model: Module or function; takes ``(n, C, H, W)``, gives ``(n,)`` or ``(n, outputs)``. A method of a module is
-            measured as the module is; networks inside any other function keep their mode.
-        images: ``(K, C, H, W)``; moved to the model's device and type.
-        labels: ``(H, W)``, the block that a pixel is in.
-        evaluation: None: the default.
-
-    Raises:
-        ValueError: No images, images that the model does not take, outputs of another shape, or outputs that depend on
-            the other images of a batch or on chance.
+    A method of a module is measured as the module is; networks inside any other function keep their mode.
     """
     evaluation = Evaluation() if evaluation is None else evaluation
     if not images.is_floating_point():
@@ -73,12 +54,8 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = function
         owner = getattr(function, "__self__", None)
-        self.owner = owner if isinstance(owner, nn.Module) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        self.forward, self.owner = function, owner if isinstance(owner, nn.Module) else None
 
 
 @final
@@ -92,21 +69,19 @@ class SplicedNetwork:
         self.eps = max(torch.finfo(dtype).eps for dtype in (images.dtype, self._first_outputs().dtype))
 
     def map(self, choose: Callable[[Tensor], Tensor], count: int, rounding_seed: int | None = None) -> Tensor:
-        """Return outputs ``(count, C)`` in float64.
-
-        Args:
-            choose: Row numbers ``(n,)`` -> choices ``(n, P)``.
-            count: Number of rows.
-            rounding_seed: If given, the images are moved by one unit in the last place, randomly up or down, which
-                shows what rounding does.
-        """
+        """Return outputs ``(count, C)`` in float64 for choices ``(n, P)`` by row numbers ``(n,)``."""
         images = self.images
         if rounding_seed is not None:
+            # all moved by one unit in the last place, randomly up or down, which shows what rounding does
             up = torch.rand(images.shape, generator=torch.Generator().manual_seed(rounding_seed)).to(self.device) < 0.5
             eps = torch.finfo(images.dtype).eps
             images = torch.where(up, images * (1 + eps), images * (1 - eps))
-        function = lambda rows: scores(self.network(splice(images, self.labels, choose(rows))))
+        function = lambda rows: self.outputs(splice(images, self.labels, choose(rows)))
         return self.evaluation.map(function, count, self.device, images[0].numel())
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return outputs ``(n, C)`` for images."""
+        return scores(self.network(x))
 
     def _first_outputs(self) -> Tensor:
         """Return the outputs for one image, after checking that they are the same in any company."""
@@ -114,13 +89,12 @@ class SplicedNetwork:
         try:
             # batches of one size are compared: the arithmetic for a single image differs
             batches = (pair[:1], pair[[0, 0]], pair, pair)
-            alone, twice, both, again = (scores(self.network(batch)) for batch in batches)
+            alone, twice, both, again = map(self.outputs, batches)
         except (RuntimeError, TypeError, IndexError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise row_too_large(self.device) from error
-            raise ValueError(
-                f"model does not take images of shape {(1, *pair.shape[1:])} in {pair.dtype}: {error}"
-            ) from error
+            shape = (1, *pair.shape[1:])
+            raise ValueError(f"model does not take images of shape {shape} in {pair.dtype}: {error}") from error
         if len(alone) != 1 or len(both) != 2:
             raise ValueError(
                 f"model must give one row of outputs per image, got {len(alone)} for 1 image and {len(both)} for 2"

@@ -1,7 +1,4 @@
-"""Spectra and participation ratios of CP, tensor trains, Tucker and deep matrices at groups of modes.
-
-Participation ratios keep the graph of the weights.
-"""
+"""Spectra and participation ratios of CP, tensor trains, Tucker and deep matrices at groups of modes."""
 
 from __future__ import annotations
 
@@ -9,48 +6,65 @@ __all__: list[str] = []
 
 import math
 from collections.abc import Sequence
-from functools import reduce
-from typing import final
+from functools import reduce, singledispatch
 
 import torch
 from torch import Tensor
 
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.factored import Scaled, ScaledSpectra, assemble, float64_factors, float64_weight, scaled
-from lightning_locality.ranks.gram import trace_ratio
-from lightning_locality.ranks.qr import fold, triangular
+from lightning_locality.ranks.gram import times, trace_ratio
+from lightning_locality.ranks.qr import join, triangular
 from lightning_locality.ranks.spectra import NodeSpectra, singular_values
-from lightning_locality.tensors import CP, DeepMatrix, Node, TensorTrain, Tucker
+from lightning_locality.tensors import CP, DeepMatrix, Factorization, Node, TensorTrain, Tucker
 from lightning_locality.tensors.mode_tree import node_name
 
 
+@singledispatch
+def spectra(model: Factorization, nodes: Sequence[Node]) -> NodeSpectra:
+    """Spectra at groups of modes, without the tensor."""
+    raise _unknown(model)
+
+
+@singledispatch
+def ratios(model: Factorization, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """Participation ratios at groups of modes, with the graph of the weights."""
+    raise _unknown(model)
+
+
+def _unknown(model: Factorization) -> ValueError:
+    return ValueError(f"no exact spectra for {type(model).__name__}: pass model.to_tensor() and a tree")
+
+
+@spectra.register
 def cp_spectra(model: CP, nodes: Sequence[Node]) -> NodeSpectra:
     """At any groups of modes: from triangular factors of the two Khatri-Rao products."""
     parts = [scaled(triangular(factor[None])) for factor in float64_factors(model)]
     found: list[ScaledSpectra] = []
     for node in nodes:
-        (left, log), (right, more) = (fold([parts[mode] for mode in modes]) for modes in _two_sides(node, model.order))
+        (left, log), (right, more) = (reduce(join, side) for side in _two_sides(parts, node))
         spread = (left.norm(dim=1) * right.norm(dim=1)).sum(1)
         found.append(ScaledSpectra((node,), singular_values(left @ right.mT), log + more, spread))
     return assemble(found, nodes)
 
 
+@ratios.register
 def cp_ratios(model: CP, nodes: Sequence[Node]) -> dict[Node, Tensor]:
     """At any groups of modes: from the products of the factors' Gramians on the two sides."""
     factors = [scaled(factor[None])[0] for factor in float64_factors(model)]
-    grams = [scaled(factor.mT @ factor)[0] for factor in factors]
-    found = {}
-    for node in nodes:
-        inside, outside = (
-            reduce(lambda product, gram: scaled(product * gram)[0], [grams[mode] for mode in modes])
-            for modes in _two_sides(node, model.order)
-        )
-        found[node] = trace_ratio(inside @ outside)[0]
-    return found
+    grams = [scaled(factor.mT @ factor) for factor in factors]
+    sides = {node: [reduce(times, side)[0] for side in _two_sides(grams, node)] for node in nodes}
+    return {node: trace_ratio(inside @ outside)[0] for node, (inside, outside) in sides.items()}
 
 
+def _two_sides(parts: Sequence[Scaled], node: Node) -> tuple[list[Scaled], list[Scaled]]:
+    """The parts of a group's modes, and those of all others."""
+    return [parts[mode] for mode in node], [part for mode, part in enumerate(parts) if mode not in node]
+
+
+@spectra.register
 def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
-    r"""Singular values at groups of neighbouring modes, or complements of such, without the tensor.
+    r"""Singular values at groups of neighbouring modes, or complements of such.
 
     .. math:: \sigma(\{a, \dots, b - 1\}) = \operatorname{svd} \bigl( M_{ab} (L_a \otimes R_b)^\top \bigr)
 
@@ -58,20 +72,46 @@ def train_spectra(model: TensorTrain, nodes: Sequence[Node]) -> NodeSpectra:
     from b on, :math:`R_b`, and of those between, :math:`M_{ab}` with :math:`r_a r_b` columns; carried from core to
     core (ours). The condition is :math:`\sum_{ij} \|m_{ij}\| \|l_i\| \|r_j\| / \sigma_1` with their columns.
     """
-    sides = _Sides(_cores(model))
+    cores = _cores(model)
+    one = cores[0][0].new_ones(1, 1), cores[0][0].new_zeros(1)
+    left, right = [one], [one]
+    for core, log in cores:
+        triangle, before = left[-1]
+        left.append(_triangular((triangle @ core.flatten(1)).reshape(-1, core.shape[2]), log + before))
+    for core, log in reversed(cores):
+        triangle, before = right[-1]
+        right.append(_triangular((core @ triangle.T).flatten(1).T, log + before))
+    right.reverse()
     found: list[ScaledSpectra] = []
     for node in nodes:
         start, stop = _interval(node, model.order)
-        inside, log = sides.between(start, stop)
-        (left, more), (right, extra) = sides.left[start], sides.right[stop]
-        matrix = torch.einsum("tab,ka,mb->tkm", inside, left, right).flatten(1)
-        spread = left.norm(dim=0) @ inside.norm(dim=0) @ right.norm(dim=0)
+        (first, more), (last, extra) = left[start], right[stop]
+        if start == 0:
+            inside, log = left[stop][0].unsqueeze(1), left[stop][1]
+        elif stop == model.order:
+            inside, log = right[start][0].unsqueeze(2), right[start][1]
+        else:
+            inside, log = _triangle_between(cores[start:stop])
+        matrix = torch.einsum("tab,ka,mb->tkm", inside, first, last).flatten(1)
+        spread = first.norm(dim=0) @ inside.norm(dim=0) @ last.norm(dim=0)
         found.append(ScaledSpectra((node,), singular_values(matrix)[None], log + more + extra, spread.reshape(1)))
     return assemble(found, nodes)
 
 
+def _triangle_between(cores: Sequence[Scaled]) -> Scaled:
+    """Triangular factor ``(t, r_start, r_stop)`` of neighbouring cores ``(r, D, s)``, and its logarithm."""
+    core, log = cores[0]
+    width = core.shape[0]
+    rows, log = _triangular(core.transpose(0, 1).flatten(1), log)
+    for core, more in cores[1:]:
+        moved = torch.einsum("tab,bdc->tdac", rows.reshape(len(rows), width, -1), core)
+        rows, log = _triangular(moved.flatten(2).flatten(0, 1), log + more)
+    return rows.reshape(len(rows), width, -1), log
+
+
+@ratios.register
 def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    """Participation ratios at the same groups, from Gramians of the cores."""
+    """At the same groups, from Gramians of the cores."""
     cores = [core for core, _ in _cores(model)]
     left, right = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
     for core in cores:
@@ -83,101 +123,16 @@ def train_ratios(model: TensorTrain, nodes: Sequence[Node]) -> dict[Node, Tensor
     for node in nodes:
         start, stop = _interval(node, model.order)
         if start == 0 or stop == model.order:
-            bond = start or stop
-            products = left[bond] @ right[bond]
+            products = left[start or stop] @ right[start or stop]
         else:
-            products = _between(cores[start:stop], left[start], right[stop])
+            products = _products_between(cores[start:stop], left[start], right[stop])
         found[node] = trace_ratio(products[None])[0]
     return found
 
 
-def tucker_spectra(model: Tucker, nodes: Sequence[Node]) -> NodeSpectra:
-    r"""Spectra of the core times the triangular factors of the matrices, which leave orthonormal columns.
-
-    The condition is :math:`\bigl\| |\mathcal G| \times_1 |S_1| \cdots \times_N |S_N| \bigr\| / \sigma_1`, absolute
-    values by entry and S_n the triangular factors (ours).
-    """
-    core, log = _scaled(model.core.double())
-    triangles: list[Tensor] = []
-    for chain in model.chains:
-        triangle, log = _triangular(float64_weight(chain), log)
-        triangles.append(triangle)
-    tensor, bound = _multiply(core, triangles), _multiply(core.abs(), [triangle.abs() for triangle in triangles])
-    spread = bound.norm().reshape(1)
-    dense = dense_spectra(tensor, nodes)
-    return assemble([ScaledSpectra((node,), values[None], log, spread) for node, values in dense.items()], nodes)
-
-
-def tucker_ratios(model: Tucker, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    r"""Participation ratios from :math:`P = [\![ \mathcal G \times_n V_n^\top V_n ]\!] [\![ \mathcal G ]\!]^\top`."""
-    core, _ = _scaled(model.core.double())
-    factors = [scaled(float64_weight(chain)[None])[0][0] for chain in model.chains]
-    moved = _multiply(core, [factor.T @ factor for factor in factors])
-    found = {}
-    for node in nodes:
-        rest = [mode for mode in range(model.order) if mode not in node]
-        left, right = (t.permute([*node, *rest]).flatten(0, len(node) - 1).flatten(1) for t in (moved, core))
-        products = left @ right.T if left.shape[0] <= left.shape[1] else left.T @ right
-        found[node] = trace_ratio(products[None])[0]
-    return found
-
-
-def matrix_spectra(model: DeepMatrix, nodes: Sequence[Node]) -> NodeSpectra:
-    r"""Spectra of the product, in float64 and divided by a power of two after every layer.
-
-    The condition is :math:`\bigl\| |W_L| \cdots |W_1| \bigr\| / \sigma_1`, absolute values by entry.
-    """
-    product, bound, log = _product(model)
-    values, spread = singular_values(product)[None], bound.norm().reshape(1)
-    return assemble([ScaledSpectra((node,), values, log, spread) for node in nodes], nodes)
-
-
-def matrix_ratio(model: DeepMatrix) -> Tensor:
-    """Participation ratio of the product."""
-    product = _product(model)[0]
-    gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
-    return trace_ratio(gram[None])[0]
-
-
-def _two_sides(node: Node, order: int) -> tuple[Sequence[int], Sequence[int]]:
-    return node, [mode for mode in range(order) if mode not in node]
-
-
-@final
-class _Sides:
-    """Triangular factors of the cores ``(r, D, s)`` up to every bond, from every bond on, and between two."""
-
-    def __init__(self, cores: Sequence[Scaled]) -> None:
-        self._cores = cores
-        one = cores[0][0].new_ones(1, 1), cores[0][0].new_zeros(1)
-        self.left, self.right = [one], [one]
-        for core, log in cores:
-            triangle, before = self.left[-1]
-            self.left.append(_triangular((triangle @ core.flatten(1)).reshape(-1, core.shape[2]), log + before))
-        for core, log in reversed(cores):
-            triangle, before = self.right[-1]
-            self.right.append(_triangular((core @ triangle.T).flatten(1).T, log + before))
-        self.right.reverse()
-
-    def between(self, start: int, stop: int) -> Scaled:
-        """Triangular factor ``(t, r_start, r_stop)`` of the cores between two bonds, and its logarithm."""
-        if start == 0:
-            return self.left[stop][0].unsqueeze(1), self.left[stop][1]
-        if stop == len(self._cores):
-            return self.right[start][0].unsqueeze(2), self.right[start][1]
-        core, log = self._cores[start]
-        width = core.shape[0]
-        rows, log = _triangular(core.transpose(0, 1).flatten(1), log)
-        for core, more in self._cores[start + 1 : stop]:
-            moved = torch.einsum("tab,bdc->tdac", rows.reshape(len(rows), width, -1), core)
-            rows, log = _triangular(moved.flatten(2).flatten(0, 1), log + more)
-        return rows.reshape(len(rows), width, -1), log
-
-
-def _between(cores: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
+def _products_between(cores: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
     """A matrix with the traces of cores between two bonds: from their entries if few, else from their Gramian."""
-    first, last = cores[0].shape[0], cores[-1].shape[2]
-    if math.prod(core.shape[1] for core in cores) <= first * last:
+    if math.prod(core.shape[1] for core in cores) <= cores[0].shape[0] * cores[-1].shape[2]:
         block = cores[0].transpose(0, 1)
         for core in cores[1:]:
             block, _ = _scaled(torch.einsum("tab,bdc->tdac", block, core).flatten(0, 1))
@@ -200,24 +155,6 @@ def _interval(node: Node, order: int) -> tuple[int, int]:
     )
 
 
-def _product(model: DeepMatrix) -> tuple[Tensor, Tensor, Tensor]:
-    """The product, the product of absolute values, and the binary logarithm of their common divisor."""
-    product, log = scaled(model.layers[0].double()[None])
-    bound = product.detach().abs()
-    for layer in list(model.layers)[1:]:
-        weight = layer.double()
-        product, more = scaled(weight @ product)
-        bound, log = weight.detach().abs() @ bound / more.exp2()[:, None, None], log + more
-    return product[0], bound[0], log
-
-
-def _multiply(core: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """The core times a matrix in every mode; each moves its mode from the front to the back."""
-    for matrix in matrices:
-        core = torch.tensordot(core, matrix, dims=([0], [1]))
-    return core
-
-
 def _cores(model: TensorTrain) -> list[Scaled]:
     return [_scaled(float64_weight(chain)) for chain in model.chains]
 
@@ -230,3 +167,76 @@ def _scaled(values: Tensor) -> Scaled:
 def _triangular(matrix: Tensor, log: Tensor) -> Scaled:
     triangle, more = scaled(triangular(matrix[None]))
     return triangle[0], log + more
+
+
+@spectra.register
+def tucker_spectra(model: Tucker, nodes: Sequence[Node]) -> NodeSpectra:
+    r"""Spectra of the core times the triangular factors of the matrices, which leave orthonormal columns.
+
+    The condition is :math:`\bigl\| |\mathcal G| \times_1 |S_1| \cdots \times_N |S_N| \bigr\| / \sigma_1`, absolute
+    values by entry and S_n the triangular factors (ours).
+    """
+    core, log = _scaled(model.core.double())
+    triangles: list[Tensor] = []
+    for chain in model.chains:
+        triangle, log = _triangular(float64_weight(chain), log)
+        triangles.append(triangle)
+    dense = dense_spectra(_multiply(core, triangles), nodes)
+    spread = _multiply(core.abs(), [triangle.abs() for triangle in triangles]).norm().reshape(1)
+    return assemble([ScaledSpectra((node,), values[None], log, spread) for node, values in dense.items()], nodes)
+
+
+@ratios.register
+def tucker_ratios(model: Tucker, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    r"""Participation ratios from :math:`P = [\![ \mathcal G \times_n V_n^\top V_n ]\!] [\![ \mathcal G ]\!]^\top`."""
+    core, _ = _scaled(model.core.double())
+    factors = [scaled(float64_weight(chain)[None])[0][0] for chain in model.chains]
+    moved = _multiply(core, [factor.T @ factor for factor in factors])
+    found = {}
+    for node in nodes:
+        rest = [mode for mode in range(model.order) if mode not in node]
+        left, right = (t.permute([*node, *rest]).flatten(0, len(node) - 1).flatten(1) for t in (moved, core))
+        found[node] = _ratio(left, right)
+    return found
+
+
+def _multiply(core: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """The core times a matrix in every mode; each moves its mode from the front to the back."""
+    for matrix in matrices:
+        core = torch.tensordot(core, matrix, dims=([0], [1]))
+    return core
+
+
+def _ratio(left: Tensor, right: Tensor) -> Tensor:
+    """Participation ratio from the smaller of the two products of matrices of the same shape."""
+    products = left @ right.T if left.shape[0] <= left.shape[1] else left.T @ right
+    return trace_ratio(products[None])[0]
+
+
+@spectra.register
+def matrix_spectra(model: DeepMatrix, nodes: Sequence[Node]) -> NodeSpectra:
+    r"""Spectra of the product, in float64 and divided by a power of two after every layer.
+
+    The condition is :math:`\bigl\| |W_L| \cdots |W_1| \bigr\| / \sigma_1`, absolute values by entry.
+    """
+    product, bound, log = _product(model)
+    values, spread = singular_values(product)[None], bound.norm().reshape(1)
+    return assemble([ScaledSpectra((node,), values, log, spread) for node in nodes], nodes)
+
+
+@ratios.register
+def matrix_ratios(model: DeepMatrix, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    """The participation ratio of the product."""
+    product, _, _ = _product(model)
+    return dict.fromkeys(nodes, _ratio(product, product))
+
+
+def _product(model: DeepMatrix) -> tuple[Tensor, Tensor, Tensor]:
+    """The product, the product of absolute values, and the binary logarithm of their common divisor."""
+    product, log = scaled(model.layers[0].double()[None])
+    bound = product.detach().abs()
+    for layer in list(model.layers)[1:]:
+        weight = layer.double()
+        product, more = scaled(weight @ product)
+        bound, log = weight.detach().abs() @ bound / more.exp2()[:, None, None], log + more
+    return product[0], bound[0], log

@@ -27,9 +27,9 @@ Output = Callable[[Any, Tensor | None], Tensor]
 
 
 @contextmanager
-def _frozen_statistics(model: Model) -> Iterator[None]:
-    """Keep batch normalisations from updating their running statistics and from counting the batch."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+def _statistics(model: Model, update: bool) -> Iterator[None]:
+    """Let batch normalisations update their running statistics and count the batch, or keep them from it."""
+    modules = model.modules() if isinstance(model, nn.Module) and not update else ()
     # in train mode this flag is read for the update alone, whatever the momentum
     tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     try:
@@ -47,17 +47,12 @@ class AbsoluteCosine(Function):
 
     Each gradient is first divided by its largest entry, so that the value is accurate down to denormal numbers. The
     gradient of the cosine grows as one over their norm and is set to zero before it can overflow (1e-31 in float32).
-
-    >>> u, v = torch.tensor([3e-40, 4e-40]), torch.tensor([4e20, 3e20])
-    >>> AbsoluteCosine.apply(u.reshape(1, 1, 1, 2), v.reshape(1, 1, 1, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool))
-    tensor([0.9600])
     """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Absolute cosines ``(B,)`` of ``u`` and ``v`` ``(B, C, H, W)`` on ``mask`` ``(1 or B, 1, H, W)``."""
-        unit_u, norm_u, zero_u = _normalized(u, mask)
-        unit_v, norm_v, zero_v = _normalized(v, mask)
+        (unit_u, norm_u, zero_u), (unit_v, norm_v, zero_v) = _normalized(u, mask), _normalized(v, mask)
         cosine = (unit_u * unit_v).sum((1, 2, 3), keepdim=True).masked_fill(zero_u | zero_v, 0.0)
         ctx.save_for_backward(u, v, mask, norm_u, norm_v, cosine)
         return cosine.abs().flatten()
@@ -68,8 +63,7 @@ class AbsoluteCosine(Function):
         """Gradients with respect to ``u`` and ``v``."""
         u, v, mask, norm_u, norm_v, cosine = ctx.saved_tensors
         (unit_u, _, _), (unit_v, _, _) = _normalized(u, mask), _normalized(v, mask)
-        number = torch.finfo(cosine.dtype)
-        floor = number.tiny / number.eps
+        floor = torch.finfo(cosine.dtype).tiny / torch.finfo(cosine.dtype).eps
         factor = gradient.view_as(cosine) * cosine.sign()
         factor = factor.masked_fill((norm_u < floor) | (norm_v < floor), 0.0)
         by_u = (unit_v - cosine * unit_u) * (factor / norm_u.clamp(min=floor))
@@ -106,9 +100,8 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
         )
     # on other devices this would synchronise, and gather raises an error itself
     if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]:
-        raise ValueError(
-            f"y must lie in 0..{out.shape[1] - 1}, the model's outputs, got {int(y.min())}..{int(y.max())}"
-        )
+        got = f"{int(y.min())}..{int(y.max())}"
+        raise ValueError(f"y must lie in 0..{out.shape[1] - 1}, the model's outputs, got {got}")
     return out.gather(1, y.long().unsqueeze(1)).sum()
 
 
@@ -142,20 +135,6 @@ def _check_differentiable_twice(model: Model, x: Tensor) -> None:
         raise ValueError("float16 overflows in the second derivatives: use bf16 (precision='bf16-mixed') or float32")
 
 
-def _input_gradient(
-    model: Model, x: Tensor, y: Tensor | None, output: Output | None, *, fast: bool, create_graph: bool, ours: bool
-) -> tuple[Any, Tensor]:
-    """The output, and the gradient of its summed score with respect to ``x``: a leaf read only here (ours), or not."""
-    mode = FastDoubleBackward(x if ours else None)
-    # only torch's plain attention can be differentiated twice
-    attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-    with attention, mode if fast and create_graph else nullcontext():
-        out = model(x)
-    with mode.inputs_only():
-        (gradient,) = torch.autograd.grad(_score(out, y, output, len(x)), x, create_graph=create_graph)
-    return out, gradient
-
-
 def _with_output(
     model: Model,
     x: Tensor,
@@ -169,16 +148,26 @@ def _with_output(
     create_graph: bool = True,
 ) -> tuple[Any, Tensor]:
     """The model's output on ``x`` and the mean absolute cosine; ``update_statistics`` of the passes on x and on x'."""
+
+    def input_gradient(x: Tensor, leaf: bool, update: bool) -> tuple[Any, Tensor]:
+        mode = FastDoubleBackward(x if leaf else None)
+        # only torch's plain attention can be differentiated twice
+        attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+        with _statistics(model, update):
+            with attention, mode if fast else nullcontext():
+                out = model(x)
+            with mode.inputs_only():
+                (gradient,) = torch.autograd.grad(_score(out, y, output, len(x)), x, create_graph=create_graph)
+        return out, gradient
+
     # a view keeps the graph behind x
-    ours = not (create_graph and x.requires_grad)
-    first = x.detach().requires_grad_() if ours else x.view_as(x)
+    leaf = not (create_graph and x.requires_grad)
+    first = x.detach().requires_grad_() if leaf else x.view_as(x)
     with torch.no_grad():
         # out=: keeps the memory format of x
         second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
-    with nullcontext() if update_statistics[0] else _frozen_statistics(model):
-        out, u = _input_gradient(model, first, y, output, fast=fast, create_graph=create_graph, ours=ours)
-    with nullcontext() if update_statistics[1] else _frozen_statistics(model):
-        _, v = _input_gradient(model, second, y, output, fast=fast, create_graph=create_graph, ours=True)
+    out, u = input_gradient(first, leaf, update_statistics[0])
+    _, v = input_gradient(second, True, update_statistics[1])
     return out, AbsoluteCosine.apply(u, v, pair.i).mean()
 
 
@@ -188,7 +177,7 @@ def _as_mask(box: Box | Tensor, name: str, x: Tensor) -> Tensor:
         if len(box) != 4:
             raise ValueError(f"{name} must be (top, left, height, width) in pixels or a boolean mask, got {box}")
         check_boxes([box], height, width, name)
-        return box_mask(box, height, width, x.device)
+        return box_mask(box, x)
     mask = box.reshape(1, 1, *box.shape) if box.dim() == 2 else box
     if mask.dtype is not torch.bool or mask.shape not in ((1, 1, height, width), (batch, 1, height, width)):
         raise ValueError(
@@ -215,15 +204,14 @@ def input_gradient_change(
     r"""Similarity of the input gradients at patch I before and after patch J is replaced: 1 unchanged, lower changed.
 
     ``R = mean_b |cos(grad_{x_I} f(x_b), grad_{x_I} f(x'_b))|``, with ``x'_b`` the sample ``x_b`` whose patch J is
-    taken from its donor, and f the logit of ``(B,)`` or ``(B, 1)`` outputs, the logit of the true class of
-    ``(B, K)`` outputs, or ``output``. R is 1 if f is a sum or a product of a function of I and one of J. It is
-    differentiable with respect to the parameters (reverse over reverse), 0 with zero gradient if a gradient vanishes,
-    and not finite if a gradient is not finite. Source: "Implicit Regularization in Hierarchical Tensor Factorization
-    and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022).
+    taken from its donor, and f the logit of ``(B,)`` or ``(B, 1)`` outputs, that of the true class of ``(B, K)``
+    outputs, or ``output``. R is 1 if f is a sum or a product of a function of I and one of J. It is differentiable with
+    respect to the parameters, 0 with zero gradient if a gradient vanishes, and not finite if a gradient is not finite.
+    Source: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
+    (Razin, Maman, Cohen, 2022).
 
     Args:
-        model: Network or function of ``x``. Its forward pass on ``x`` repeats the caller's and never updates the
-            running statistics of batch normalisation.
+        model: Network or function of ``x``.
         x: Images ``(B, C, H, W)``; neither they nor their ``grad`` are changed.
         y: Labels ``(B,)``, required for multi-class outputs.
         box_i: Where gradients are compared: ``(top, left, height, width)`` in pixels, or a boolean mask ``(H, W)``,
@@ -232,13 +220,13 @@ def input_gradient_change(
         donor: For every sample the index of the one whose patch J it takes, int64 ``(B,)``.
         output: f as a function of the model's output and y, one number per sample.
         update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation (as
-            published).
-        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding; see
-            :class:`~lightning_locality.regularizer.double_backward.FastDoubleBackward`. False: torch's own.
+            published); that on x, which repeats the caller's, never does.
+        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding; False:
+            torch's own.
 
     Raises:
         ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
-            SyncBatchNorm or FSDP, which cannot be differentiated twice.
+            SyncBatchNorm, FSDP or a compiled module, which cannot be differentiated twice.
 
     >>> model = lambda x: (x[..., :2] * x[..., 2:]).sum((1, 2, 3))
     >>> x = torch.tensor([[1.0, 1.0, 3.0, 4.0], [1.0, 1.0, 4.0, 3.0]]).reshape(2, 1, 1, 4)
@@ -268,8 +256,8 @@ class AntiLocality(nn.Module):
 
     Args:
         patches: Rule by which I and J are sampled.
-        donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": the samples
-            are arranged in a random circle and each takes that of the next, so that none is its own donor.
+        donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": of the next one
+            in a random circle of the samples, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
         update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
@@ -328,8 +316,7 @@ class AntiLocality(nn.Module):
             x, y = x.detach().clone(), None if y is None else y.detach().clone()
             pair, donated = self._draw(x, generator, "measurement")
             options: dict[str, Any] = {"fast": False, "update_statistics": (False, False), "create_graph": False}
-            _, value = _with_output(model, x, y, pair, donated, self.output, **options)
-        return value.detach()
+            return _with_output(model, x, y, pair, donated, self.output, **options)[1].detach()
 
     def _training(
         self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, update_first: bool

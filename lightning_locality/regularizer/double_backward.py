@@ -9,7 +9,7 @@ __all__: list[str] = []
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,17 @@ from torch.overrides import TorchFunctionMode
 _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
 
-class _Geometry(NamedTuple):
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
+    """Geometry: stride, padding, dilation, whether transposed, padding of the output, groups."""
+    out: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
+    return out
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        zero = [0] * len(self.stride)
-        where = (self.stride, self.padding, self.dilation, False, zero, self.groups)
-        out: Tensor = torch.ops.aten.convolution(x, weight, bias, *where)
-        return out
 
-    def backward(
-        self, g: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        zero, size = [0] * len(self.stride), [weight.shape[0]]
-        where = (self.stride, self.padding, self.dilation, False, zero, self.groups)
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(g, x, weight, size, *where, list(mask))
-        return grad_x, grad_weight, grad_bias
+def _convolve_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients with respect to input, weight and bias, None where the mask is False."""
+    return tuple(torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, list(mask)))
 
 
 class _Convolution(Function):
@@ -50,19 +42,18 @@ class _Convolution(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: _Geometry,
+        geometry: Any,
         mode: FastDoubleBackward,
         is_input: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.mode, ctx.is_input = geometry, mode, is_input
-        return geometry.forward(x, weight, bias)
+        return _convolve(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        last = not ctx.mode.only_inputs
+        (need_x, need_weight, need_bias), last = ctx.needs_input_grad[:3], not ctx.mode.only_inputs
         # the network's input is our own leaf: its gradient is not read after the input gradients are taken
         mask = (need_x and not (last and ctx.is_input), need_weight and last, need_bias and last)
         return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
@@ -71,45 +62,40 @@ class _Convolution(Function):
 class _ConvolutionBackward(Function):
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, mask: tuple[bool, bool, bool]
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         ctx.save_for_backward(g, x, weight)
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
-        return geometry.backward(g, x, weight, mask)
+        return _convolve_backward(g, x, weight, geometry, mask)
 
     @staticmethod
     def backward(
         ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         g, x, weight = ctx.saved_tensors
-        geometry: _Geometry = ctx.geometry
-        need_g, need_x, need_weight = ctx.needs_input_grad[:3]
+        geometry, (need_g, need_x, need_weight) = ctx.geometry, ctx.needs_input_grad[:3]
         parts = []
         if v is not None:
-            parts.append(geometry.forward(v, weight))
+            parts.append(_convolve(v, weight, None, geometry))
         if v_weight is not None:
-            parts.append(geometry.forward(x, v_weight))
+            parts.append(_convolve(x, v_weight, None, geometry))
         if v_bias is not None:
-            parts.append(v_bias.reshape(-1, *[1] * len(geometry.stride)).expand_as(g))
+            parts.append(v_bias.reshape(-1, *[1] * (g.dim() - 2)).expand_as(g))
         grad_g = sum(parts[1:], parts[0]) if need_g and parts else None
         grad_x = grad_weight = None
         if v_weight is not None and need_x:
-            grad_x = geometry.backward(g, x, v_weight, (True, False, False))[0]
+            grad_x = _convolve_backward(g, x, v_weight, geometry, (True, False, False))[0]
         if v is not None and need_weight:
             # torch uses a convolution with a kernel as large as the image here; this is the usual weight gradient
-            grad_weight = geometry.backward(g, v, weight, (False, True, False))[1]
+            grad_weight = _convolve_backward(g, v, weight, geometry, (False, True, False))[1]
         return grad_g, grad_x, grad_weight, None, None
-
-
-_Running = tuple[Tensor | None, Tensor | None, float, float]
-"""Running mean and variance, momentum and epsilon."""
 
 
 class _BatchNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, running: _Running) -> Tensor:
-        mean, var, momentum, eps = running
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+        mean, var, momentum, eps = options
         out, mean, rstd, reserve, kind = torch.ops.aten._batch_norm_impl_index(
             x, weight, bias, mean, var, True, momentum, eps, torch.backends.cudnn.enabled
         )
@@ -138,19 +124,10 @@ class _BatchNormBackward(Function):
     r"""``γ σ (g - mean(g) - x_hat mean(g x_hat))`` and its derivatives with respect to ``g``, ``x`` and ``γ``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        reserve: Tensor,
-        kind: int,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_x, sum_gx, sum_g = _batch_norm_backward(g, (x, weight, mean, rstd, reserve), kind, eps)
-        ctx.save_for_backward(g, x, weight, mean, rstd, reserve, sum_gx, sum_g)
+    def forward(ctx: Any, g: Tensor, *saved_kind_eps: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *saved, kind, eps = saved_kind_eps
+        grad_x, sum_gx, sum_g = _batch_norm_backward(g, saved, kind, eps)
+        ctx.save_for_backward(g, *saved, sum_gx, sum_g)
         ctx.kind, ctx.eps = kind, eps
         ctx.set_materialize_grads(False)
         return grad_x, sum_gx, sum_g
@@ -167,9 +144,10 @@ class _BatchNormBackward(Function):
             )
         if v is None:
             return (None,) * 8
-        g, x, weight, mean, rstd, reserve, sum_gx, sum_g = ctx.saved_tensors
+        g, *saved, sum_gx, sum_g = ctx.saved_tensors
+        x, weight, mean, rstd, _ = saved
         # linear and symmetric in g: its derivative with respect to g applied to v is the same map of v
-        grad_g, sum_vx, sum_v = _batch_norm_backward(v, (x, weight, mean, rstd, reserve), ctx.kind, ctx.eps)
+        grad_g, sum_vx, sum_v = _batch_norm_backward(v, saved, ctx.kind, ctx.eps)
         accumulate = torch.promote_types(x.dtype, torch.float32)
         weight_, mean, rstd, sum_gx, sum_g, sum_vx, sum_v = (
             t.to(accumulate) for t in (weight, mean, rstd, sum_gx, sum_g, sum_vx, sum_v)
@@ -199,28 +177,13 @@ class FastDoubleBackward(TorchFunctionMode):
     The results equal torch's up to rounding. Torch's second derivative of a convolution uses one with a kernel as
     large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight gradient,
     and two fused and three elementwise passes. Everything else (transposed convolutions, padding given as a word,
-    tensor subclasses, other layers) is passed on to torch. Third derivatives through batch normalisation raise an
-    error.
-
-    Args:
-        x: Input of the network, a leaf whose gradient is read only in :meth:`inputs_only`: its gradient is not
-            computed again in the last backward pass. None if it may be read elsewhere.
-
-    >>> convolution = torch.nn.Conv2d(1, 2, 3)
-    >>> x = torch.ones(1, 1, 4, 4, requires_grad=True)
-    >>> with FastDoubleBackward() as fast:
-    ...     out = convolution(x)
-    >>> with fast.inputs_only():
-    ...     gradient, = torch.autograd.grad(out.sum(), x, create_graph=True)
-    >>> gradient[0, 0, 0, 0].backward()
-    >>> convolution.weight.grad[:, 0, 0].tolist()
-    [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    tensor subclasses, other layers) is passed on to torch. If ``x``, the network's input, is a leaf whose gradient is
+    read only in :meth:`inputs_only`, that gradient is not computed again in the last backward pass.
     """
 
     def __init__(self, x: Tensor | None = None) -> None:
         super().__init__()
-        self.x = x
-        self.only_inputs = False
+        self.x, self.only_inputs = x, False
 
     @contextmanager
     def inputs_only(self) -> Iterator[None]:
@@ -235,12 +198,11 @@ class FastDoubleBackward(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace the known calls, pass on the others."""
-        kwargs = kwargs or {}
-        out = None
+        kwargs, out = kwargs or {}, None
         if func in _CONVOLUTIONS:
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
         elif func is F.batch_norm:
-            out = self._batch_norm(*args, **kwargs)
+            out = _batch_norm(*args, **kwargs)
         return func(*args, **kwargs) if out is None else out
 
     def _convolution(
@@ -260,35 +222,32 @@ class FastDoubleBackward(TorchFunctionMode):
         stride, padding, dilation = (
             [n] * axes if isinstance(n, int) else [*n] * (axes // len(n)) for n in (stride, padding, dilation)
         )
-        geometry = _Geometry(stride, padding, dilation, groups)
-        is_input = input is self.x
-        device = input.device.type
+        geometry = (stride, padding, dilation, False, [0] * axes, groups)
+        is_input, device = input is self.x, input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
             out: Tensor = _Convolution.apply(input, weight, bias, geometry, self, is_input)
         return out
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor | None:
-        # one value per channel is an error that torch explains well
-        if not training or weight is None or input.dim() < 2 or input.numel() <= input.shape[1]:
-            return None
-        if not _are_plain(input, weight, bias):
-            return None
-        out: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps))
-        return out
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    # one value per channel is an error that torch explains well
+    several = input.dim() >= 2 and input.numel() > input.shape[1]
+    if not (training and several and weight is not None and _are_plain(input, weight, bias)):
+        return None
+    out: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps))
+    return out
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:

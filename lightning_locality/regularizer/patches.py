@@ -50,24 +50,22 @@ class AbstractPatches(ABC):
         """
 
 
-def box_mask(boxes: Sequence[Tensor | int], height: int, width: int, device: torch.device) -> Tensor:
-    """Masks ``(N, 1, H, W)`` of the boxes ``(top, left, height, width)``, each a number or a tensor ``(N,)``."""
+def box_mask(boxes: Sequence[Tensor | int], image: Tensor) -> Tensor:
+    """Masks ``(N, 1, H, W)`` of boxes ``(top, left, height, width)``, numbers or ``(N,)``, in images of this size."""
     # non_blocking: copying a few numbers must not synchronise with the device
-    columns = (torch.as_tensor(number).to(device, non_blocking=True).reshape(-1, 1) for number in boxes)
-    top, left, tall, wide = columns
-    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    top, left, tall, wide = (torch.as_tensor(n).to(image.device, non_blocking=True).reshape(-1, 1) for n in boxes)
+    y, x = (torch.arange(n, device=image.device) for n in image.shape[-2:])
     rows = (y >= top) & (y < top + tall)
     return (rows.unsqueeze(2) & ((x >= left) & (x < left + wide)).unsqueeze(1)).unsqueeze(1)
 
 
 def check_boxes(boxes: Sequence[Box], height: int, width: int, name: str = "boxes") -> None:
     """Raise ValueError unless the boxes lie inside the image and do not overlap."""
-    for box in boxes:
-        top, left, tall, wide = box
+    for top, left, tall, wide in boxes:
         if min(top, left) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width:
             raise ValueError(
-                f"{name}: (top, left, height, width) = {tuple(box)} is not a box inside an image of {height} x {width} "
-                "pixels; top and left count from 0, height and width from 1"
+                f"{name}: (top, left, height, width) = {top, left, tall, wide} is not a box inside an image of "
+                f"{height} x {width} pixels; top and left count from 0, height and width from 1"
             )
     for a, b in combinations(boxes, 2):
         if a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]:
@@ -110,10 +108,8 @@ def _uniform_integers(low: Tensor | int, high: Tensor | int, number: int, genera
 
 
 def _outside(window: Sequence[Tensor], hole: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions ``(N,)``, uniform over a window without a hole; both ``(top, bottom, left, right)``, included.
-
-    Positions are numbered row by row, first the rows without the hole, then what the hole leaves of the others.
-    """
+    """Positions ``(N,)``, uniform over a window without a hole; both ``(top, bottom, left, right)``, included."""
+    # positions are numbered row by row, first the rows without the hole, then what the hole leaves of the others
     top, bottom, left, right = window
     hole_top, hole_bottom = torch.maximum(hole[0], top), torch.minimum(hole[1], bottom)
     hole_left, hole_right = torch.maximum(hole[2], left), torch.minimum(hole[3], right)
@@ -122,7 +118,6 @@ def _outside(window: Sequence[Tensor], hole: Sequence[Tensor], generator: torch.
     rows, columns = bottom - top + 1, right - left + 1
     full = (rows - hole_rows) * columns
     index = _uniform_integers(0, full + hole_rows * (columns - hole_columns) - 1, len(rows), generator)
-
     row = index.div(columns, rounding_mode="floor") + top
     full_row = torch.where((hole_rows > 0) & (row >= hole_top), row + hole_rows, row)
     remaining = (columns - hole_columns).clamp(min=1)
@@ -143,15 +138,11 @@ def _uniform_pair(
     without_partner = (height - size - reach + 1, reach - 1, width - size - reach + 1, reach - 1)
     i = _outside(window, without_partner, generator)
     if adjacent:
-        window = (
-            (i[0] - size).clamp(min=0),
-            torch.minimum(i[0] + size, window[1]),
-            (i[1] - size).clamp(min=0),
-            torch.minimum(i[1] + size, window[3]),
-        )
+        top, left = ((corner - size).clamp(min=0) for corner in i)
+        window = (top, torch.minimum(i[0] + size, window[1]), left, torch.minimum(i[1] + size, window[3]))
     near = (i[0] - reach + 1, i[0] + reach - 1, i[1] - reach + 1, i[1] + reach - 1)
     j = _outside(window, near, generator)
-    return PatchPair(*(box_mask((*corner, size, size), height, width, x.device) for corner in (i, j)))
+    return PatchPair(*(box_mask((*corner, size, size), x) for corner in (i, j)))
 
 
 def _content(x: Tensor, donated: Tensor, size: int) -> Tensor:
@@ -196,8 +187,8 @@ class GivenPatches(AbstractPatches):
     (Razin, Maman, Cohen, 2022), the IsSameClass experiment: the boxes are the two images.
 
     Args:
-        boxes: Two or more disjoint boxes ``(top, left, height, width)`` in pixels; None: :meth:`bind` supplies them
-            later (the classification task binds the boxes of its data).
+        boxes: Two or more disjoint boxes ``(top, left, height, width)`` in pixels; None: those of the data, which the
+            classification task binds.
 
     Raises:
         ValueError: Fewer than two boxes, boxes that overlap or leave the image, or a draw without boxes.
@@ -209,8 +200,8 @@ class GivenPatches(AbstractPatches):
     """
 
     def __init__(self, boxes: Sequence[Box] | None = None) -> None:
-        self.given = False
         self.boxes: list[Box] | None = None
+        self.given = False
         if boxes is not None:
             self.bind(boxes)
             self.given = True
@@ -230,10 +221,9 @@ class GivenPatches(AbstractPatches):
         """Two of the boxes, for the whole batch."""
         if self.boxes is None:
             raise ValueError("GivenPatches has no boxes: pass boxes=[...], or call bind(boxes) before the first draw")
-        height, width = x.shape[-2:]
-        check_boxes(self.boxes, height, width)
-        i, j = torch.randperm(len(self.boxes), generator=generator)[:2].tolist()
-        return PatchPair(*(box_mask(self.boxes[k], height, width, x.device) for k in (i, j)))
+        check_boxes(self.boxes, *x.shape[-2:])
+        chosen = torch.randperm(len(self.boxes), generator=generator)[:2].tolist()
+        return PatchPair(*(box_mask(self.boxes[k], x) for k in chosen))
 
 
 @final
@@ -254,8 +244,8 @@ class UniformPatches(AbstractPatches):
     """
 
     def __init__(self, size: int = 2, distance: int = 0, per_sample: bool = False) -> None:
-        self.size, self.per_sample = _check_size(size), per_sample
-        self.distance = _check_range(distance, "distance")[0]
+        self.size, self.distance = _check_size(size), _check_range(distance, "distance")[0]
+        self.per_sample = per_sample
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
         """One pair, or one per sample."""
@@ -340,17 +330,14 @@ class ContentPatches(AbstractPatches):
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
         """One pair per sample."""
-        height, width = x.shape[-2:]
-        _check_fit(self.size, self.distance, height, width)
+        _check_fit(self.size, self.distance, *x.shape[-2:])
         content = _content(x, donated, self.size)
         reach = self.size + self.distance
         top, left = _by_content(content, _with_room(content, reach), generator)
-        row, column = (torch.arange(n, device=x.device) for n in content.shape[1:])
-        far_rows = (row - top.unsqueeze(1)).abs() >= reach
-        far_columns = (column - left.unsqueeze(1)).abs() >= reach
-        i = _by_content(content, far_rows.unsqueeze(2) | far_columns.unsqueeze(1), generator)
-        masks = (box_mask((*corner, self.size, self.size), height, width, x.device) for corner in (i, (top, left)))
-        return PatchPair(*masks)
+        side = 2 * reach - 1
+        near = box_mask((top - reach + 1, left - reach + 1, side, side), content).squeeze(1)
+        i = _by_content(content, ~near, generator)
+        return PatchPair(*(box_mask((*corner, self.size, self.size), x) for corner in (i, (top, left))))
 
 
 @final
@@ -362,8 +349,7 @@ class FarField(AbstractPatches):
     Args:
         size: Side of J, in pixels; about that of an object.
         distance: Minimum gap between J and a pixel of I, in pixels: a number, or a range to sample it from, in which
-            None stands for the largest at which the far side still has room for a box as wide as J, which is
-            ``max(H, W) - 2 size``.
+            None is the largest that leaves room for a box as wide as J on the far side, ``max(H, W) - 2 size``.
 
     Raises:
         ValueError: Sizes or distances that are negative or do not fit the image.
@@ -394,5 +380,5 @@ class FarField(AbstractPatches):
         # a position leaves a pixel beyond the gap exactly if the box can move by more than the gap
         top, left = _by_content(content, _with_room(content, distance + 1), generator)
         side = self.size + 2 * distance
-        near = box_mask((top - distance, left - distance, side, side), height, width, x.device)
-        return PatchPair(~near, box_mask((top, left, self.size, self.size), height, width, x.device))
+        near = box_mask((top - distance, left - distance, side, side), x)
+        return PatchPair(~near, box_mask((top, left, self.size, self.size), x))

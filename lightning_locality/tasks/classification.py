@@ -144,9 +144,8 @@ class Classification(LightningModule):
             # "disable": checking for NaN would synchronise with the device at every step; torchmetrics 1.9 then drops
             # weights, so means over batches are given one value per sample
             loss, regularizer = (MeanMetric(nan_strategy="disable") for _ in range(2))
-            self.metrics[f"{stage}_metrics"] = nn.ModuleDict(
-                {"loss": loss, "accuracy": accuracy, "regularizer": regularizer}
-            )
+            own = {"loss": loss, "accuracy": accuracy, "regularizer": regularizer}
+            self.metrics[f"{stage}_metrics"] = nn.ModuleDict(own)
 
     def configure_model(self) -> None:
         """Adapt the first layer, the head and the metrics to the data, before a checkpoint is loaded."""

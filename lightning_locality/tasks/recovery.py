@@ -245,14 +245,9 @@ class Recovery(LightningModule):
                 f"{self.below} measurements"
             )
 
-    def validation_step(self, batch: RecoveryBatch, batch_idx: int) -> None:
-        """Measure."""
-        self._evaluate(batch)
-
     def test_step(self, batch: RecoveryBatch, batch_idx: int) -> None:
         """Measure."""
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: RecoveryBatch) -> None:
         self._problem(batch)
         self.log_dict({"iteration": float(self.iteration), **self.measurements.row()}, batch_size=1)
+
+    validation_step = test_step

@@ -19,6 +19,7 @@ from lightning_locality.tensors.factorization import Entries, Factorization, Obs
 
 LossName = Literal["mse", "half_sse", "l1", "huber"]
 Route = Literal["auto", "tensor", "entries"]
+_ALL = slice(None)
 # entries of the largest tensor that is materialised
 LARGEST_DENSE = 2**22
 # a matrix product computes an entry of the whole tensor far more cheaply than a gather computes a single one
@@ -105,10 +106,8 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.values)
 
-    def predict(self, rows: Tensor | slice | None = None) -> Tensor:
+    def predict(self, rows: Tensor | slice = _ALL) -> Tensor:
         """Predict some observations, or all, without the whole tensor."""
-        if rows is None:
-            rows = slice(None)
         if self.indices is not None:
             chosen = self.indices[rows] if isinstance(rows, slice) else self.indices.index_select(0, rows)
             return self.model.entries(chosen)
@@ -202,16 +201,16 @@ class Objective:
             return pullback(self._slope.view(tensor.shape)), self.loss.total(residual) if with_value else None
         rows = self._rows(iteration)
         prediction = self.observed.predict(rows)
-        residual = prediction.detach() - (self.observed.values if rows is None else self.observed.values[rows])
+        residual = prediction.detach() - (self.observed.values if rows is _ALL else self.observed.values[rows])
         slope = self.loss.slope(residual) * self.loss.factor(len(residual))
         if with_value:
             value = self.loss.total(residual)
         return torch.autograd.grad(prediction, self.weights, slope), value
 
-    def _rows(self, iteration: int) -> Tensor | None:
+    def _rows(self, iteration: int) -> Tensor | slice:
         """Return the observations of an iteration, a function of its number alone."""
         if self.batch_size is None or self.batch_size >= len(self.observed):
-            return None
+            return _ALL
         batches = -(-len(self.observed) // self.batch_size)
         number, place = divmod(iteration, batches)
         if self._order[0] != number:

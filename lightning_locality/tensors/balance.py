@@ -11,17 +11,11 @@ from torch import Tensor
 
 from lightning_locality.tensors.contraction import NodeGroup
 
+_MAX_SWEEPS = 2000
+
 
 def balanced_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Factor a product ``(M, K) (K, N)`` into L, R of least norm, which have :math:`L^\top L = R R^\top`.
-
-    From the singular value decomposition of the product, padded with zeros.
-
-    Example:
-        >>> left, right = balanced_pair(torch.tensor([[8.0]]), torch.tensor([[2.0]]))
-        >>> left.abs().item(), right.abs().item()
-        (4.0, 4.0)
-    """
+    r"""Factor a product ``(M, K) (K, N)`` into L, R of least norm, which have :math:`L^\top L = R R^\top`."""
     # reduced to triangular factors: the product itself may be large
     left_basis, left_triangle = torch.linalg.qr(left)
     right_basis, right_triangle = torch.linalg.qr(right.T)
@@ -38,17 +32,10 @@ def balance_neighbours(
 ) -> tuple[Tensor, Tensor, float]:
     r"""Balance two factors that share an index of size K; return them and their relative imbalance before.
 
-    If both are single matrices, their Gramians are made equal by :func:`balanced_pair`. If their columns or rows are
-    chains of p and q factors of equal norm, whose norms are l and r, they are scaled by c and 1 / c with
-    :math:`\sum_i (c\, l_i)^{2/p} = \sum_j (r_j / c)^{2/q}`, the squared norms of one factor of each chain; by zero if
-    one side is zero.
-
-    Args:
-        left: ``(M, K)``.
-        right: ``(K, N)``.
-        norms: l ``(I, K)`` and r ``(J, K)``.
-        degrees: p and q.
-        squares: The two sums at c = 1, ``(K,)``, to measure imbalance.
+    Two single matrices ``(M, K)`` and ``(K, N)`` get equal Gramians. Columns and rows that are chains of p and q
+    factors of equal norm (the degrees), with norms l ``(I, K)`` and r ``(J, K)``, are scaled by c and 1 / c with
+    :math:`\sum_i (c\, l_i)^{2/p} = \sum_j (r_j / c)^{2/q}`, or by zero if one side is zero; ``squares`` holds the two
+    sums at c = 1, ``(K,)``.
     """
     if degrees == (1, 1):
         gap = left.T @ left - right @ right.T
@@ -64,21 +51,16 @@ def balance_neighbours(
     return left, right, float(gap.abs().max() / (squares[0].max() + squares[1].max() + 1e-300))
 
 
-def balance_cyclically(sweep: Callable[[], float], tolerance: float = 1e-15, max_sweeps: int = 2000) -> None:
-    """Repeat a sweep, which returns the largest relative imbalance it met, until that is zero or stops falling.
-
-    Every sweep keeps the tensor, so stopping early costs only precision.
-    """
+def balance_cyclically(sweep: Callable[[], float], max_sweeps: int = _MAX_SWEEPS) -> None:
+    """Repeat a sweep, which returns the largest relative imbalance it met, until that is zero or stops falling."""
     before = float("inf")
+    # every sweep keeps the tensor, so stopping early costs only precision
     for _ in range(max_sweeps):
         met = sweep()
         # below 1e-12 there are rounding errors, which need not decrease
-        if met <= tolerance or (met < 1e-12 and met >= before):
+        if met <= 1e-15 or (met < 1e-12 and met >= before):
             return
         before = met
-
-
-_MAX_SWEEPS = 2000
 
 
 def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
@@ -89,13 +71,8 @@ def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
     for the local components of one node after the other, repeatedly: scaling a component changes the norms of its
     neighbours, and the sweeps converge linearly. At a balanced point the matrices of all nodes have the same Frobenius
     norm; setting that before each sweep spares the many sweeps that would carry it through the tree. A component with
-    a zero vector becomes zero altogether. The method is ours.
-
-    Args:
-        groups: Children before parents, without chains.
-
-    Returns:
-        Weights of every group ``(n, R_node or D, R_parent)`` in float64.
+    a zero vector becomes zero altogether. The method is ours. Groups come children before parents, without chains;
+    the weights are in float64.
     """
     groups = list(groups)
     weights = [group.weight().detach().double().clone() for group in groups]
@@ -104,7 +81,7 @@ def balance_components(groups: Iterable[NodeGroup]) -> list[Tensor]:
         for k, group in enumerate(groups):
             if group.leaf:
                 continue
-            columns = [weights[source].norm(dim=1) if source in group.sources else None for source in range(k)]
+            columns = {source: weights[source].norm(dim=1) for source in group.sources}
             logs = torch.stack([weights[k].norm(dim=2), *group.gather(columns)]).log()
             target = logs.mean(0)
             alive = target > -torch.inf

@@ -19,7 +19,9 @@ class Chain(nn.Module):
     At depth 1 the columns are the parameters themselves. One chain per column is the parameterisation of the
     authors' code for deep Tucker (Hariz, Kadri, Ayache, Moakher, Artières, 2024); for CP it is our reading of
     *Implicit Regularization with Polynomial Growth in Deep Tensor Factorization* (Hariz, Kadri, Ayache, Moakher,
-    Artières, 2022), whose exact model we have not seen.
+    Artières, 2022), and for tensor trains and local components our choice. Of that model, and of the deep Tucker and
+    tensor train of *Implicit Regularization in Deep Tensor Factorization* (Milanesi, Kadri, Ayache, Artières, 2021),
+    we have not seen the exact parameterisation.
 
     Gradient flow conserves :math:`A_j^\top A_j - A_{j+1} A_{j+1}^\top` (with :math:`A_{k+1} = u`) in every chain. If
     these are zero, every matrix of the chain has rank one and the norm of u.
@@ -32,11 +34,8 @@ class Chain(nn.Module):
         ValueError: Depth below 1.
 
     Example:
-        >>> chain = Chain((3, 2), depth=2)
-        >>> [tuple(p.shape) for p in chain.parameters()]
+        >>> [tuple(p.shape) for p in Chain((3, 2), depth=2).parameters()]
         [(3, 2), (1, 2, 3, 3)]
-        >>> chain().shape
-        torch.Size([3, 2])
     """
 
     matrices: Tensor | None
@@ -82,7 +81,7 @@ class Chain(nn.Module):
                 self.matrices[-1 - place].copy_(torch.einsum("...ic,...jc->...cij", scale * left, right))
 
     def log_norms(self) -> Tensor:
-        """Natural logarithms of the norms of the columns ``(..., R)``, in float64; -inf for zero."""
+        """Logarithms of the norms of the columns ``(..., R)``, in float64; -inf for zero."""
         return cast(Tensor, self().double().norm(dim=-2).log())
 
     def squared_norms(self) -> Tensor:

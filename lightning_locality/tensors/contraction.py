@@ -16,31 +16,26 @@ from torch import Tensor, nn
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
-# tensors with more entries are never formed; larger sizes count as equal when nodes are grouped
-MAX_ENTRIES = 2**32
+# entries of the largest tensor that is formed; larger sizes count as equal when nodes are grouped
+MAX_SIZE = 2**32
+# outputs by number of the group, in any collection
+Outputs = Sequence[Tensor] | Mapping[int, Tensor]
+PerNode = Mapping[Node, int]
 
 
 @final
 class NodeGroup(nn.Module):
     """Nodes of the same height, in depth-first order, whose weights and whose children's sizes agree.
 
-    Args:
-        nodes: The nodes.
-        sizes: Number of entries under each child; for a leaf, its own.
-        sources: Group and position therein of every child, node by node; empty for leaves.
-        lengths: Number of nodes of every earlier group.
-        chain: The weights ``(n, R_node or D, R_parent)``, or ``(1, ...)`` if the nodes share them.
+    ``sizes`` are the numbers of entries under each child, or that of a leaf; ``sources`` the group and the position
+    therein of every child, node by node, empty for leaves; ``lengths`` the numbers of nodes of all groups; the weights
+    in ``chain`` are ``(n, R_node or D, R_parent)``, or ``(1, ...)`` if the nodes share them.
     """
 
     modes: Tensor
 
     def __init__(
-        self,
-        nodes: Sequence[Node],
-        sizes: tuple[int, ...],
-        sources: Sequence[tuple[int, int]],
-        lengths: Sequence[int],
-        chain: Chain,
+        self, nodes: Sequence[Node], sizes: Node, sources: Sequence[tuple[int, int]], lengths: list[int], chain: Chain
     ) -> None:
         super().__init__()
         self.nodes, self.sizes, self.size, self.chain = tuple(nodes), sizes, math.prod(sizes), chain
@@ -62,23 +57,40 @@ class NodeGroup(nn.Module):
 
     def weight(self) -> Tensor:
         """The weights ``(n, R_node or D, R_parent)``."""
-        weight: Tensor = self.chain()
-        return weight.expand(len(self.nodes), -1, -1)
+        return cast(Tensor, self.chain().expand(len(self.nodes), -1, -1))
 
-    def gather(self, outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    def gather(self, outputs: Outputs) -> list[Tensor]:
         """Gather outputs ``(n', ...)`` of earlier groups for the children: one ``(n, ...)`` per child."""
         if self.aligned:
-            output = _present(outputs[self.sources[0]])
+            output = outputs[self.sources[0]]
             return list(output.reshape(len(self.nodes), len(self.sizes), *output.shape[1:]).unbind(1))
         gathered = []
         for child, groups in enumerate(self.sources_of_child):
-            found = [_present(outputs[group]) for group in groups]
-            joined = found[0] if len(found) == 1 else torch.cat(found)
+            joined = outputs[groups[0]] if len(groups) == 1 else torch.cat([outputs[group] for group in groups])
             gathered.append(joined.index_select(0, self.get_buffer(f"places_{child}")))
         return gathered
 
+    def product(self, outputs: Outputs) -> Tensor:
+        """Elementwise product over the children; unlike that of ``torch.prod``, its gradient does not divide."""
+        return reduce(torch.mul, self.gather(outputs))
+
+    def expand(self, tables: Outputs, weight: Tensor) -> Tensor:
+        r"""Form intermediate tensors :math:`U_\nu = (\bigodot_{c \in C(\nu)} U_c) W_\nu` from those of the children.
+
+        These are ``(n, D_c, R)``, with rows in depth-first order of their modes.
+        """
+        children = self.gather(tables)
+        if weight.shape[2] > 1:
+            return _khatri_rao(children) @ weight
+        # one column: a matrix product of two halves avoids the Khatri-Rao product of all children
+        sizes, half = [child.shape[1] for child in children], 1
+        while math.prod(sizes[:half]) < math.prod(sizes[half + 1 :]):
+            half += 1
+        left, right = _khatri_rao(children[:half]), _khatri_rao(children[half:])
+        return ((left * weight.mT) @ right.mT).flatten(1).unsqueeze(2)
+
     def scatter(self, values: Sequence[Tensor], outputs: dict[int, Tensor]) -> None:
-        """Write values of the children, one ``(n, ...)`` per child, to the outputs of the groups they come from."""
+        """Write values ``(n, ...)``, one per child, to the outputs of the groups that the children belong to."""
         if self.aligned:
             outputs[self.sources[0]] = torch.stack(list(values), 1).flatten(0, 1)
             return
@@ -97,34 +109,22 @@ class NodeGroups(nn.ModuleList):
         return cast(Iterator[NodeGroup], super().__iter__())
 
 
-def _present(output: Tensor | None) -> Tensor:
-    assert output is not None, "groups are visited children first"
-    return output
-
-
 def node_groups(
-    tree: ModeTree,
-    shape: Sequence[int],
-    widths: Mapping[Node, int],
-    depths: Mapping[Node, int],
-    outputs: int = 1,
-    shared: bool = False,
+    tree: ModeTree, shape: Sequence[int], widths: PerNode, depths: PerNode, outputs: int = 1, shared: bool = False
 ) -> NodeGroups:
     """Group the nodes of a tree, with ``outputs`` columns at the root; ``shared``: one matrix of weights per group."""
     place = {mode: k for k, mode in enumerate(tree.traversal)}
-    size: dict[Node, int] = {}
-    members: dict[tuple[Any, ...], list[Node]] = {}
+    size, members = dict[Node, int](), dict[tuple[Any, ...], list[Node]]()
     for node in sorted(tree.nodes, key=lambda node: (tree.height(node), min(place[mode] for mode in node))):
         children = tree.children(node)
         sizes = tuple(size[child] for child in children) or (shape[node[0]],)
-        size[node] = min(math.prod(sizes), MAX_ENTRIES + 1)
+        size[node] = min(math.prod(sizes), MAX_SIZE + 1)
         columns = outputs if node == tree.root else widths[tree.parent(node)]
         rows = widths[node] if children else sizes[0]
-        key = (tree.height(node), rows, columns, depths[node], sizes, bool(children))
-        members.setdefault(key, []).append(node)
+        members.setdefault((tree.height(node), rows, columns, depths[node], sizes), []).append(node)
     groups, found = NodeGroups(), dict[Node, tuple[int, int]]()
     lengths = [len(nodes) for nodes in members.values()]
-    for k, ((_, rows, columns, depth, sizes, _), nodes) in enumerate(members.items()):
+    for k, ((_, rows, columns, depth, sizes), nodes) in enumerate(members.items()):
         sources = [found[child] for node in nodes for child in tree.children(node)]
         chain = Chain((1 if shared else len(nodes), rows, columns), depth)
         groups.append(NodeGroup(nodes, sizes, sources, lengths, chain))
@@ -133,62 +133,38 @@ def node_groups(
 
 
 def per_node(
-    value: int | Sequence[int] | Mapping[Any, int], levels: Sequence[Sequence[Node]], name: str, first: str
-) -> dict[Node, int]:
+    name: str, value: int | Sequence[int] | Mapping[Any, int], tree: ModeTree, leaves: bool = False
+) -> PerNode:
     """Expand one number, numbers by level from the bottom up, or numbers by node to a number for every node.
 
-    Nodes may be written as tuples or, as in YAML, as ``"0-1"``. ``name`` is that of the argument and ``first``
-    describes the lowest level, for errors.
+    The leaves are left out unless ``leaves``. Nodes may be written as tuples or, as in YAML, as ``"0-1"``.
     """
+    levels = (tree.leaves, *tree.levels) if leaves else tree.levels
     nodes = [node for level in levels for node in level]
+    if isinstance(value, int):
+        value = [value] * len(levels)
     if isinstance(value, Mapping):
         named = {key if isinstance(key, str) else node_name(tuple(key)): number for key, number in value.items()}
         for wrong in named.keys() - {node_name(node) for node in nodes}:
             raise ValueError(f"{name} has a value for {wrong}, which is no such node of the tree: remove it")
         found = {node: named.get(node_name(node), 0) for node in nodes}
-    elif isinstance(value, int):
-        found = dict.fromkeys(nodes, value)
     elif len(value) != len(levels):
         raise ValueError(
             f"{name} must be one number, or one for each of the {len(levels)} levels of the tree from the bottom up, "
-            f"beginning with {first}; got {list(value)}"
+            f"beginning with {'the leaves' if leaves else f'node {node_name(nodes[0])}'}; got {list(value)}"
         )
     else:
         found = {node: number for level, number in zip(levels, value, strict=True) for node in level}
     for node, number in found.items():
         if number < 1:
-            raise ValueError(
-                f"{name} must be at least 1 at every node, got {number or 'none'} for node {node_name(node)}"
-            )
+            got = f"got {number or 'none'} for node {node_name(node)}"
+            raise ValueError(f"{name} must be at least 1 at every node, {got}")
     return found
-
-
-def product(factors: Sequence[Tensor]) -> Tensor:
-    """Elementwise product; unlike the gradient of ``torch.prod``, its gradient does not divide."""
-    return reduce(torch.mul, factors)
 
 
 def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     """Column-wise Kronecker products ``(n, D_1 D_2 ..., R)`` of ``(n, D_c, R)``."""
     return reduce(lambda a, b: (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2), factors)
-
-
-def expand(children: Sequence[Tensor], weight: Tensor) -> Tensor:
-    r"""Form the intermediate tensors of a group of nodes.
-
-    .. math:: U_\nu = \left( \bigodot_{c \in C(\nu)} U_c \right) W_\nu
-
-    The children's are ``(n, D_c, R)``, rows in depth-first order of their modes, the weights ``(n, R, R_parent)`` and
-    the result ``(n, prod D_c, R_parent)``.
-    """
-    if weight.shape[2] > 1:
-        return _khatri_rao(children) @ weight
-    # one column: a matrix product of two halves avoids the Khatri-Rao product of all children
-    sizes, half = [child.shape[1] for child in children], 1
-    while math.prod(sizes[:half]) < math.prod(sizes[half + 1 :]):
-        half += 1
-    left, right = _khatri_rao(children[:half]), _khatri_rao(children[half:])
-    return ((left * weight.mT) @ right.mT).flatten(1).unsqueeze(2)
 
 
 @final
@@ -209,8 +185,8 @@ class EntryQuery:
     def join(self, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """Row-major indices of the parents, whose children have these sizes."""
         rows = operands[0]
-        for part, size in zip(operands[1:], sizes[1:], strict=True):
-            rows = rows * size + part
+        for operand, size in zip(operands[1:], sizes[1:], strict=True):
+            rows = rows * size + operand
         return rows
 
     def gather(self, table: Tensor, operands: Tensor) -> Tensor:
@@ -256,25 +232,17 @@ def contract(groups: Iterable[NodeGroup], query: EntryQuery | RankOneQuery) -> T
     A node is contracted by its intermediate tensors ("table") if forming these costs less than it saves, and otherwise
     by the product of its children's results.
     """
-    operands: list[Tensor | None] = []
-    tables: list[Tensor | None] = []
-    values: list[Tensor | None] = []
-    for group in groups:
+    operands, tables, values = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+    for k, group in enumerate(groups):
         weight = group.weight()
-        operand, table, value = None, None, None
         if group.leaf:
-            operand, table = query.operands(group), weight
-        elif all(tables[k] is not None for k in group.sources) and query.should_materialize(group, weight):
-            operand = query.join(group.gather(operands), group.sizes)
-            table = expand(group.gather(tables), weight)
+            operands[k], tables[k] = query.operands(group), weight
+        elif tables.keys() >= set(group.sources) and query.should_materialize(group, weight):
+            operands[k] = query.join(group.gather(operands), group.sizes)
+            tables[k] = group.expand(tables, weight)
         else:
-            for k in group.sources:
-                if values[k] is None:
-                    values[k] = query.gather(_present(tables[k]), _present(operands[k]))
-            value = product(group.gather(values)) @ weight
-        operands.append(operand)
-        tables.append(table)
-        values.append(value)
-    if values[-1] is None:
-        values[-1] = query.gather(_present(tables[-1]), _present(operands[-1]))
-    return _present(values[-1])[0]
+            for source in group.sources:
+                if source not in values:
+                    values[source] = query.gather(tables[source], operands[source])
+            values[k] = group.product(values) @ weight
+    return values[k][0] if k in values else query.gather(tables[k], operands[k])[0]

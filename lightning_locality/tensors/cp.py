@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.factorization import (
-    LARGE_ORDER,
-    Factorization,
-    InitLaw,
-    InitOf,
-    Pullback,
-    per_mode,
-)
+from lightning_locality.tensors.factorization import LARGE_ORDER, Factorization, InitLaw, InitOf, Pullback, per_mode
 
 
 def binary_products(bits: Tensor, weights: Tensor) -> Tensor:
@@ -32,19 +25,9 @@ def binary_products(bits: Tensor, weights: Tensor) -> Tensor:
 
     with s the number of negative weights and z the number of zeros met, which are matrix products with x as well.
     Products and derivatives overflow or underflow only if their values do, even at weights of exactly zero. Relative
-    errors are those of the logarithm, some units in the last place times :math:`\max(1, |\log P|)`.
-
-    Args:
-        bits: ``(B, N)`` zeros and ones, of any integer type, boolean, or the weights' type.
-        weights: ``(N, 2, R)``.
-
-    Returns:
-        ``(B, R)``, once differentiable in the weights.
-
-    Example:
-        >>> weights = torch.tensor([[[2.0], [-3.0]], [[5.0], [7.0]]])
-        >>> binary_products(torch.tensor([[0, 0], [1, 1]]), weights).flatten().round().tolist()
-        [10.0, -21.0]
+    errors are those of the logarithm, some units in the last place times :math:`\max(1, |\log P|)`. Bits are
+    ``(B, N)`` of any integer type, boolean, or the weights' type; the result ``(B, R)`` is once differentiable in the
+    weights ``(N, 2, R)``.
     """
     return cast(Tensor, _BinaryProducts.apply(bits, weights))
 
@@ -54,9 +37,8 @@ class _BinaryProducts(torch.autograd.Function):
     def forward(ctx: Any, bits: Tensor, weights: Tensor) -> Tensor:
         zero = weights == 0
         # on a GPU the test would cost more than the work: the host would wait for the device
-        has_zero, has_negative = (
-            (True, True) if weights.is_cuda else torch.stack([zero.any(), (weights < 0).any()]).tolist()
-        )
+        on_host = not weights.is_cuda
+        has_zero, has_negative = torch.stack([zero.any(), (weights < 0).any()]).tolist() if on_host else (True, True)
         logs = torch.where(zero, 1.0, weights).abs().log() if has_zero else weights.abs().log()
         counted = [logs[:, 1] - logs[:, 0]]
         if has_negative:
@@ -120,34 +102,19 @@ class CP(Factorization):
     (*Implicit Regularization in Tensor Factorization*, Razin, Maman, Cohen, 2021). Gradient flow conserves the
     differences of the squared norms of the vectors of a component.
 
-    In deep CP every vector is a chain of square matrices applied to a vector (:class:`Chain`; our reading of *Implicit
-    Regularization with Polynomial Growth in Deep Tensor Factorization*, Hariz, Kadri, Ayache, Moakher, Artières,
-    2022).
-
-    Weights of modes of equal size and depth share one parameter ``(modes, D, R)``. The whole tensor is one matrix
-    product of two halves of the modes. With 16 modes or more, intermediate results of entries and inner products
-    neither overflow nor underflow; if all modes have size 2, entries go through :func:`binary_products`.
+    In deep CP every vector is a :class:`Chain`. Weights of modes of equal size and depth share one parameter
+    ``(modes, D, R)``. With 16 modes or more, intermediate results of entries and inner products neither overflow nor
+    underflow. Further arguments, and errors, are those of :class:`Factorization`.
 
     Args:
         shape: Sizes of the modes, or one size for all.
         rank: Number of components R; None for the product of all sizes but the largest, enough for any tensor.
         depth: Factors of every vector: one number, or one per mode.
-        init: ``"normal"``, or ``"balanced"``: the same with all weights of a component of equal norm.
-        init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
-        init_mean: Mean of the weights.
-        seed: Seed of the weights, which are the same for all types and devices.
-        dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
         order: Number of modes if ``shape`` is one size.
 
-    Raises:
-        ValueError: Sizes, order, rank, depths or scale out of range.
-
     Example:
-        >>> model = CP((2, 3, 4))
-        >>> model.rank, model.to_tensor().shape
-        (6, torch.Size([2, 3, 4]))
+        >>> CP((2, 3, 4)).rank, CP(2, rank=5, order=8).to_tensor().ndim
+        (6, 8)
     """
 
     def __init__(
@@ -164,24 +131,26 @@ class CP(Factorization):
         device: torch.device | str | None = None,
         order: int | None = None,
     ) -> None:
-        super().__init__(_sizes(shape, order))
+        if isinstance(shape, int):
+            if order is None or order < 1:
+                raise ValueError(f"shape={shape} is one size for all modes: say how many with order=, got {order=}")
+            shape = [shape] * order
+        elif order is not None and order != len(shape):
+            raise ValueError(f"order={order} and shape={tuple(shape)} differ: omit order if shape is a list")
+        super().__init__(shape)
         rank = math.prod(self.shape) // max(self.shape) if rank is None else rank
         (self.rank,) = per_mode("rank", rank, 1)
         self.depth = per_mode("depth", depth, self.order)
+        self.degree = sum(self.depth)
         kinds = list(zip(self.shape, self.depth, strict=True))
         self._modes = {kind: [mode for mode, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)}
         self.groups = nn.ModuleList(
             Chain((len(modes), size, self.rank), depth) for (size, depth), modes in self._modes.items()
         )
-        self._split = min(
-            range(1, max(self.order, 2)), key=lambda k: math.prod(self.shape[:k]) + math.prod(self.shape[k:])
-        )
-        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
-
-    @property
-    def degree(self) -> int:
-        """Sum of the depths."""
-        return sum(self.depth)
+        places = range(1, max(self.order, 2))
+        self._split = min(places, key=lambda k: math.prod(self.shape[:k]) + math.prod(self.shape[k:]))
+        self._initialize(init, init_scale, init_of, init_mean, seed)
+        self._convert(dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -196,15 +165,15 @@ class CP(Factorization):
         factors = self.factors
         if self.order == 1:
             return factors[0].sum(1)
-        left, right = (_partial_products(half)[0] for half in (factors[: self._split], factors[self._split :]))
-        return (left @ right.T).reshape(self.shape)
+        left, right = _partial_products(factors[: self._split]), _partial_products(factors[self._split :])
+        return (left[0] @ right[0].T).reshape(self.shape)
 
     def with_pullback(self) -> tuple[Tensor, Pullback]:
         """By the explicit derivative if there are no chains: two matrix products, then products of halves."""
         if self.order == 1 or self.degree > self.order or not all(w.requires_grad for w in self.parameters()):
             return super().with_pullback()
         factors = [factor.detach() for factor in self.factors]
-        left, right = (_partial_products(half) for half in (factors[: self._split], factors[self._split :]))
+        left, right = _partial_products(factors[: self._split]), _partial_products(factors[self._split :])
 
         def pullback(gradient: Tensor) -> list[Tensor]:
             matrix = gradient.reshape(len(left[0]), len(right[0]))
@@ -232,10 +201,7 @@ class CP(Factorization):
         return self._log_component_norms().exp()
 
     def log_norm(self) -> Tensor:
-        """From the cosines between the vectors of every two components; in float64.
-
-        If components cancel, precise to half the digits relative to the largest one.
-        """
+        """From the cosines of every two components, in float64; if they cancel, half the digits of the largest."""
         log_norms = self._log_component_norms()
         largest = log_norms.max()
         if largest == -math.inf:
@@ -253,8 +219,8 @@ class CP(Factorization):
     def balance_(self) -> None:
         """Give all weights of a component the same norm; the components do not change."""
         share = self._log_component_norms() / self.degree
-        for group in self._chains():
-            group.balance_(share * group.depth)
+        for chain in self._chains():
+            chain.balance_(share * chain.depth)
 
     def unbalancedness(self) -> Tensor:
         """Largest difference of squared norms in a component, or of Gramians in a chain; in float64."""
@@ -283,16 +249,6 @@ class CP(Factorization):
         return self._chains()[0].vectors[0]
 
 
-def _sizes(shape: int | Sequence[int], order: int | None) -> Sequence[int]:
-    if isinstance(shape, int):
-        if order is None or order < 1:
-            raise ValueError(f"shape={shape} is one size for all modes: say how many with order=, got order={order}")
-        return [shape] * order
-    if order is not None and order != len(shape):
-        raise ValueError(f"order={order} and shape={tuple(shape)} differ: omit order if shape is a list")
-    return shape
-
-
 def _partial_products(factors: Sequence[Tensor]) -> list[Tensor]:
     """Rank-one tensors ``(D_1 ... D_k, R)`` of k = K, ..., 1 of the K factors, row-major, and then the factors."""
     products = [factors[0]]
@@ -303,12 +259,11 @@ def _partial_products(factors: Sequence[Tensor]) -> list[Tensor]:
 
 def _slopes(products: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
     """Gradients by the factors, from that by their rank-one tensors; products as of :func:`_partial_products`."""
-    count = len(products) // 2
-    slopes = []
+    count, slopes = len(products) // 2, list[Tensor]()
     for place in range(count - 1, 0, -1):
         # all but the last factor, and the last
         before, factor = products[count - place], products[count + place]
         blocks = gradient.reshape(len(before), len(factor), -1)
-        slopes.append((blocks * before.unsqueeze(1)).sum(0))
+        slopes.insert(0, (blocks * before.unsqueeze(1)).sum(0))
         gradient = (blocks * factor).sum(1)
-    return [gradient, *reversed(slopes)]
+    return [gradient, *slopes]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.factorization import Factorization, InitOf, Pullback, divided, per_mode
 
-Sign = Literal["positive", "negative"]
-
 
 @final
 class DeepMatrix(Factorization):
@@ -26,7 +24,8 @@ class DeepMatrix(Factorization):
     Singular values that start near zero grow one after the other, at a balanced point by
     :math:`\dot\sigma_r = L\, \sigma_r^{2 - 2/L} \langle -\nabla \ell(W), u_r v_r^\top \rangle` (*Implicit
     Regularization in Deep Matrix Factorization*, Arora, Cohen, Hu, Luo, 2019). Gradient flow conserves
-    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced if these are zero.
+    :math:`W_{j+1}^\top W_{j+1} - W_j W_j^\top`; a point is balanced if these are zero. Further arguments are those of
+    :class:`Factorization`.
 
     Args:
         shape: Rows and columns of W.
@@ -39,11 +38,7 @@ class DeepMatrix(Factorization):
             ``"identity"``: multiples of the identity, for square W.
         init_scale: Standard deviation of the entries of the layers or of W (root mean square of W's if the layers are
             normal), or the multiple of the identity.
-        init_of: Whether the scale is that of the layers (``"weights"``) or of W (``"product"``).
         init_mean: Mean of the normal entries, before any scaling of the product.
-        seed: Seed of the weights, which are the same for all types and devices.
-        dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
         determinant: Sign of the determinant of W, which the flow cannot change: samples are rejected until they have
             it; None for any.
 
@@ -51,8 +46,7 @@ class DeepMatrix(Factorization):
         ValueError: Not two sizes, depth or widths below 1, or an identity or a determinant without square layers.
 
     Example:
-        >>> model = DeepMatrix((2, 2), depth=3, init="identity", init_scale=0.5)
-        >>> model.to_tensor().tolist()
+        >>> DeepMatrix((2, 2), depth=3, init="identity", init_scale=0.5).to_tensor().tolist()
         [[0.125, 0.0], [0.0, 0.125]]
     """
 
@@ -68,13 +62,13 @@ class DeepMatrix(Factorization):
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        determinant: Sign | None = None,
+        determinant: Literal["positive", "negative"] | None = None,
     ) -> None:
         super().__init__(shape)
         if len(self.shape) != 2:
             raise ValueError(f"shape must hold rows and columns, got {self.shape}: use CP, Tucker or TensorTrain")
-        (depth,) = per_mode("depth", depth, 1)
-        inner = per_mode("hidden", min(self.shape) if hidden is None else hidden, depth - 1)
+        (self.degree,) = per_mode("depth", depth, 1)
+        inner = per_mode("hidden", min(self.shape) if hidden is None else hidden, self.degree - 1)
         square = self.shape[0] == self.shape[1] and min(inner, default=self.shape[0]) >= self.shape[0]
         if not square and (determinant is not None or init == "identity"):
             raise ValueError(
@@ -84,33 +78,27 @@ class DeepMatrix(Factorization):
         if determinant == "negative" and init == "identity":
             raise ValueError("determinant='negative' and init='identity' exclude each other: choose init='normal'")
         widths = [self.shape[1], *inner, self.shape[0]]
-        self.layers = nn.ParameterList(
-            torch.zeros(rows, columns, dtype=torch.float64) for columns, rows in pairwise(widths)
-        )
-        self.determinant = determinant
-        if init == "normal" or (init == "balanced" and init_of == "weights"):
-            self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
-            return
-        self._check_scale(init_scale)
-        with torch.no_grad():
-            if init == "identity":
-                multiple = init_scale ** (1 / depth) if init_of == "product" else init_scale
-                for layer in self.layers:
-                    nn.init.eye_(layer).mul_(multiple)
-            else:
-                generator = torch.Generator().manual_seed(seed)
-                while True:
-                    sample = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
-                    product = init_mean + init_scale * sample
-                    if self._accepts(product):
-                        break
-                self._factor_(product, 0.0)
+        layers = (torch.zeros(rows, columns, dtype=torch.float64) for columns, rows in pairwise(widths))
+        self.layers, self.determinant = nn.ParameterList(layers), determinant
+        self._initialize(init, init_scale, init_of, init_mean, seed)
         self._convert(dtype, device)
 
-    @property
-    def degree(self) -> int:
-        """Number of layers."""
-        return len(self.layers)
+    @torch.no_grad()
+    def _initialize(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
+        if init == "normal" or (init == "balanced" and init_of == "weights"):
+            super()._initialize(init, init_scale, init_of, init_mean, seed)
+            return
+        self._check_scale(init_scale)
+        if init == "identity":
+            multiple = init_scale ** (1 / self.degree) if init_of == "product" else init_scale
+            for layer in self.layers:
+                nn.init.eye_(layer).mul_(multiple)
+            return
+        generator, product = torch.Generator().manual_seed(seed), None
+        while product is None or not self._accepts(product):
+            sample = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
+            product = init_mean + init_scale * sample
+        self._factor_(product, 0.0)
 
     def to_tensor(self) -> Tensor:
         """The product, multiplied in the cheapest order."""
@@ -135,10 +123,7 @@ class DeepMatrix(Factorization):
                 slopes.append(slope @ below.T)
                 slope = layer.T @ slope
             slopes.append(slope)
-            if flip:
-                slopes = [part.T for part in slopes]
-            else:
-                slopes.reverse()
+            slopes = [part.T for part in slopes] if flip else slopes[::-1]
             return [part for part, layer in zip(slopes, self.layers, strict=True) if layer.requires_grad]
 
         return products[-1].T if flip else products[-1], pullback
@@ -161,7 +146,7 @@ class DeepMatrix(Factorization):
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """Take layers from the singular value decomposition of the product, padded with zeros."""
+        """Take the layers from the singular value decomposition of the product."""
         self._factor_(*self._scaled_product())
 
     def unbalancedness(self) -> Tensor:
@@ -205,16 +190,13 @@ class DeepMatrix(Factorization):
         # the narrowest layer bounds the number of singular values
         count = min(*self.shape, *(min(layer.shape) for layer in self.layers))
         roots = values[:count] ** (1 / self.degree) * math.exp(float(log_scale) / self.degree)
-        for place, layer in enumerate(self.layers):
-            layer.zero_()
-            if self.degree == 1:
-                layer.copy_(product * math.exp(float(log_scale)))
-            elif place == 0:
-                layer[:count] = (roots[:, None] * right[:count]).to(layer.dtype)
-            elif place == self.degree - 1:
-                layer[:, :count] = (left[:, :count] * roots).to(layer.dtype)
-            else:
-                layer[:count, :count] = roots.diag().to(layer.dtype)
+        if self.degree == 1:
+            self.layers[0].copy_(product * math.exp(float(log_scale)))
+            return
+        for layer in self.layers:
+            layer.zero_()[:count, :count] = roots.diag()
+        self.layers[0][:count] = roots[:, None] * right[:count]
+        self.layers[-1][:, :count] = left[:, :count] * roots
 
     def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
         super()._sample(generator, mean, deviation)

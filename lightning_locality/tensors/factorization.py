@@ -6,7 +6,8 @@ __all__ = ["Entries", "Factorization", "Observations", "RankOneMeasurements", "R
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,30 +47,39 @@ class RecoveryBatch(NamedTuple):
     target: Tensor | None
 
 
-# from this order on, products over the modes are rescaled after every mode
-LARGE_ORDER = 16
-
 InitLaw = Literal["normal", "balanced"]
 InitOf = Literal["weights", "product"]
 Pullback = Callable[[Tensor], Sequence[Tensor]]
+
+# from this order on, products over the modes are rescaled after every mode
+LARGE_ORDER = 16
 
 
 class Factorization(nn.Module, ABC):
     r"""A tensor of order N given by the weights of a factorisation, for training by gradient descent.
 
-    The tensor W ("end tensor") is a homogeneous polynomial of the weights, of degree :attr:`degree`. Every
-    factorisation provides the whole tensor, its entries, its inner products with rank-one tensors
-    (:meth:`to_tensor`, :meth:`entries`, :meth:`inner`), its norm without forming the tensor, and the quantities that
-    gradient descent is expected to grow one at a time (:meth:`magnitudes`).
+    The tensor W ("end tensor") is a homogeneous polynomial of the weights. Every factorisation provides the whole
+    tensor, its entries, its inner products with rank-one tensors, its norm without forming the tensor, and the
+    quantities that gradient descent is expected to grow one at a time (:meth:`magnitudes`).
 
-    A subclass creates its weights in float64 and then calls :meth:`_initialize`.
+    A subclass creates its weights in float64, sets :attr:`degree`, and calls :meth:`_initialize` and :meth:`_convert`.
 
     Args:
         shape: Sizes of the modes D_1..D_N.
+        init: Law of the weights: ``"normal"``, or ``"balanced"``: the same, moved to a balanced point of its tensor.
+        init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
+        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
+        init_mean: Mean of the weights.
+        seed: Seed of the weights, which are the same for all types and devices.
+        dtype: Type of the weights; None for torch's default.
+        device: Device of the weights; None for torch's default.
 
     Raises:
-        ValueError: No modes, or sizes below 1.
+        ValueError: Sizes, ranks, depths or scale out of range.
     """
+
+    # number of weights multiplied in each term: scaling all weights by c scales the tensor by c^degree
+    degree: int
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
@@ -82,11 +92,6 @@ class Factorization(nn.Module, ABC):
         """Number of modes N."""
         return len(self.shape)
 
-    @property
-    @abstractmethod
-    def degree(self) -> int:
-        """Number of weights multiplied in each term: scaling all weights by c scales the tensor by c^degree."""
-
     @abstractmethod
     def to_tensor(self) -> Tensor:
         """The tensor, of shape :attr:`shape`."""
@@ -94,7 +99,7 @@ class Factorization(nn.Module, ABC):
     def with_pullback(self) -> tuple[Tensor, Pullback]:
         """Return the detached tensor, and a function from a gradient by the tensor to the gradients by the weights.
 
-        The cheapest route for a training loop. Call the function at most once, before the weights change.
+        Call the function at most once, before the weights change.
         """
         tensor = self.to_tensor()
         weights = [weight for weight in self.parameters() if weight.requires_grad]
@@ -106,11 +111,7 @@ class Factorization(nn.Module, ABC):
 
     @abstractmethod
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
-        r"""Inner products :math:`\langle \bigotimes_n x^n, W \rangle` ``(B,)``.
-
-        Args:
-            vectors: One ``(B, D_n)`` per mode, or ``(B, N, D)`` if all modes have size D.
-        """
+        r"""Inner products ``(B,)`` of W with :math:`\bigotimes_n x^n`, each x ``(B, D_n)``, or all ``(B, N, D)``."""
 
     @abstractmethod
     def log_norm(self) -> Tensor:
@@ -172,17 +173,8 @@ class Factorization(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, Chain)]
 
     @torch.no_grad()
-    def _initialize(
-        self,
-        init: InitLaw,
-        init_scale: float,
-        init_of: InitOf,
-        init_mean: float,
-        seed: int,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-    ) -> None:
-        """Sample the weights on the CPU in float64, the same for any device, and only then convert them."""
+    def _initialize(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
+        """Sample the weights on the CPU in float64, the same for any device that they are then converted to."""
         self._check_scale(init_scale)
         generator = torch.Generator().manual_seed(seed)
         self._sample(generator, init_mean, init_scale if init_of == "weights" else 1.0)
@@ -192,7 +184,6 @@ class Factorization(nn.Module, ABC):
             # log of the root mean square of the entries, whose number may exceed the range of a float
             log_rms = float(self.log_norm()) - 0.5 * sum(map(math.log, self.shape))
             self._scale_weights(math.log(init_scale) - log_rms)
-        self._convert(dtype, device)
 
     def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
         for weight in self.parameters():
@@ -219,19 +210,17 @@ class Factorization(nn.Module, ABC):
         return split
 
     def _multiply_over_modes(
-        self, terms: Iterable[Tensor], multiply: Callable[[Tensor, Tensor], Tensor], axes: tuple[int, ...]
+        self, terms: Iterator[Tensor], multiply: Callable[[Tensor, Tensor], Tensor], axes: tuple[int, ...]
     ) -> Tensor:
         """Multiply one term per mode; from :data:`LARGE_ORDER` on, rescale along the axes after every mode."""
-        product: Tensor | None = None
-        log_scale: Tensor | None = None
-        large = self.order >= LARGE_ORDER
+        if self.order < LARGE_ORDER:
+            return reduce(multiply, terms)
+        product, scale = divided(next(terms), axes)
+        log_scale = scale.log()
         for term in terms:
-            product = term if product is None else multiply(product, term)
-            if large:
-                product, more = divided(product, axes)
-                log_scale = more.log() if log_scale is None else log_scale + more.log()
-        assert product is not None
-        return product if log_scale is None else product * log_scale.exp()
+            product, scale = divided(multiply(product, term), axes)
+            log_scale = log_scale + scale.log()
+        return product * log_scale.exp()
 
 
 def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -245,8 +234,8 @@ def per_mode(name: str, value: int | Sequence[int], count: int) -> tuple[int, ..
 def divided(values: Tensor, axes: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """Divide values by their largest absolute value along the axes; return it too, 1 where all are zero.
 
-    No axes at all divide every value by itself, None stands for all. The divisor is a constant to autograd, so
-    multiplying by it again gives the derivatives of the values.
+    None stands for all axes; no axes at all divide every value by itself.
+    The divisor is a constant to autograd, so multiplying by it again gives the derivatives of the values.
     """
     largest = values.detach().abs()
     if axes is None:

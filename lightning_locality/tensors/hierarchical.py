@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.tensors.balance import balance_components
-from lightning_locality.tensors.contraction import (
-    MAX_ENTRIES,
-    EntryQuery,
-    RankOneQuery,
-    contract,
-    expand,
-    node_groups,
-    per_node,
-    product,
-)
+from lightning_locality.tensors.contraction import MAX_SIZE, EntryQuery, RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
@@ -30,8 +21,7 @@ from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 class HierarchicalTensorFactorization(Factorization):
     r"""Hierarchical tensor factorisation over a mode tree.
 
-    .. math::
-        \mathcal{W}^{(\{n\}, r)} = W^{(\{n\})}_{:, r}, \qquad
+    .. math:: \mathcal{W}^{(\{n\}, r)} = W^{(\{n\})}_{:, r}, \qquad
         \mathcal{W}^{(\nu, r)} = \sum_{r'=1}^{R_\nu} W^{(\nu)}_{r', r}
             \bigotimes_{c \in C(\nu)} \mathcal{W}^{(c, r')}, \qquad
         \mathcal{W} = \mathcal{W}^{([N], 1)}
@@ -40,7 +30,7 @@ class HierarchicalTensorFactorization(Factorization):
     (Razin, Maman, Cohen, 2022). The weights of a leaf are ``(D_n, R_parent)``, of an interior node
     ``(R_node, R_parent)``, of the root ``(R_root, 1)``. Local component r of an interior node is row r of its
     weights together with column r of the weights of each child; its norm is the product of the norms of these
-    vectors. Depths above 1 (every column a :class:`Chain`) are ours for this factorisation.
+    vectors. At depths above 1 every column is a :class:`Chain`. Further arguments are those of :class:`Factorization`.
 
     Args:
         tree: Mode tree: which modes are merged, and in which order.
@@ -48,13 +38,6 @@ class HierarchicalTensorFactorization(Factorization):
         widths: Number of local components: one for all interior nodes; one per level from below, as in the paper's
             ``[512, 512]``; or by node, written ``(0, 1)`` or ``"0-1"``.
         depth: Factors of every column: one number, or one per level from the leaves to the root.
-        init: ``"normal"``, or ``"balanced"``: the same, moved to the balanced point of its tensor.
-        init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
-        init_mean: Mean of the weights.
-        seed: Seed of the weights, which are the same for all types and devices.
-        dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
 
     Raises:
         ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
@@ -64,8 +47,6 @@ class HierarchicalTensorFactorization(Factorization):
         >>> model = HierarchicalTensorFactorization(tree, shape=8, widths=[512, 512], init_scale=1e-2)
         >>> model.to_tensor().shape, model.degree, tuple(model.weight((0, 1)).shape)
         (torch.Size([8, 8, 8, 8]), 7, (512, 512))
-        >>> bool(torch.allclose(model.entries(torch.tensor([[1, 2, 3, 4]])), model.to_tensor()[1, 2, 3, 4]))
-        True
     """
 
     def __init__(
@@ -84,22 +65,16 @@ class HierarchicalTensorFactorization(Factorization):
     ) -> None:
         super().__init__([shape] * tree.order if isinstance(shape, int) else shape)
         if len(self.shape) != tree.order:
-            raise ValueError(
-                f"shape must have as many modes as the tree, which has {tree.order}, "
-                f"got {len(self.shape)}: {self.shape}"
-            )
+            got = f"got {len(self.shape)}: {self.shape}"
+            raise ValueError(f"shape must have as many modes as the tree, which has {tree.order}, {got}")
         self.tree = tree
-        self.widths = per_node(widths, tree.levels, "widths", f"node {node_name(tree.interior[0])}")
-        depths = per_node(depth, (tree.leaves, *tree.levels), "depth", "the leaves")
-        self._degree = sum(depths.values())
+        self.widths = per_node("widths", widths, tree)
+        depths = per_node("depth", depth, tree, leaves=True)
+        self.degree = sum(depths.values())
         self.groups = node_groups(tree, self.shape, self.widths, depths)
         self._found = {node: (group, k) for group in self.groups for k, node in enumerate(group.nodes)}
-        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
-
-    @property
-    def degree(self) -> int:
-        """Number of nodes times their depths."""
-        return self._degree
+        self._initialize(init, init_scale, init_of, init_mean, seed)
+        self._convert(dtype, device)
 
     def weight(self, node: Node) -> Tensor:
         """Weights of a node of the tree, ``(R_node or D, R_parent or 1)``; at depth 1 a view of the parameters."""
@@ -109,20 +84,14 @@ class HierarchicalTensorFactorization(Factorization):
         return group.weight()[place]
 
     def to_tensor(self) -> Tensor:
-        """The tensor, of shape :attr:`shape`.
-
-        Raises:
-            ValueError: More than 2^32 entries.
-        """
-        if math.prod(self.shape) > MAX_ENTRIES:
-            log10 = sum(math.log10(size) for size in self.shape)
-            raise ValueError(
-                f"shape has 10^{log10:.0f} entries, too many to store: use entries, inner, norm or log_norm"
-            )
+        """The tensor, of at most 2^32 entries."""
+        if math.prod(self.shape) > MAX_SIZE:
+            count = f"10^{sum(map(math.log10, self.shape)):.0f}"
+            raise ValueError(f"shape has {count} entries, too many to store: use entries, inner, norm or log_norm")
         tables: list[Tensor] = []
         for group in self.groups:
             weight = group.weight()
-            tables.append(weight if group.leaf else expand(group.gather(tables), weight))
+            tables.append(weight if group.leaf else group.expand(tables, weight))
         walk = self.tree.traversal
         walked = tables[-1].reshape([self.shape[mode] for mode in walk])
         return walked.permute(sorted(range(self.order), key=walk.__getitem__))
@@ -141,14 +110,13 @@ class HierarchicalTensorFactorization(Factorization):
 
     def log_norm(self) -> Tensor:
         """From Gram matrices, leaves first; in float64. Differentiable if the tensor is not zero."""
-        grams: list[Tensor] = []
-        logs: list[Tensor] = []
+        grams, logs = list[Tensor](), list[Tensor]()
         for group in self.groups:
             weight = group.weight().double()
             if group.leaf:
                 gram, log = weight.mT @ weight, weight.new_zeros(len(weight))
             else:
-                gram = weight.mT @ product(group.gather(grams)) @ weight
+                gram = weight.mT @ group.product(grams) @ weight
                 log = torch.stack(group.gather(logs)).sum(0)
             # divided by the largest diagonal entry at every node: at order 4096 plain products underflow
             scale = gram.detach().diagonal(dim1=1, dim2=2).amax(1)
@@ -165,8 +133,7 @@ class HierarchicalTensorFactorization(Factorization):
             weight = group.weight().double()
             columns.append(weight.norm(dim=1))
             if not group.leaf:
-                of_group = weight.norm(dim=2) * product(group.gather(columns))
-                norms |= dict(zip(group.nodes, of_group.unbind(), strict=True))
+                norms |= dict(zip(group.nodes, weight.norm(dim=2) * group.product(columns), strict=True))
         return {node: norms[node] for node in self.tree.interior}
 
     @torch.no_grad()
@@ -176,31 +143,23 @@ class HierarchicalTensorFactorization(Factorization):
         With chains, every factor of a column counts with its own Frobenius norm, and the quantities conserved inside
         the chain are included; rows of a node with chains are not, since gradient flow does not conserve them.
         """
-        highs: list[Tensor] = []
-        lows: list[Tensor] = []
-        largest: list[Tensor] = []
+        highs, lows, gaps = list[Tensor](), list[Tensor](), list[Tensor]()
         for group in self.groups:
-            squares = group.chain.squared_norms().double()
+            squares = group.chain.squared_norms()
             highs.append(squares.amax(0))
             lows.append(squares.amin(0))
-            largest.append(group.chain.unbalancedness().double())
+            gaps.append(group.chain.unbalancedness())
             if not group.leaf:
                 inside = [*group.gather(highs), *group.gather(lows)]
                 if group.chain.depth == 1:
                     inside.append(group.chain.vectors.double().square().sum(2))
                 stacked = torch.stack(inside)
-                largest.append((stacked.amax(0) - stacked.amin(0)).max())
-        return torch.stack(largest).max()
+                gaps.append((stacked.amax(0) - stacked.amin(0)).max())
+        return torch.stack(gaps).max()
 
     @torch.no_grad()
     def balance_(self) -> None:
-        """Scale the vectors of every local component to equal norms, node by node until nothing moves.
-
-        The tensor does not change; a local component of norm zero becomes zero altogether.
-
-        Raises:
-            ValueError: A depth above 1, or no convergence.
-        """
+        """Scale the vectors of every local component to equal norms, for depth 1; a component of norm zero to zero."""
         if any(group.chain.depth > 1 for group in self.groups):
             raise ValueError("depth must be 1 at every node to balance the weights: use init='normal', or depth=1")
         for group, weight in zip(self.groups, balance_components(self.groups), strict=True):

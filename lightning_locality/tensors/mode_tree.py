@@ -6,7 +6,7 @@ __all__ = ["ModeTree", "Node"]
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, Literal
 
 Node = tuple[int, ...]
@@ -25,9 +25,7 @@ class ModeTree(Collection[Node]):
 
     Definition: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
     Networks" (Razin, Maman, Cohen, 2022), with modes counted from 0. A node is the sorted tuple of its modes. Trees
-    with the same nodes are equal, whatever the order in which children were given.
-
-    :meth:`perfect` and :meth:`nested` build trees; in YAML their class paths end in ``ModeTree.perfect`` and
+    with the same nodes are equal. In YAML the class paths of the other constructors end in ``ModeTree.perfect`` and
     ``ModeTree.nested``.
 
     Args:
@@ -39,15 +37,11 @@ class ModeTree(Collection[Node]):
             containing the other.
 
     Example:
-        >>> tree = ModeTree([[0, 1], [2, 3]])
-        >>> tree == ModeTree.perfect(order=4)
-        True
-        >>> tree.interior
-        ((0, 1), (2, 3), (0, 1, 2, 3))
-        >>> tree.children((0, 1, 2, 3)), tree.parent((2,)), tree.complement((0, 1))
-        (((0, 1), (2, 3)), (2, 3), (2, 3))
+        >>> tree = ModeTree.perfect(order=4)
         >>> tree
         ModeTree.nested([[0, 1], [2, 3]])
+        >>> tree.interior, tree.parent((2,)), tree.complement((0, 1))
+        (((0, 1), (2, 3), (0, 1, 2, 3)), (2, 3), (2, 3))
     """
 
     nodes: tuple[Node, ...]
@@ -62,9 +56,7 @@ class ModeTree(Collection[Node]):
         if order < 2:
             raise ValueError(f"nodes must hold at least two modes, got {nodes}: a tree over one mode has no components")
         given |= {(mode,) for mode in range(order)} | {tuple(range(order))}
-        children: dict[Node, tuple[Node, ...]] = {}
-        parent: dict[Node, Node] = {}
-        height: dict[Node, int] = {}
+        children, parent, height = dict[Node, tuple[Node, ...]](), dict[Node, Node](), dict[Node, int]()
         # in order of size: the children of a node are then the largest nodes so far that hold its modes
         highest: list[Node] = [(mode,) for mode in range(order)]
         for node in sorted(given, key=lambda node: (len(node), node)):
@@ -89,7 +81,7 @@ class ModeTree(Collection[Node]):
         """Build a tree in which every level merges groups of ``arity`` consecutive nodes until one is left.
 
         The last group of a level may be smaller; a single remaining node moves up one level unchanged (the published
-        code gives it a parent with one child, which is the same tree with an extra matrix).
+        code gives it a parent with one child: the same tree with an extra matrix).
 
         Args:
             order: Number of modes N, at least 2.
@@ -104,12 +96,12 @@ class ModeTree(Collection[Node]):
         """
         if order < 2:
             raise ValueError(f"order must be at least 2, got {order}: a tree over one mode has no components")
-        arity = arity if arity is not None else 4 if pattern == "quadrant" else 2
+        if arity is None:
+            arity = 4 if pattern == "quadrant" else 2
         if arity < 2:
             raise ValueError(f"arity must be at least 2 children per node, got {arity}")
-        level: list[Node] = [(mode,) for mode in range(order)]
-        if pattern == "quadrant":
-            level = [(mode,) for mode in _in_quadrants(order, arity)]
+        modes = _in_quadrants(order, arity) if pattern == "quadrant" else range(order)
+        level: list[Node] = [(mode,) for mode in modes]
         nodes = []
         while len(level) > 1:
             if pattern == "interleaved":
@@ -129,8 +121,7 @@ class ModeTree(Collection[Node]):
         Raises:
             ValueError: A list of fewer than two children, or a mode that is missing or repeated.
         """
-        nodes: list[Node] = []
-        seen: set[int] = set()
+        nodes, seen = list[Node](), set[int]()
 
         def modes(child: Any) -> Node:
             if isinstance(child, int):
@@ -166,16 +157,13 @@ class ModeTree(Collection[Node]):
 
     @property
     def interior(self) -> tuple[Node, ...]:
-        """Nodes with children; children before parents, the root last."""
+        """Nodes with children, in order of height; the root last."""
         return self.nodes[self.order :]
 
     @property
     def levels(self) -> tuple[tuple[Node, ...], ...]:
         """Interior nodes by height, from the lowest to the root."""
-        levels: list[list[Node]] = [[] for _ in range(self.height(self.root))]
-        for node in self.interior:
-            levels[self._height[node] - 1].append(node)
-        return tuple(map(tuple, levels))
+        return tuple(tuple(nodes) for _, nodes in groupby(self.interior, key=self._height.__getitem__))
 
     @property
     def traversal(self) -> Node:

@@ -24,38 +24,24 @@ class TensorTrain(Factorization):
     .. math:: \mathcal W_{i_1 \dots i_N} = G_1[:, i_1, :]\, G_2[:, i_2, :] \cdots G_N[:, i_N, :],
         \qquad G_n \in \mathbb R^{r_{n-1} \times D_n \times r_n}, \quad r_0 = r_N = 1
 
-    At depth 2 or more every fibre :math:`G_n[a, :, b]` is a chain of square matrices applied to a vector
-    (:class:`Chain`). This is our choice: *Implicit Regularization in Deep Tensor Factorization* (Milanesi, Kadri,
-    Ayache, Artières, 2021) trains a deep tensor train whose parameterisation we have not seen.
-
-    Between two cores of depth 1, gradient flow conserves
+    At depth 2 or more every fibre :math:`G_n[a, :, b]` is a :class:`Chain`. Between two cores of depth 1, gradient
+    flow conserves
 
     .. math:: \sum_i G_n[:, i, :]^\top G_n[:, i, :] - \sum_i G_{n+1}[:, i, :] G_{n+1}[:, i, :]^\top
 
-    and otherwise its diagonal, where the norm of one factor of the chain stands for that of the fibre.
-
-    With 16 modes or more, intermediate results of entries and inner products neither overflow nor underflow.
+    and otherwise its diagonal, where the norm of one factor of the chain stands for that of the fibre. With 16 modes
+    or more, intermediate results of entries and inner products neither overflow nor underflow. Further arguments, and
+    errors, are those of :class:`Factorization`.
 
     Args:
         shape: Sizes of the modes D_n.
         rank: Widths r_n of the N - 1 bonds, one number or one each; None for the smaller of the products of the sizes
             on either side of a bond, enough for any tensor.
         depth: Factors of every fibre: one number, or one per mode.
-        init: ``"normal"``, or ``"balanced"``: the same, moved to a balanced point of its tensor.
-        init_scale: Standard deviation of the weights, or root mean square of the entries of the tensor.
-        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
-        init_mean: Mean of the weights.
-        seed: Seed of the weights, which are the same for all types and devices.
-        dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
-
-    Raises:
-        ValueError: Sizes, ranks, depths or scale out of range.
 
     Example:
-        >>> model = TensorTrain((3, 4, 5))
-        >>> model.rank, model.to_tensor().shape
-        ((3, 5), torch.Size([3, 4, 5]))
+        >>> TensorTrain((3, 4, 5)).rank
+        (3, 5)
     """
 
     def __init__(
@@ -76,16 +62,12 @@ class TensorTrain(Factorization):
             rank = [min(math.prod(self.shape[:k]), math.prod(self.shape[k:])) for k in range(1, self.order)]
         self.rank = per_mode("rank", rank, self.order - 1)
         self.depth = per_mode("depth", depth, self.order)
+        self.degree = sum(self.depth)
         widths = (1, *self.rank, 1)
-        self.chains = nn.ModuleList(
-            Chain((widths[n], size, widths[n + 1]), self.depth[n]) for n, size in enumerate(self.shape)
-        )
-        self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
-
-    @property
-    def degree(self) -> int:
-        """Sum of the depths."""
-        return sum(self.depth)
+        shapes = zip(widths[:-1], self.shape, widths[1:], strict=True)
+        self.chains = nn.ModuleList(map(Chain, shapes, self.depth))
+        self._initialize(init, init_scale, init_of, init_mean, seed)
+        self._convert(dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -110,8 +92,7 @@ class TensorTrain(Factorization):
     def entries(self, indices: Tensor) -> Tensor:
         """Entries ``(B,)`` at ``(B, N)``, by products of slices."""
         self._check_indices(indices)
-        columns = indices.long().unbind(1)
-        terms = (core.transpose(0, 1)[i] for i, core in zip(columns, self.factors, strict=True))
+        terms = (core.transpose(0, 1)[i] for i, core in zip(indices.long().T, self.factors, strict=True))
         return self._multiply_over_modes(terms, torch.bmm, (1, 2)).flatten()
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
@@ -136,9 +117,8 @@ class TensorTrain(Factorization):
                 core, above = cores[place], cores[place + 1]
                 norms = core.norm(dim=1), above.norm(dim=1).T
                 squares = norms[0].pow(2 / degrees[0]).sum(0), norms[1].pow(2 / degrees[1]).sum(0)
-                left, right, imbalance = balance_neighbours(
-                    core.flatten(0, 1), above.flatten(1), norms, degrees, squares
-                )
+                matrices = core.flatten(0, 1), above.flatten(1)
+                left, right, imbalance = balance_neighbours(*matrices, norms, degrees, squares)
                 cores[place], cores[place + 1] = left.view_as(core), right.view_as(above)
                 largest = max(largest, imbalance)
             return largest
@@ -186,18 +166,16 @@ class TensorTrain(Factorization):
 
     def _left_triangles(self) -> list[tuple[Tensor, Tensor]]:
         """For every core, the triangular factor of all cores up to it and the logarithm of its scale."""
-        triangles = []
-        triangle, scale = torch.ones((1, 1), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for core in self.factors:
-            above = triangle.to(core.device) @ core.double().flatten(1)
-            triangle, extra = _triangle(above.reshape(-1, core.shape[2]))
-            scale = scale.to(core.device) + extra
+        cores, triangles = [core.double() for core in self.factors], []
+        triangle, scale = cores[0].new_ones((1, 1)), cores[0].new_zeros(())
+        for core in cores:
+            triangle, extra = _triangle((triangle @ core.flatten(1)).reshape(-1, core.shape[2]))
+            scale = scale + extra
             triangles.append((triangle, scale))
         return triangles
 
 
 def _triangle(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The triangular factor, scaled to a largest entry of 1, and the logarithm of the scale."""
-    triangle = torch.linalg.qr(matrix, mode="r")[1]
-    scaled, scale = divided(triangle)
+    scaled, scale = divided(torch.linalg.qr(matrix, mode="r")[1])
     return scaled, scale.log()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_locality.tensors.balance import balance_cyclically, balance_neighbours
 from lightning_locality.tensors.chain import Chain
-from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf, divided, per_mode
+from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
 
 
 @final
@@ -21,14 +21,10 @@ class Tucker(Factorization):
 
     .. math:: \mathcal W = \mathcal G \times_1 V_1 \times_2 V_2 \cdots \times_N V_N
 
-    At depth 2 or more every column of :math:`V_n` is a chain of square matrices applied to a vector (:class:`Chain`),
-    as in the authors' code for deep Tucker (Hariz, Kadri, Ayache, Moakher, Artières, 2024). *Implicit Regularization
-    in Deep Tensor Factorization* (Milanesi, Kadri, Ayache, Artières, 2021) also trains a deep Tucker model, whose
-    parameterisation we have not seen.
-
-    With :math:`G_{(n)}` the core with mode n as rows, gradient flow conserves
-    :math:`V_n^\top V_n - G_{(n)} G_{(n)}^\top` at depth 1 and its diagonal at larger depths, where the norm of one
-    factor of the chain stands for that of the column.
+    At depth 2 or more every column of :math:`V_n` is a :class:`Chain`. With :math:`G_{(n)}` the core with mode n as
+    rows, gradient flow conserves :math:`V_n^\top V_n - G_{(n)} G_{(n)}^\top` at depth 1 and its diagonal at larger
+    depths, where the norm of one factor of the chain stands for that of the column. Further arguments, and errors, are
+    those of :class:`Factorization`.
 
     Args:
         shape: Sizes of the modes D_n.
@@ -36,22 +32,11 @@ class Tucker(Factorization):
         depth: Factors of every column of V_n: one number, or one per mode.
         init: ``"normal"``; ``"balanced"``: the same, moved to a balanced point of its tensor; ``"slices"``: a normal
             core, and normal factors of column j of V_n, scaled to the norm of slice j of the core in mode n (the
-            authors' code for deep Tucker).
-        init_scale: Standard deviation of the weights (for ``"slices"``, of the core), or root mean square of the
-            entries of the tensor.
-        init_of: Which of the two ``init_scale`` is: ``"weights"`` or ``"product"``.
-        init_mean: Mean of the weights.
-        seed: Seed of the weights, which are the same for all types and devices.
-        dtype: Type of the weights; None for torch's default.
-        device: Device of the weights; None for torch's default.
-
-    Raises:
-        ValueError: Sizes, ranks, depths or scale out of range.
+            authors' code for deep Tucker), where ``init_scale`` is that of the core.
 
     Example:
-        >>> model = Tucker((3, 4, 5), rank=2)
-        >>> tuple(model.core.shape), model.to_tensor().shape
-        ((2, 2, 2), torch.Size([3, 4, 5]))
+        >>> Tucker((3, 4, 5), rank=2).core.shape
+        torch.Size([2, 2, 2])
     """
 
     def __init__(
@@ -70,18 +55,12 @@ class Tucker(Factorization):
         super().__init__(shape)
         self.rank = per_mode("rank", self.shape if rank is None else rank, self.order)
         self.depth = per_mode("depth", depth, self.order)
+        self.degree = 1 + sum(self.depth)
         self._slices = init == "slices"
         self.core = nn.Parameter(torch.zeros(self.rank, dtype=torch.float64))
-        self.chains = nn.ModuleList(
-            Chain((size, width), depth) for size, width, depth in zip(self.shape, self.rank, self.depth, strict=True)
-        )
-        law: InitLaw = "balanced" if init == "balanced" else "normal"
-        self._initialize(law, init_scale, init_of, init_mean, seed, dtype, device)
-
-    @property
-    def degree(self) -> int:
-        """One for the core, and the depths."""
-        return 1 + sum(self.depth)
+        self.chains = nn.ModuleList(map(Chain, zip(self.shape, self.rank, strict=True), self.depth))
+        self._initialize(init, init_scale, init_of, init_mean, seed)
+        self._convert(dtype, device)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -95,8 +74,8 @@ class Tucker(Factorization):
     def entries(self, indices: Tensor) -> Tensor:
         """Entries ``(B,)`` at ``(B, N)``: the core times rows of the matrices."""
         self._check_indices(indices)
-        columns = indices.long().unbind(1)
-        return self._contract([nn.functional.embedding(i, v) for i, v in zip(columns, self.factors, strict=True)])
+        rows = zip(indices.long().T, self.factors, strict=True)
+        return self._contract([nn.functional.embedding(index, factor) for index, factor in rows])
 
     def inner(self, vectors: Sequence[Tensor] | Tensor) -> Tensor:
         """Inner products ``(B,)``: the core times the vectors in the matrices' columns."""
@@ -126,9 +105,8 @@ class Tucker(Factorization):
                 unfolded = core.movedim(mode, 0).flatten(1)
                 columns, slices = factors[mode].norm(dim=0), unfolded.norm(dim=1)
                 squares = columns.pow(1 / depth).square(), slices.square()
-                factors[mode], unfolded, imbalance = balance_neighbours(
-                    factors[mode], unfolded, (columns[None], slices[None]), (depth, 1), squares
-                )
+                pair, norms = (factors[mode], unfolded), (columns[None], slices[None])
+                factors[mode], unfolded, imbalance = balance_neighbours(*pair, norms, (depth, 1), squares)
                 core = unfolded.reshape(-1, *(r for m, r in enumerate(self.rank) if m != mode)).movedim(0, mode)
                 largest = max(largest, imbalance)
             return largest

@@ -20,21 +20,19 @@ class PathfinderCurves:
     r"""Parameters of a picture: two dashed curves, shorter distractors and two discs.
 
     A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the previous
-    one, with gaps of twice ``margin``. Both target curves are always drawn; the second starts at ``seed_distance``
-    from the first. Label 1: the discs lie on the two ends of one curve; label 0: on the start of one curve and the
-    end of the other. The defaults are those of the experiment in "Implicit Regularization in Hierarchical Tensor
-    Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022), whose pictures follow "Learning
-    long-range spatial dependencies with horizontal gated recurrent units" (Linsley, Kim, Veerabadran, Windolf, Serre,
-    2018).
+    one, with gaps of twice ``margin``. Both target curves are always drawn. Label 1: the discs lie on the two ends of
+    one curve; label 0: on the start of one curve and the end of the other. The defaults are those of "Implicit
+    Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen,
+    2022), after "Learning long-range spatial dependencies with horizontal gated recurrent units" (Linsley, Kim,
+    Veerabadran, Windolf, Serre, 2018).
 
     Args:
         path_length: Dashes per target curve, at least 2; published: 3, 5, 7 and 9.
-        window: Side in pixels of the picture before reduction.
-        size: Side in pixels of the final picture, reduced from ``window`` with an antialiased bilinear filter;
-            ``window`` is a multiple of it.
+        window: Side in pixels of the picture before reduction, a multiple of ``size``.
+        size: Side in pixels of the final picture, reduced from ``window`` with an antialiased bilinear filter.
         padding: Width in pixels of the border in which no dash starts or ends and which none touches.
-        seed_distance: Distance in pixels between the starts of the two target curves. The first one starts at
-            least twice as far from the border of the picture.
+        seed_distance: Distance in pixels between the starts of the target curves; that of the first one from the
+            border is at least twice as large.
         paddle_length: Length of a dash in pixels.
         paddle_thickness: Thickness of a dash in pixels.
         margin: Distance in pixels that a dash keeps free around itself; the gap in a curve is twice as long.
@@ -79,17 +77,15 @@ class PathfinderCurves:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        optional = ("distractors", "distractor_length")
         for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
-            if value is None and name in optional:
+            if value is None and name in ("distractors", "distractor_length"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
         for name in ("continuity", "contrast"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         if self.continuity < 0.5:
             raise ValueError(f"continuity must be at least 0.5 (a turn is at most 180 degrees), got {self.continuity}")
         if not 0 <= self.stop_with_availability <= 1:
@@ -109,7 +105,7 @@ class PathfinderCurves:
 
     @property
     def reduction(self) -> int:
-        """Pixels before reduction per pixel of the final picture, along one side."""
+        """Ratio of ``window`` to ``size``."""
         return self.window // self.size
 
     @property

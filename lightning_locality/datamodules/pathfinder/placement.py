@@ -6,13 +6,14 @@ __all__: list[str] = []
 
 import functools
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.rendering import DEGREES, Bytes, Integers, cached_strokes, ceil, render
+from lightning_locality.datamodules.pathfinder.rendering import DEGREES, Bytes, Integers, Strokes, ceil, render
 
 Flags = NDArray[np.bool_]
 
@@ -36,32 +37,21 @@ class Placement(NamedTuple):
 
 
 def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]) -> Placement:
-    """Place the pictures ``index``; each depends on ``seed``, ``stream`` and its own number alone."""
+    """Place the pictures ``index`` of a stream of random numbers."""
     return _Batch(curves, seed, stream, index).place()
 
 
 def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]) -> tuple[Bytes, Bytes]:
-    """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone.
-
-    They are placed in lock step; 64 to 256 at once are fastest.
-
-    >>> images, labels = pictures(PathfinderCurves(), seed=0, split="test", index=range(4))
-    >>> images.shape, labels.shape, int(images.max())
-    ((4, 150, 150), (4,), 214)
-    """
+    """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone."""
     label, *placement = place(curves, seed, STREAMS[split], index)
     return render(curves, *placement), label.astype(np.uint8)
 
 
 class RandomStreams:
-    """A stream of random numbers for each of ``B`` pictures, from the counter-based generator Philox 4x64.
+    """A stream of random numbers for each picture, from the counter-based generator Philox 4x64.
 
     Its key is (``seed``, ``stream`` 2^56 + picture number), so streams of different splits are disjoint; the upper half
     of each 64-bit word is used. Source: "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., 2011).
-
-    >>> one, both = RandomStreams(3, 0, [7]), RandomStreams(3, 0, [5, 7])
-    >>> one.below(np.array([0]), 10**6) == both.below(np.array([1]), 10**6)
-    array([ True])
     """
 
     def __init__(self, seed: int, stream: int, index: Sequence[int]) -> None:
@@ -80,18 +70,17 @@ class RandomStreams:
         return (words >> np.uint64(32)).astype(np.int64)
 
 
+@functools.lru_cache(maxsize=8)
 class _Tables:
-    """Lookup tables per direction; offsets of pixels are single numbers in a grid of ``side`` columns."""
+    """Lookup tables per direction; ``flat`` makes offsets of pixels single numbers in a grid of ``side`` columns."""
 
     def __init__(self, curves: PathfinderCurves) -> None:
-        strokes = cached_strokes(curves)
-        length, margin = curves.paddle_length, curves.margin
+        strokes, length, margin = Strokes(curves), curves.paddle_length, curves.margin
         # everything that a dash near the border looks at lies within this distance outside the window
         self.guard = length + curves.paddle_thickness + 3 * margin + 6
         self.side = curves.window + 2 * self.guard
-        self.area = strokes.area
-        self.area_at = self.flat(strokes.area_offsets)
-        # values are sorted in decreasing order, and only pixels covered that much can touch
+        self.area, self.area_at = strokes.area, self.flat(strokes.area_offsets)
+        # values decrease, and only pixels covered that much can touch
         touching = int((strokes.area >= TOUCH - 255).sum(axis=1).max())
         self.touch_at = self.area_at[:, :touching].copy()
         self.touch_above = np.minimum(TOUCH - 1 - strokes.area[:, :touching].astype(np.int64), 255).astype(np.uint8)
@@ -110,29 +99,22 @@ class _Tables:
         widest = int((weight > 0).sum(axis=1).max())
         chosen = np.sort(np.argsort(-weight, axis=1, kind="stable")[:, :widest], axis=1)
         self.weight = np.take_along_axis(weight, chosen, axis=1)
-        self.candidate = chosen + DEGREES
-        self.candidate_at = self.flat(strokes.steps)[chosen]
-        down, right = np.mgrid[-margin : margin + 1, -margin : margin + 1]
-        near = down**2 + right**2 <= margin**2
-        self.near_at = self.flat(np.stack([down[near], right[near]], axis=1))
+        self.candidate, self.candidate_at = chosen + DEGREES, self.flat(strokes.steps)[chosen]
+        square = np.mgrid[-margin : margin + 1, -margin : margin + 1].reshape(2, -1).T
+        self.near_at = self.flat(square[(square**2).sum(axis=1) <= margin**2])
 
     def flat(self, offsets: Integers) -> Integers:
-        """Offsets ``(..., 2)`` as single numbers."""
-        number: Integers = offsets[..., 0] * self.side + offsets[..., 1]
-        return number
-
-
-_cached_tables = functools.lru_cache(maxsize=8)(_Tables)
+        return offsets[..., 0] * self.side + offsets[..., 1]
 
 
 class _Grids:
-    """Two grids for each of ``B`` pictures: the coverage of every pixel, 0 to 255, border included.
+    """Two grids for each picture: the coverage of every pixel, 0 to 255, border included.
 
     A dash is given by its place (a pixel of a grid as a single number) and the number of its direction.
     """
 
     def __init__(self, curves: PathfinderCurves, random: RandomStreams, count: int) -> None:
-        self.curves, self.random, self.tables = curves, random, _cached_tables(curves)
+        self.curves, self.random, self.tables = curves, random, _Tables(curves)
         side, guard = self.tables.side, self.tables.guard
         self.border, self.end = guard + curves.padding, guard + curves.window - curves.padding
         self.blank = np.full((2, side, side), 255, dtype=np.uint8)
@@ -142,8 +124,7 @@ class _Grids:
 
     def pixels(self, rows: Integers, grid: Integers | int, at: Integers | int, offsets: Integers) -> Integers:
         """Positions ``(R, P)`` in ``flat`` of the pixels ``offsets`` around places, in one of the grids of ``rows``."""
-        pixels: Integers = ((2 * rows + grid) * self.tables.side**2 + at)[:, None] + offsets
-        return pixels
+        return ((2 * rows + grid) * self.tables.side**2 + at)[:, None] + offsets
 
     def cover(self, rows: Integers, grid: Integers | int, at: Integers, stroke: Integers) -> None:
         """Add the area of one dash to each of ``rows``."""
@@ -180,7 +161,7 @@ class _Grids:
         return free / self.curves.window**2 < self.curves.stop_with_availability
 
     def grow(
-        self, rows: Integers, grid: Integers | int, joint: Integers, stroke: Integers
+        self, rows: Integers, grid: Integers, joint: Integers, stroke: Integers
     ) -> tuple[Flags, Integers, Integers, Integers]:
         """The next dash of a curve: whether there is one, its joint, its end and its direction.
 
@@ -196,7 +177,6 @@ class _Grids:
         total = weights[:, -1]
         found = np.zeros(len(rows), dtype=bool)
         at, onward = joint.copy(), stroke.copy()
-        grid = np.broadcast_to(grid, rows.shape)
         trying = np.flatnonzero(total * DEAD_END >= 255 * WEIGHT_SCALE)
         for _ in range(self.curves.paddle_retries + 1):
             sample = self.random.below(rows[trying], total[trying])
@@ -231,15 +211,13 @@ class _Batch:
             self.label[odd] = 1 - before.below(np.arange(len(odd)), 2)
         self.marked = self.random.below(self.rows, 2)
         self.at = np.zeros((len(index), curves.max_paddles), dtype=np.int64)
-        self.stroke = np.full((len(index), curves.max_paddles), -1, dtype=np.int64)
+        self.stroke = np.full_like(self.at, -1)
         self.joint = np.zeros((len(index), 2), dtype=np.int64)  # where the newest dash of a curve joins it
 
     def place(self) -> Placement:
-        """Place everything."""
         self._place_targets()
         self._place_distractors()
-        tables = self.grids.tables
-        at = np.stack(np.divmod(self.at, tables.side), axis=2) - tables.guard
+        at = np.stack(np.divmod(self.at, self.grids.tables.side), axis=2) - self.grids.tables.guard
         other = np.where(self.label == 1, self.marked, 1 - self.marked)
         ends = [at[self.rows, self.marked * self.length], at[self.rows, other * self.length + self.length - 1]]
         at[self.stroke < 0] = 0
@@ -250,13 +228,11 @@ class _Batch:
         self.at[rows, slot], self.stroke[rows, slot] = at, stroke
         self.joint[rows, curve] = at + self.grids.tables.backward[stroke]
 
-    def _extend(self, rows: Integers, grid: Integers | int, curve: Integers | int, slot: Integers) -> Flags:
-        """Add the dash ``slot`` to the curves and cover the one before; whether there was one to add."""
-        before_at, before = self.at[rows, slot - 1], self.stroke[rows, slot - 1]
-        found, joint, at, stroke = self.grids.grow(rows, grid, self.joint[rows, curve], before)
-        grid, curve = np.broadcast_to(grid, rows.shape)[found], np.broadcast_to(curve, rows.shape)[found]
-        rows, slot = rows[found], slot[found]
-        self.grids.cover(rows, grid, before_at[found], before[found])
+    def _extend(self, rows: Integers, curve: Integers, slot: Integers) -> Flags:
+        """Add the dash ``slot`` to a curve and cover the one before in its grid; whether there was one to add."""
+        found, joint, at, stroke = self.grids.grow(rows, curve, self.joint[rows, curve], self.stroke[rows, slot - 1])
+        rows, curve, slot = rows[found], curve[found], slot[found]
+        self.grids.cover(rows, curve, self.at[rows, slot - 1], self.stroke[rows, slot - 1])
         self.joint[rows, curve], self.at[rows, slot], self.stroke[rows, slot] = joint[found], at[found], stroke[found]
         return found
 
@@ -269,7 +245,7 @@ class _Batch:
             growing = rows[placed[rows] > 0]
             dash, curve = np.divmod(placed[growing], 2)
             slot = curve * self.length + dash
-            found = self._extend(growing, curve, curve, slot)
+            found = self._extend(growing, curve, slot)
             placed[growing[~found]] = 0
             growing, curve, slot = growing[found], curve[found], slot[found]
             self.grids.cover(growing, 1 - curve, self.at[growing, slot], self.stroke[growing, slot])
@@ -284,15 +260,13 @@ class _Batch:
                     "larger window"
                 )
         # each grid still lacks the last dash of its own curve; from here on both hold everything
-        for number in (0, 1):
-            last = number * self.length + self.length - 1
+        for number, last in ((0, self.length - 1), (1, 2 * self.length - 1)):
             self.grids.cover(self.rows, number, self.at[:, last], self.stroke[:, last])
 
     def _start_targets(self, rows: Integers) -> Integers:
         """Clear ``rows`` and set the first dashes of both curves; returns the rows in which they do not touch."""
         curves, grids, random, tables = self.curves, self.grids, self.random, self.grids.tables
-        for row in rows:
-            grids.grids[row] = grids.blank
+        grids.grids[rows] = grids.blank
         first = random.below(rows, DEGREES)
         low = curves.start_border - tables.low[first]
         extent = curves.window - curves.start_border - tables.high[first] - low
@@ -311,16 +285,13 @@ class _Batch:
 
     def _place_distractors(self) -> None:
         """Place distractors one after the other; one that does not fit after all tries is left out."""
-        curves, count = self.curves, len(self.rows)
-        length = curves.paddles_per_distractor
+        curves, length = self.curves, self.curves.paddles_per_distractor
         largest = self.grids.tables.area.shape[1] * curves.max_paddles
         interior = (self.grids.end - self.grids.border) ** 2
         may_fill = interior - largest < curves.stop_with_availability * curves.window**2
-        self.number = np.zeros(count, dtype=np.int64)  # distractors placed or left out
-        self.tries = np.zeros(count, dtype=np.int64)  # of the current distractor
-        self.placed = np.zeros(count, dtype=np.int64)  # dashes of the current try
-        self.misses = np.zeros(count, dtype=np.int64)  # places without room in the current try
-        self.heading = np.zeros(count, dtype=np.int64)  # direction of the first dash of the current try
+        # distractors placed or left out; tries of the current one; of the current try its dashes, the places that
+        # had no room for the first one, and that one's direction
+        self.number, self.tries, self.placed, self.misses, self.heading = np.zeros((5, len(self.rows)), dtype=np.int64)
         rows = self.rows if curves.distractor_count else self.rows[:0]
         while rows.size:
             fresh = rows[(self.placed[rows] == 0) & (self.misses[rows] == 0)]
@@ -331,15 +302,14 @@ class _Batch:
             self.heading[fresh] = self.random.below(fresh, DEGREES)
             self._start_distractors(rows[self.placed[rows] == 0])
             growing = rows[(self.placed[rows] > 0) & (self.placed[rows] < length)]
-            found = self._extend(growing, 0, 0, self._slot(growing, self.placed[growing]))
+            found = self._extend(growing, np.zeros_like(growing), self._slot(growing, self.placed[growing]))
             self.placed[growing[found]] += 1
             self._give_up(growing[~found])
             self._finish(rows[self.placed[rows] == length])
             rows = rows[self.number[rows] < curves.distractor_count]
 
     def _slot(self, rows: Integers, dash: Integers | int) -> Integers:
-        slot: Integers = 2 * self.length + self.number[rows] * self.curves.paddles_per_distractor + dash
-        return slot
+        return 2 * self.length + self.number[rows] * self.curves.paddles_per_distractor + dash
 
     def _start_distractors(self, rows: Integers) -> None:
         """Try one place for the first dash of a distractor, uniform over the places with room."""
@@ -367,18 +337,17 @@ class _Batch:
             self.grids.restore(written, self.at[written, slot], self.stroke[written, slot])
             self.stroke[written, slot] = -1
         self.tries[rows] += 1
-        self._next_distractor(rows[self.tries[rows] > self.curves.distractor_retries])
         self.placed[rows], self.misses[rows] = 0, 0
+        self._next(rows[self.tries[rows] > self.curves.distractor_retries])
 
     def _finish(self, rows: Integers) -> None:
         """Cover the completed distractors in both grids."""
-        for dash in range(self.curves.paddles_per_distractor):
+        for dash, grid in product(range(self.curves.paddles_per_distractor), (0, 1)):
             slot = self._slot(rows, dash)
-            for grid in (0, 1):
-                self.grids.cover(rows, grid, self.at[rows, slot], self.stroke[rows, slot])
-        self.placed[rows], self.misses[rows] = 0, 0
-        self._next_distractor(rows)
+            self.grids.cover(rows, grid, self.at[rows, slot], self.stroke[rows, slot])
+        self._next(rows)
 
-    def _next_distractor(self, rows: Integers) -> None:
+    def _next(self, rows: Integers) -> None:
+        """Continue with the next distractor."""
         self.number[rows] += 1
-        self.tries[rows] = 0
+        self.tries[rows], self.placed[rows], self.misses[rows] = 0, 0, 0

@@ -1,4 +1,4 @@
-"""Rendering of Pathfinder pictures: dashes and discs are stamped, then the picture is reduced to its final size."""
+"""Rendering of Pathfinder pictures: stamp the dashes and discs, then reduce the picture to its final size."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ INK_SCALE = 1 << 12  # ink is an integer number of 1/4096, so that pictures do n
 DEGREES = 360
 
 
+@functools.lru_cache(maxsize=8)
 class Strokes:
     """Stamps of a dash in each of about 410 directions, and of a disc.
 
-    A dash points along one of 360 whole degrees (the first of a curve) or along one of the whole-pixel steps of the
-    circle of radius ``paddle_length + margin`` (all others). Each has a stamp of ink (a line drawn ``antialias`` times
-    larger, reduced with a Lanczos filter) and one of the area that it keeps free (the line dilated by ``margin``,
-    reduced likewise). A dash along a degree is placed by its start, one along a step by its end; offsets ``(D, P, 2)``
-    are (down, right) from that pixel. The values ``(D, P)`` of a stamp, in units of 1/4096 (ink; filtering makes it
-    exceed 1 in places) or 1/255 (area), decrease and are padded with 0 at a pixel outside the stamp.
+    A dash points along one of 360 whole degrees (the first of a curve; placed by its start) or one of the whole-pixel
+    steps of the circle of radius ``paddle_length + margin`` (all others; placed by their end). It has a stamp of ink (a
+    line drawn ``antialias`` times larger and reduced, in units of 1/4096; filtering makes it exceed 1 in places) and
+    one of the area that it keeps free (the same of the line dilated by ``margin``, in 1/255). Offsets ``(D, P, 2)`` are
+    (down, right) from its place; the values ``(D, P)`` decrease and are padded with 0 at a pixel outside the stamp.
     """
 
     def __init__(self, curves: PathfinderCurves) -> None:
@@ -38,9 +38,8 @@ class Strokes:
         circle = np.stack([np.sin(angles), np.cos(angles)], axis=1) * radius
         # 9 decimals: what is a whole number in exact arithmetic stays one on every machine
         self.steps: Integers = np.unique(np.floor(np.round(circle, 9)).astype(np.int64), axis=0)
-        whole = np.deg2rad(np.arange(-180, 180))
         # radians, clockwise from the right
-        self.directions: Floats = np.concatenate([whole, np.arctan2(self.steps[:, 0], self.steps[:, 1])])
+        self.directions = np.concatenate([np.deg2rad(np.arange(-180, 180)), np.arctan2(*self.steps.T)])
         self.unit: Floats = np.stack([np.sin(self.directions), np.cos(self.directions)], axis=1)
         lines, areas = _lines(curves, np.where(np.arange(len(self.unit))[:, None] < DEGREES, self.unit, -self.unit))
         self.ink_offsets, self.ink = _sparse(np.rint(lines * (curves.contrast * INK_SCALE)).astype(np.int64))
@@ -50,9 +49,6 @@ class Strokes:
         self.disc_offsets, self.disc = offsets[0], values[0] * INK_SCALE // 255
 
 
-cached_strokes = functools.lru_cache(maxsize=8)(Strokes)
-
-
 def ceil(values: Floats) -> Integers:
     """Round up, except that a value within 1e-9 of a whole number is that number."""
     return np.ceil(np.round(values, 9)).astype(np.int64)
@@ -60,16 +56,15 @@ def ceil(values: Floats) -> Integers:
 
 def _lines(curves: PathfinderCurves, directions: Floats) -> tuple[Floats, Integers]:
     """Ink and area of a line in each direction ``(D, 2)``, as ``(D, S, S)`` with its start in the middle."""
-    scale, half = curves.antialias, curves.half_stamp
-    large, side = 2 * half * scale + 1, 2 * half + 1
-    centre = half * scale
+    scale, side, reach = curves.antialias, 2 * curves.half_stamp + 1, curves.margin * curves.antialias
+    centre = curves.half_stamp * scale
+    large = 2 * centre + 1
     ends = centre + ceil(directions * (curves.paddle_length * scale))
     drawn = np.zeros((len(directions), large, large), dtype=np.uint8)
     for number, (down, right) in enumerate(ends.tolist()):
         picture = Image.new("L", (large, large), 0)
         ImageDraw.Draw(picture).line([(centre, centre), (right, down)], fill=255, width=curves.paddle_thickness * scale)
         drawn[number] = np.asarray(picture)
-    reach = curves.margin * scale
     padded = np.pad(drawn, ((0, 0), (reach, reach), (reach, reach)))
     dilated = drawn.copy()
     for down in range(-reach, reach + 1):
@@ -108,24 +103,22 @@ def _sparse(stamps: Integers) -> tuple[Integers, Integers]:
 
 def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
     """Render pictures ``(B, size, size)`` of a placement, each divided by its maximum before it is reduced."""
-    sheet = _cached_sheet(curves)
-    images = np.empty((len(at), curves.size, curves.size), dtype=np.uint8)
+    canvas = _Canvas(curves)
     # few at a time, so that a sheet is still in the cache when it is reduced
-    for start in range(0, len(images), 16):
-        part = slice(start, start + 16)
-        for image, sheets in zip(images[part], sheet.stamp(at[part], stroke[part], discs[part]), strict=True):
-            image[:] = sheet.reduce(sheets)
-    return images
+    parts = (slice(start, start + 16) for start in range(0, len(at), 16))
+    sheets = (sheet for part in parts for sheet in canvas.stamp(at[part], stroke[part], discs[part]))
+    return np.stack([canvas.reduce(sheet) for sheet in sheets])
 
 
-class _Sheet:
-    """A canvas whose pixels are sorted by their phase within the squares that are averaged to one pixel.
+@functools.lru_cache(maxsize=8)
+class _Canvas:
+    """A canvas whose pixels are sorted by their phase within the squares that become one pixel.
 
-    On pixels sorted in this way both passes of the separable filter are sums of whole contiguous planes.
+    Both passes of the separable filter are then sums of whole contiguous planes.
     """
 
     def __init__(self, curves: PathfinderCurves) -> None:
-        self.strokes, self.size = cached_strokes(curves), curves.size
+        self.strokes, self.size = Strokes(curves), curves.size
         self.factor = factor = curves.reduction
         # the second curve may start anywhere within the window, so a stamp reaches at most this far outside
         self.guard = -(-max(curves.half_stamp + 2, curves.marker_radius + 5) // factor)
@@ -168,6 +161,3 @@ class _Sheet:
         for phase, start, weight in self.taps:
             both += rows[phase, start : start + self.size] * np.uint16(weight)
         return (both // total).astype(np.uint8)
-
-
-_cached_sheet = functools.lru_cache(maxsize=8)(_Sheet)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from joblib import Parallel, cpu_count, delayed
@@ -24,6 +24,7 @@ from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurve
 from lightning_locality.datamodules.pathfinder.placement import pictures
 from lightning_locality.datamodules.pathfinder.rendering import Bytes
 
+FILES = ("images.npy", "labels.npy")
 FORMAT = 2
 PROCESS = 1  # increase when the same parameters give other pictures
 AT_ONCE = 128  # pictures per task: placed in lock step, about 0.3 MB each
@@ -37,22 +38,13 @@ class CorruptStoreError(ValueError):
     """A stored file is not what was written: truncated, altered, or made with other parameters."""
 
 
-class StoredPictures(NamedTuple):
-    """Memory-mapped images ``(N, H, W)`` and labels ``(N,)``; mean and standard deviation of the pixels in 0..1."""
-
-    images: Bytes
-    labels: Bytes
-    mean: float
-    std: float
-
-
 @dataclass(frozen=True)
 class PictureStore:
     """A folder in ``root`` with ``images.npy``, ``labels.npy`` and ``pathfinder.json``, complete or absent.
 
     The JSON file holds everything that the pictures depend on, their mean and standard deviation, and the SHA-256 of
-    the other files. All are written into a temporary folder, which is then renamed: if several processes generate the
-    same pictures at once, those of the first remain. No lock is needed, which some network file systems lack.
+    the other files. The folder is written under a temporary name and renamed: if several processes generate the same
+    pictures at once, those of the first remain. No lock is needed, which some network file systems lack.
     """
 
     root: Path
@@ -73,20 +65,24 @@ class PictureStore:
         parameters = self.curves.parameters() | {"process": PROCESS}
         return {"format": FORMAT, "shape": shape, "seed": self.seed, "split": self.split, "parameters": parameters}
 
-    def load(self) -> StoredPictures:
-        """Map the pictures, or raise FileNotFoundError or CorruptStoreError; files are checked once per process."""
+    def header(self) -> tuple[float, float, dict[str, str]]:
+        """Mean and deviation of the pixels in 0..1 and checksums, or raise FileNotFoundError or CorruptStoreError."""
         try:
             contents = json.loads((self.folder / "pathfinder.json").read_bytes())
             wrong = [key for key, value in self._contents().items() if contents[key] != value]
-            mean, std, checksums = float(contents["mean"]), float(contents["std"]), dict(contents["sha256"])
+            header = float(contents["mean"]), float(contents["std"]), dict(contents["sha256"])
         except (ValueError, LookupError, TypeError) as error:
             raise self._corrupt(f"holds a pathfinder.json that cannot be read ({error!r})") from error
         if "format" in wrong:
             raise self._corrupt(f"has format {contents['format']}, this version of the package reads {FORMAT}")
         if wrong:
             raise self._corrupt(f"was made with other parameters ({', '.join(wrong)})")
-        arrays: dict[str, Bytes] = {}
-        for name in ("images.npy", "labels.npy"):
+        return header
+
+    def load(self) -> tuple[Bytes, Bytes]:
+        """Map images ``(N, H, W)`` and labels ``(N,)``, checked once per process; raises as :meth:`header` does."""
+        checksums, arrays = self.header()[2], []
+        for name in FILES:
             file, expected = self.folder / name, str(checksums.get(name))
             try:
                 status = file.stat()
@@ -95,16 +91,13 @@ class PictureStore:
                     raise self._corrupt(f"holds a file {name} that was altered or truncated")
                 _verified.add(seen)
                 # copy on write: torch warns about tensors that share read-only memory
-                arrays[name] = np.load(file, mmap_mode="c")
+                arrays.append(np.load(file, mmap_mode="c"))
             except FileNotFoundError as error:
                 raise self._corrupt(f"has lost {name}") from error
-        return StoredPictures(arrays["images.npy"], arrays["labels.npy"], mean, std)
+        return arrays[0], arrays[1]
 
     def generate(self, workers: int | None = None) -> None:
-        """Generate all pictures, the same for any number of processes; after an error nothing is left behind.
-
-        By default there is one process per usable core, fewer for few pictures.
-        """
+        """Generate all pictures, the same for any number of processes (None: one per core, fewer for few pictures)."""
         part = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.part")
         try:
             for leftover in self.root.glob(f".{self.folder.name}.*"):
@@ -130,12 +123,12 @@ class PictureStore:
 
         contents, pixels = self._contents(), self.curves.size**2
         # workers write to the file and not to its map, where a full disk would kill them
-        path, dtype = (part / "images.npy").absolute(), np.dtype(np.uint8)
-        offset = np.lib.format.open_memmap(path, "w+", dtype, tuple(contents["shape"])).offset
-        chunks = [range(start, min(start + AT_ONCE, self.count)) for start in range(0, self.count, AT_ONCE)]
+        path = (part / "images.npy").absolute()
+        offset = np.lib.format.open_memmap(path, "w+", np.dtype(np.uint8), tuple(contents["shape"])).offset
+        chunks = [range(self.count)[start : start + AT_ONCE] for start in range(0, self.count, AT_ONCE)]
         write = delayed(_write_pictures)
         tasks = (write(path, offset + i.start * pixels, self.curves, self.seed, self.split, i) for i in chunks)
-        workers = min(cpu_count(), -(-self.count // MIN_PER_WORKER)) if workers is None else workers
+        workers = workers or min(cpu_count(), -(-self.count // MIN_PER_WORKER))
         console, title = Console(stderr=True), f"Pathfinder {self.curves.path_length}, {self.split}"
         try:
             with closing(Parallel(min(workers, len(chunks)), "loky", return_as="generator")(tasks)) as results:
@@ -149,7 +142,7 @@ class PictureStore:
         mean = sum(totals) / (255 * self.count * pixels)
         variance = sum(squares) / (255**2 * self.count * pixels) - mean**2
         contents |= {"mean": mean, "std": max(variance, 0.0) ** 0.5}
-        contents["sha256"] = {name: _sha256(part / name) for name in ("images.npy", "labels.npy")}
+        contents["sha256"] = {name: _sha256(part / name) for name in FILES}
         (part / "pathfinder.json").write_text(json.dumps(contents, indent=2) + "\n")
 
     def _install(self, part: Path) -> None:

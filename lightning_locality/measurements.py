@@ -58,16 +58,13 @@ def load_run(path: Path) -> TrainedRun:
         weights = stored["state_dict"]
     # torch raises a different type for every way in which a file can be something else
     except Exception as error:
-        raise ValueError(
-            f"--checkpoint {path}: not a checkpoint with a state_dict that can be read safely ({error!r:.100}); pass a "
-            f"last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
-        ) from error
+        reason = f"not a checkpoint with a state_dict that can be read safely ({error!r:.100})"
+        remedy = f"pass a last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
+        raise ValueError(f"--checkpoint {path}: {reason}; {remedy}") from error
     settings, config = read_settings(path.parent), path.parent / "config.yaml"
     if not settings.get("model"):
-        raise ValueError(
-            f"--checkpoint {path}: there is no {config} that names a model; only checkpoints in a run directory of "
-            f"lightning-locality fit can be measured here, and {_REMEDY}"
-        )
+        reason = f"there is no {config} that names a model; only runs of lightning-locality fit can be measured here"
+        raise ValueError(f"--checkpoint {path}: {reason}, and {_REMEDY}")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
             module, data = _build(settings, stored.get("hyper_parameters", {}))
@@ -79,9 +76,11 @@ def load_run(path: Path) -> TrainedRun:
     # assigned, so that weights keep the type in which they were trained
     module.load_state_dict(weights, strict=module.strict_loading, assign=True)
     module.eval().requires_grad_(False)
-    model = module.network if isinstance(module, Classification) else getattr(module, "model", module)
-    if not isinstance(module, Classification) and not isinstance(model, Factorization):
-        model = module
+    model: nn.Module = module
+    if isinstance(module, Classification):
+        model = module.network
+    elif isinstance(getattr(module, "model", None), Factorization):
+        model = module.model
     about = {"path": str(path), "model": f"{type(model).__module__}.{type(model).__qualname__}"}
     for name, file in {"sha256": path, "config_sha256": config}.items():
         about[name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -245,10 +244,8 @@ def _blocks(kind: str, height: int, width: int) -> tuple[Tensor, ModeTree]:
     """Blocks of pixels, and the tree that merges neighbours."""
     rows, columns = (4, 4) if kind == "quadrants" else (1, 8) if width >= height else (8, 1)
     if height % rows or width % columns:
-        raise ValueError(
-            f"--tree {kind}: images of {height} x {width} pixels cannot be divided into {rows} x {columns} equal "
-            "blocks; leave it out, or call tree_separation with blocks of your own from Python"
-        )
+        reason = f"images of {height} x {width} pixels cannot be divided into {rows} x {columns} equal blocks"
+        raise ValueError(f"--tree {kind}: {reason}; leave it out, or call tree_separation with others from Python")
     tree = ModeTree.perfect(16, pattern="quadrant") if kind == "quadrants" else ModeTree.perfect(8)
     return ranks.blocks(height, width, rows, columns), tree
 

@@ -9,7 +9,7 @@ __all__: list[str] = []
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
     """Geometry: stride, padding, dilation, whether transposed, padding of the output, groups."""
-    out: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
-    return out
+    return cast("Tensor", torch.ops.aten.convolution(x, weight, bias, *geometry))
 
 
 def _convolve_backward(
@@ -101,8 +100,7 @@ class _BatchNorm(Function):
         )
         ctx.save_for_backward(x, weight, mean, rstd, reserve)
         ctx.kind, ctx.eps = kind, eps
-        normalized: Tensor = out
-        return normalized
+        return cast("Tensor", out)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,13 +109,12 @@ class _BatchNorm(Function):
         return (*(gradient if need else None for gradient, need in needed), None)
 
 
-def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> Any:
     """Input gradient, and the sums of ``g x_hat`` and ``g`` per channel."""
     x, weight, mean, rstd, reserve = saved
-    out: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._batch_norm_impl_index_backward(
+    return torch.ops.aten._batch_norm_impl_index_backward(
         kind, x, g, weight, None, None, mean, rstd, True, eps, [True, True, True], reserve
     )
-    return out
 
 
 class _BatchNormBackward(Function):
@@ -228,8 +225,7 @@ class FastDoubleBackward(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(device)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            out: Tensor = _Convolution.apply(input, weight, bias, geometry, self, is_input)
-        return out
+            return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, self, is_input))
 
 
 def _batch_norm(
@@ -246,8 +242,7 @@ def _batch_norm(
     several = input.dim() >= 2 and input.numel() > input.shape[1]
     if not (training and several and weight is not None and _are_plain(input, weight, bias)):
         return None
-    out: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps))
-    return out
+    return cast("Tensor", _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps)))
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:

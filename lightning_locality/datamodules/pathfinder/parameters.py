@@ -21,10 +21,8 @@ class PathfinderCurves:
 
     A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the previous
     one, with gaps of twice ``margin``. Both target curves are always drawn. Label 1: the discs lie on the two ends of
-    one curve; label 0: on the start of one curve and the end of the other. The defaults are those of "Implicit
-    Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen,
-    2022), after "Learning long-range spatial dependencies with horizontal gated recurrent units" (Linsley, Kim,
-    Veerabadran, Windolf, Serre, 2018).
+    one curve; label 0: on the start of one curve and the end of the other. The defaults are those of the experiment
+    cited in :class:`Pathfinder`.
 
     Args:
         path_length: Dashes per target curve, at least 2; published: 3, 5, 7 and 9.

@@ -155,11 +155,6 @@ class _Grids:
             free &= self.grids[row, 0][window] <= FREE
         return self.tables.flat(np.argwhere(free) + self.border)
 
-    def is_full(self, row: int) -> bool:
-        """Whether too little of grid 0 is free for another distractor."""
-        free = int(np.count_nonzero(self.grids[row, 0] <= FREE))
-        return free / self.curves.window**2 < self.curves.stop_with_availability
-
     def grow(
         self, rows: Integers, grid: Integers, joint: Integers, stroke: Integers
     ) -> tuple[Flags, Integers, Integers, Integers]:
@@ -296,7 +291,8 @@ class _Batch:
         while rows.size:
             fresh = rows[(self.placed[rows] == 0) & (self.misses[rows] == 0)]
             if may_fill:
-                full = np.array([self.grids.is_full(row) for row in fresh], dtype=bool)
+                free = np.array([np.count_nonzero(self.grids.grids[row, 0] <= FREE) for row in fresh], dtype=np.int64)
+                full = free / curves.window**2 < curves.stop_with_availability
                 self.number[fresh[full]] = curves.distractor_count
                 rows, fresh = rows[self.number[rows] < curves.distractor_count], fresh[~full]
             self.heading[fresh] = self.random.below(fresh, DEGREES)

@@ -35,8 +35,7 @@ class AntiLocalityCallback(Callback):
 
     Raises:
         ValueError: Negative weight, a batch of unknown form, a model with SyncBatchNorm.
-        MisconfigurationException: Manual optimisation, float16 precision, FSDP, DeepSpeed, or any strategy other than
-            a single device or DDP.
+        MisconfigurationException: Manual optimisation, float16, or a strategy other than a single device or DDP.
     """
 
     def __init__(

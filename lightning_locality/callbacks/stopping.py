@@ -18,12 +18,9 @@ class StopOnceFitted(Callback):
     1 for 21 epochs.
 
     Args:
-        monitor: Logged metric, checked at the end of every training epoch.
+        monitor: Logged metric, checked at the end of every training epoch; ValueError if it is not logged.
         threshold: The least value that counts as fitted.
-        checks: Consecutive checks at or above the threshold.
-
-    Raises:
-        ValueError: ``checks`` below 1, or a metric that is not logged.
+        checks: Consecutive checks at or above the threshold, at least 1.
     """
 
     def __init__(self, monitor: str = "train/accuracy", threshold: float = 1.0, checks: int = 21) -> None:

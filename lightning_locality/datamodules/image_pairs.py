@@ -44,8 +44,7 @@ class AbstractImagePairs(AbstractSourceImages):
         canvas: Height and width of the canvas in pixels.
         distinct: A pair from one class is never the same image twice. Published: false.
         balanced: Exactly half of the pairs are positive. Published: a fair coin for each.
-        background: ``mean``: zero on the normalised canvas, which is the mean colour. Published. ``black``,
-            or a number from 0 (black) to 1 (white): that intensity, normalised like the images.
+        background: ``mean`` (published: the mean colour, 0 once normalised), ``black``, or an intensity from 0 to 1.
         distractors: Number of images between the two that say nothing about the label. Published: 0.
         options: Further arguments of :class:`AbstractSourceImages`.
 

@@ -103,10 +103,8 @@ class SameParity(AbstractLabelConditionalPairs):
 
     Comparing the images is not enough: classes that look different may share a label. The parity of the left image is
     a fair coin, and a class is uniform among those of its parity, so one image alone says nothing about the label
-    (proof in data/README.md). The arguments are those of :class:`AbstractImagePairs`.
-
-    Raises:
-        ValueError: As for :class:`AbstractImagePairs`; at ``setup``: all classes are even or all are odd.
+    (proof in data/README.md). Arguments and errors are those of :class:`AbstractImagePairs`; ``setup`` also raises
+    ValueError if all classes are even or all are odd.
 
     Example:
         >>> data = SameParity(source="mnist", distance=96)

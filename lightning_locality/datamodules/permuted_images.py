@@ -21,8 +21,7 @@ def window_permutation(size: int, window: int, generator: torch.Generator) -> Te
     New pixel k, counted row by row, is the old pixel with number k of the result, ``(size * size,)``, int64.
     """
     number = torch.arange(size * size).reshape(size, size)
-    corners = range(0, size, window)
-    for top, left in product(corners, corners):
+    for top, left in product(range(0, size, window), repeat=2):
         block = number[top : top + window, left : left + window]
         order = torch.randperm(block.numel(), generator=generator)
         block[:] = block.reshape(-1)[order].reshape(block.shape)

@@ -25,10 +25,6 @@ from lightning_locality.datamodules.image_sets import (
     stratified_split,
 )
 
-_GREY = ("mnist", "fashion_mnist", "digits")  # all others are read in colour
-# as published; of the training images, to three digits
-_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
-
 
 class ClassImages:
     """Images ``candidates`` ``(K,)`` grouped by their ``labels`` ``(M,)``; a class is its place among ``classes``."""
@@ -130,12 +126,13 @@ class AbstractSourceImages(AbstractImageDataModule):
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.image_size, self.resize, self.classes, self.holdout = image_size, resize, classes, holdout
-        self.channels: Literal[1, 3] = channels or (1 if name in _GREY else 3)
+        self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits") else 3)
         self.validation_is_test = validation_is_test
         if (mean is None) != (std is None):
             raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
         if mean is None and name == "cifar10" and self.channels == 3:
-            mean, std = _CIFAR10_MEAN, _CIFAR10_STD
+            # as published; of the training images, to three digits
+            mean, std = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
         self._given: tuple[Tensor, Tensor] | None = None
         if mean is not None and std is not None:
             for argument, values in (("mean", mean), ("std", std)):

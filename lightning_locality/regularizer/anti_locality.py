@@ -247,9 +247,10 @@ class AntiLocality(nn.Module):
     r"""The anti-locality term of a loss: input-gradient change with patches and donors sampled at every call.
 
     ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, with one forward pass less,
-    ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits and source are those of
-    :func:`input_gradient_change`. Samples depend only on ``seed`` and the number of previous calls; they are the same
-    on every device and rank, and continue from where they were when a state dict is loaded.
+    ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits, errors and source are those of
+    :func:`input_gradient_change`; a batch of one sample is a ValueError, too. Samples depend only on ``seed`` and the
+    number of previous calls; they are the same on every device and rank, and continue from where they were when a
+    state dict is loaded.
 
     Args:
         patches: Rule by which I and J are sampled.
@@ -260,9 +261,6 @@ class AntiLocality(nn.Module):
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
-
-    Raises:
-        ValueError: A batch of one sample; see also :func:`input_gradient_change`.
     """
 
     def __init__(

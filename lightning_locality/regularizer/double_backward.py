@@ -37,16 +37,10 @@ def _convolve_backward(
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Any,
-        mode: FastDoubleBackward,
-        is_input: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, mode: FastDoubleBackward, leaf: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.mode, ctx.is_input = geometry, mode, is_input
+        ctx.geometry, ctx.mode, ctx.leaf = geometry, mode, leaf
         return _convolve(x, weight, bias, geometry)
 
     @staticmethod
@@ -54,7 +48,7 @@ class _Convolution(Function):
         x, weight = ctx.saved_tensors
         (need_x, need_weight, need_bias), last = ctx.needs_input_grad[:3], not ctx.mode.only_inputs
         # the network's input is our own leaf: its gradient is not read after the input gradients are taken
-        mask = (need_x and not (last and ctx.is_input), need_weight and last, need_bias and last)
+        mask = (need_x and not (last and ctx.leaf), need_weight and last, need_bias and last)
         return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
 
 

@@ -301,7 +301,11 @@ class _Batch:
             found = self._extend(growing, np.zeros_like(growing), self._slot(growing, self.placed[growing]))
             self.placed[growing[found]] += 1
             self._give_up(growing[~found])
-            self._finish(rows[self.placed[rows] == length])
+            complete = rows[self.placed[rows] == length]
+            for dash, grid in product(range(length), (0, 1)):
+                slot = self._slot(complete, dash)
+                self.grids.cover(complete, grid, self.at[complete, slot], self.stroke[complete, slot])
+            self._next(complete)
             rows = rows[self.number[rows] < curves.distractor_count]
 
     def _slot(self, rows: Integers, dash: Integers | int) -> Integers:
@@ -336,14 +340,6 @@ class _Batch:
         self.placed[rows], self.misses[rows] = 0, 0
         self._next(rows[self.tries[rows] > self.curves.distractor_retries])
 
-    def _finish(self, rows: Integers) -> None:
-        """Cover the completed distractors in both grids."""
-        for dash, grid in product(range(self.curves.paddles_per_distractor), (0, 1)):
-            slot = self._slot(rows, dash)
-            self.grids.cover(rows, grid, self.at[rows, slot], self.stroke[rows, slot])
-        self._next(rows)
-
     def _next(self, rows: Integers) -> None:
-        """Continue with the next distractor."""
         self.number[rows] += 1
         self.tries[rows], self.placed[rows], self.misses[rows] = 0, 0, 0

@@ -17,80 +17,65 @@ Train convolutional networks that see far, and measure how far any network sees.
   validate | test       evaluate a checkpoint:    --config FILE --ckpt_path runs/NAME/best.ckpt
   predict               write the class probabilities of the test images
   sweep GRID.yaml       run a grid here or on SLURM, and collect a table and figures          [--dry-run]
-  figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, growth, or any column (xy)
+  figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, ..., or any column (xy)
   rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER]
   make-data pathfinder  render the Pathfinder images before training
 
   --version
 """
-_RUNS = ("fit", "validate", "test", "predict")
+_COMMANDS = ("fit", "validate", "test", "predict", "sweep", "rank", "figure", "make-data")
 
 
-def _run(args: Sequence[str]) -> None:
-    from torch import distributed
+def _dispatch(command: str, args: Sequence[str]) -> None:
+    """Run a command, after importing what it needs and no more."""
+    prog = f"lightning-locality {command}"
+    match command:
+        case "--help" | "-h" | "help":
+            print(_HELP, end="")
+        case "--version":
+            from lightning_locality import __version__
 
-    from lightning_locality.runner import run
+            print(f"lightning-locality {__version__}")
+        case "fit" | "validate" | "test" | "predict":
+            from torch import distributed
 
-    run(args)
-    # Lightning leaves it open; the threads of gloo may then abort the process while it shuts down
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+            from lightning_locality.runner import run
 
+            run([command, *args])
+            # Lightning leaves it open; the threads of gloo may then abort the process while it shuts down
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.destroy_process_group()
+        case "sweep":
+            from jsonargparse import auto_cli
 
-def _sweep(args: Sequence[str]) -> None:
-    from jsonargparse import auto_cli
+            from lightning_locality.sweep import sweep
 
-    from lightning_locality.sweep import sweep
+            # jsonargparse requires a value, and the underscore
+            given = ["--dry_run=true" if arg in ("--dry-run", "--dry_run") else arg for arg in args]
+            auto_cli(sweep, args=given, as_positional=True, prog=prog)
+        case "figure":
+            from lightning_locality.plotting.command import draw_figure
 
-    # jsonargparse requires a value, and the underscore
-    given = ["--dry_run=true" if arg in ("--dry-run", "--dry_run") else arg for arg in args]
-    auto_cli(sweep, args=given, as_positional=True, prog="lightning-locality sweep")
+            draw_figure(args)
+        case "rank":
+            from jsonargparse import auto_cli
 
+            from lightning_locality.measure import gathered, rank
 
-def _figure(args: Sequence[str]) -> None:
-    from lightning_locality.plotting.command import draw_figure
+            # jsonargparse itself shows only the first line
+            description = (rank.__doc__ or "").partition("Args:")[0].strip()
+            auto_cli(rank, args=gathered(args), as_positional=False, prog=prog, description=description)
+        case "make-data":
+            from jsonargparse import auto_cli
 
-    draw_figure(args)
+            from lightning_locality.datamodules.pathfinder.module import make_pathfinder
 
+            auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog=prog)
+        case _:
+            from lightning_locality.results import nearest
 
-def _rank(args: Sequence[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from lightning_locality.measure import gathered, rank
-
-    # jsonargparse itself shows only the first line
-    description = (rank.__doc__ or "").partition("Args:")[0].strip()
-    auto_cli(rank, args=gathered(args), as_positional=False, prog="lightning-locality rank", description=description)
-
-
-def _make_data(args: Sequence[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from lightning_locality.datamodules.pathfinder.module import make_pathfinder
-
-    auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog="lightning-locality make-data")
-
-
-_COMMANDS = {"sweep": _sweep, "rank": _rank, "figure": _figure, "make-data": _make_data}
-
-
-def _dispatch(args: Sequence[str]) -> None:
-    command = args[0] if args else "--help"
-    if command in ("--help", "-h", "help"):
-        print(_HELP, end="")
-    elif command == "--version":
-        from lightning_locality import __version__
-
-        print(f"lightning-locality {__version__}")
-    elif command in _RUNS:
-        _run(args)
-    elif command in _COMMANDS:
-        _COMMANDS[command](args[1:])
-    else:
-        from lightning_locality.results import nearest
-
-        known = (*_RUNS, *_COMMANDS)
-        raise ValueError(f"unknown command {command!r}{nearest(command, known)}; there are {', '.join(known)}")
+            known = ", ".join(_COMMANDS)
+            raise ValueError(f"unknown command {command!r}{nearest(command, _COMMANDS)}; there are {known}")
 
 
 def _reason(message: str) -> str:
@@ -111,14 +96,13 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With status 2 and one line on standard error for wrong input. With ``LIGHTNING_LOCALITY_DEBUG=1``
             the exception itself is raised.
     """
-    given = list(sys.argv[1:] if args is None else args)
+    command, *given = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        _dispatch(given)
+        _dispatch(command, given)
     except Exception as error:
         # Lightning's exception for wrong settings; importing it here would cost seconds
-        wrong_input = isinstance(error, (ValueError, OSError, ImportError)) or (
-            type(error).__name__ == "MisconfigurationException"
-        )
+        misconfigured = type(error).__name__ == "MisconfigurationException"
+        wrong_input = misconfigured or isinstance(error, (ValueError, OSError, ImportError))
         if os.environ.get("LIGHTNING_LOCALITY_DEBUG") or not wrong_input:
             raise
         print(f"lightning-locality: {type(error).__name__}: {_reason(str(error))}", file=sys.stderr)

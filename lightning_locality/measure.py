@@ -11,10 +11,11 @@ import platform
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -26,15 +27,13 @@ import torch
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from lightning_locality.measurements import Measurement, Record, TrainedRun, load_run, measurements
 from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
 from lightning_locality.plotting.style import save_figure
-from lightning_locality.ranks.evaluation import Evaluation, measuring
-from lightning_locality.ranks.patch_pairs import InteractionProfile
-from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks import Evaluation, InteractionProfile, NodeSpectra, measuring
 from lightning_locality.results import atomic_write, write_json
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
@@ -81,16 +80,13 @@ def rank(
         label: Names of the checkpoints in tables and figures, one each; the default is the run directory's name.
         what: Kinds of measurement (nodes, components, cuts, profile); the default is all that apply.
         images: Number of test images; the default is 256, or all if there are fewer.
-        size: Images on each side of a cut, which costs size * size forward passes; the default is 64, or half of
-            the images if there are fewer.
+        size: Images on each side of a cut (size * size forward passes); the default is 64, or half of all if fewer.
         repetitions: Independent draws of these images per cut.
         patch: Side of the profile's patches in pixels; the default depends on the size of the images.
         samples: Images of the profile; the default is 64, or all if there are fewer.
-        method: How the profile is measured: linear uses gradients; exact uses forward passes only and is the one to
-            trust for networks with confident predictions.
+        method: linear, by gradients, or exact, by forward passes, the one to trust if predictions are confident.
         pairs: Number of patch pairs that the exact profile samples per distance; the default is all.
-        tree: Also estimate the ranks between groups of blocks of the image: 4 x 4 blocks merged into quadrants, or
-            8 strips.
+        tree: Also estimate ranks between groups of blocks of the image: 4 x 4 merged into quadrants, or 8 strips.
         rtol: A singular value counts in the tree figures and the summary if it exceeds this fraction of the largest;
             the table also has the ranks up to rounding.
         seed: Seed of every random choice.
@@ -115,7 +111,7 @@ def rank(
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     missing = [one for one in plan if one.result() is None]
     try:
-        _measure_all(missing, workers, chunk, torch.float64 if float64 else None, console)
+        _measure_all(missing, workers, Evaluation(chunk, torch.float64 if float64 else None), console)
     except KeyboardInterrupt:
         done = sum(one.result() is not None for one in plan)
         where = f"{done} of {len(plan)} measurements are done and kept in {folder / 'parts'}"
@@ -124,7 +120,7 @@ def rank(
     records = {name: {one.name: one.result() or {} for one in plan if one.label == name} for name in runs}
     files = _write(folder, records, runs, settings)
     console.print(_summary(records, rtol))
-    console.print(f"In {folder}: {', '.join(path.name for path in files)}.", soft_wrap=True)
+    console.print(f"In {folder}: {', '.join(files)}.", soft_wrap=True)
 
 
 def gathered(args: Sequence[str]) -> list[str]:
@@ -135,38 +131,35 @@ def gathered(args: Sequence[str]) -> list[str]:
         ['--out=x', '--checkpoint=["a", "b", "c"]']
     """
     values: dict[str, list[str]] = {}
-    others: list[str] = []
-    current: list[str] | None = None
+    others = current = list[str]()
     for word in args:
         name, equals, value = word.partition("=")
         if name in ("--checkpoint", "--label", "--what"):
             current = values.setdefault(name, [])
             current += [value] if equals else []
-        elif current is not None and not word.startswith("-"):
-            current.append(word)
         else:
-            current = None
-            others.append(word)
+            current = others if word.startswith("-") else current
+            current.append(word)
     return [*others, *(f"{name}={json.dumps(given)}" for name, given in values.items())]
 
 
 def _labels(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:
     """Labels as given, or the folders of the runs with as much of their paths as it takes to tell them apart."""
     full = [path.resolve() for path in paths]
-    if repeated := next((path for path, count in Counter(full).items() if count > 1), None):
-        raise ValueError(f"--checkpoint {repeated} is given {full.count(repeated)} times")
+    for path, count in Counter(full).items():
+        if count > 1:
+            raise ValueError(f"--checkpoint {path} is given {count} times")
     if given is None:
-        ways: list[Callable[[Path], str]] = [
-            lambda path: path.parent.name,
-            lambda path: f"{path.parent.name}/{path.stem}",
-            lambda path: f"{path.parent.parent.name}/{path.parent.name}",
-        ]
-        found = ([way(path) for path in full] for way in ways)
-        return next((names for names in found if len(set(names)) == len(names)), [str(path) for path in full])
+        runs = [path.parent for path in full]
+        with_stem = [f"{run.name}/{path.stem}" for run, path in zip(runs, full, strict=True)]
+        with_parent = [f"{run.parent.name}/{run.name}" for run in runs]
+        ways = [run.name for run in runs], with_stem, with_parent, [*map(str, full)]
+        return next(names for names in ways if len(set(names)) == len(names))
     if len(given) != len(paths):
         raise ValueError(f"--label names {len(given)} checkpoints, and there are {len(paths)}: name all or none")
-    if repeated_name := next((name for name, count in Counter(given).items() if count > 1), None):
-        raise ValueError(f"--label: several checkpoints are called {repeated_name!r}; give each a name of its own")
+    for name, count in Counter(given).items():
+        if count > 1:
+            raise ValueError(f"--label: several checkpoints are called {name!r}; give each a name of its own")
     return list(given)
 
 
@@ -179,27 +172,18 @@ def _devices(accelerator: str, count: int) -> list[torch.device]:
 
 
 def _measure_all(
-    missing: Sequence[Measurement],
-    devices: Sequence[torch.device],
-    chunk: int | None,
-    dtype: torch.dtype | None,
-    console: Console,
+    missing: Sequence[Measurement], devices: Sequence[torch.device], evaluation: Evaluation, console: Console
 ) -> None:
     """Measure and cache; one thread per device takes the next measurement from the common list."""
-    pending, stopped, numbers = deque(missing), threading.Event(), itertools.count(1)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    )
+    pending, stopped, numbers = iter(missing), threading.Event(), itertools.count(1)
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     bar = progress.add_task("measurements", total=len(missing))
 
     def work(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        while not stopped.is_set():
-            try:
-                one = pending.popleft()
-            except IndexError:
+        for one in pending:
+            if stopped.is_set():
                 return
             measure(one, device)
 
@@ -213,56 +197,45 @@ def _measure_all(
         # devices have weights of their own
         model = (copy.deepcopy(one.model) if len(devices) > 1 else one.model).to(device)
         try:
-            record = one.function(model, Evaluation(chunk, dtype=dtype, progress=advance))
+            record = one.function(model, replace(evaluation, progress=advance))
         except (ValueError, MemoryError) as error:
             raise ValueError(f"{one.label}, {one.name}: {error}") from error
         seconds = time.monotonic() - started
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-        record |= {"seconds": round(seconds, 3), "device": name}
         one.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(one.path) as file:
-            file.write(json.dumps(record))
+            file.write(json.dumps(record | {"seconds": round(seconds, 3), "device": name}))
         progress.remove_task(own)
         progress.advance(bar)
         line = f"{one.label}: {one.name} ({next(numbers)} of {len(missing)}): {seconds:.1f} s"
         progress.console.print(line, soft_wrap=True, markup=False)
 
     # precision and random state are global: set here, they stay set until the last thread has finished
-    with measuring(torch.nn.Identity()), progress:
-        if len(devices) == 1:
-            work(devices[0])
-            return
-        with ThreadPoolExecutor(len(devices)) as pool:
-            try:
-                for future in as_completed([pool.submit(work, device) for device in devices]):
-                    future.result()
-            finally:
-                stopped.set()
+    with measuring(torch.nn.Identity()), progress, ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            for future in as_completed([pool.submit(work, device) for device in devices]):
+                future.result()
+        finally:
+            stopped.set()
 
 
-def _write(folder: Path, records: Records, runs: Mapping[str, TrainedRun], settings: Any) -> list[Path]:
-    """Write ``ranks.csv``, ``ranks.json`` and the figures; return their paths, those of figures as PNG."""
+def _write(folder: Path, records: Records, runs: Mapping[str, TrainedRun], settings: Any) -> list[str]:
+    """Write ``ranks.csv``, ``ranks.json`` and the figures; return their names, those of figures as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "ranks.csv") as file:
         _table(records, settings.rtol).to_csv(file, index=False, lineterminator="\r\n")
-    checkpoints = {
-        label: {
-            **runs[label].about,
-            "measurements": {
-                name: {key: value for key, value in record.items() if key != "rows"} for name, record in own.items()
-            },
-        }
-        for label, own in records.items()
-    }
+    checkpoints: dict[str, Any] = {}
+    for label, own in records.items():
+        kept = {name: {key: record[key] for key in record if key != "rows"} for name, record in own.items()}
+        checkpoints[label] = {**runs[label].about, "measurements": kept}
     versions = {package: version(package) for package in _PACKAGES}
     document = {"settings": vars(settings), "versions": versions, "rtol": settings.rtol, "checkpoints": checkpoints}
     # numbers that are not finite, which JSON does not have, become null
-    plain = json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
-    write_json(folder / "ranks.json", plain)
+    write_json(folder / "ranks.json", json.loads(json.dumps(document, default=str), parse_constant=lambda _: None))
     figures = _figures(records, settings.rtol)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
-    return [folder / name for name in ("ranks.csv", "ranks.json", *(f"{name}.png" for name in figures))]
+    return ["ranks.csv", "ranks.json", *(f"{name}.png" for name in figures)]
 
 
 def _table(records: Records, rtol: float) -> pd.DataFrame:
@@ -270,12 +243,11 @@ def _table(records: Records, rtol: float) -> pd.DataFrame:
     rows = []
     for label, own in records.items():
         for record in own.values():
-            rows += [[label, *one] for one in record["rows"]]
+            rows += [[label, *row] for row in record["rows"]]
             if record["type"] == "spectra":
-                quantity = f"{record['prefix']}rank_at_{rtol:g}"
-                before = f"{record['within']}/" if record["within"] else ""
-                for node, value in _ranks(_spectra(record), rtol).items():
-                    rows.append([label, quantity, f"{before}{node_name(node)}", value, None, None, None])
+                quantity, ranks = f"{record['prefix']}rank_at_{rtol:g}", _ranks(_spectra(record), rtol)
+                before, none = f"{record['within']}/" if record["within"] else "", [None] * 3
+                rows += [[label, quantity, f"{before}{node_name(node)}", value, *none] for node, value in ranks.items()]
     # as objects, so that whole numbers stay whole
     return pd.DataFrame(rows, columns=_COLUMNS, dtype=object)
 
@@ -295,34 +267,31 @@ def _ranks(spectra: NodeSpectra, rtol: float) -> dict[Node, int]:
 
 
 def _figures(records: Records, rtol: float) -> dict[str, Figure]:
-    exact: dict[str, NodeSpectra] = {}
-    sampled: dict[str, NodeSpectra] = {}
-    profiles: dict[str, InteractionProfile] = {}
-    cuts: dict[str, dict[str, Any]] = {}
-    for label, own in records.items():
-        for record in own.values():
-            match record["type"]:
-                case "spectra" if record["prefix"]:
-                    sampled[label] = _spectra(record)
-                case "spectra":
-                    exact[f"{label}, {record['within']}" if record["within"] else label] = _spectra(record)
-                case "profile":
-                    profiles[label] = InteractionProfile.from_dict(record["content"])
-                case "cut":
-                    cuts.setdefault(label, {})[record["name"]] = SimpleNamespace(**record["content"])
+    every = [(label, record) for label, own in records.items() for record in own.values()]
     figures: dict[str, Figure] = {}
-    for prefix, spectra in (("", exact), ("block_", sampled)):
+    for prefix in ("", "block_"):
+        spectra = {
+            f"{label}, {record['within']}" if record["within"] else label: _spectra(record)
+            for label, record in every
+            if record["type"] == "spectra" and record["prefix"] == prefix
+        }
         if spectra:
             figures[f"{prefix}spectra"] = spectra_figure(spectra)
         trees: dict[ModeTree, dict[str, dict[Node, int]]] = {}
         for label, one in spectra.items():
-            ranks = _ranks(one, rtol)
             # cuts that overlap form no tree
             with suppress(ValueError):
-                trees.setdefault(ModeTree(list(one)), {})[label] = ranks
-        for number, (tree, by_label) in enumerate(trees.items(), start=1):
+                trees.setdefault(ModeTree(list(one)), {})[label] = _ranks(one, rtol)
+        for number, (tree, ranks) in enumerate(trees.items(), start=1):
             name = f"{prefix}tree" if number == 1 else f"{prefix}tree_{number}"
-            figures[name] = tree_figure(tree, by_label, f"rank at {rtol:g}")
+            figures[name] = tree_figure(tree, ranks, f"rank at {rtol:g}")
+    profiles: dict[str, InteractionProfile] = {}
+    cuts: dict[str, dict[str, Any]] = {}
+    for label, record in every:
+        if record["type"] == "profile":
+            profiles[label] = InteractionProfile.from_dict(record["content"])
+        elif record["type"] == "cut":
+            cuts.setdefault(label, {})[record["name"]] = SimpleNamespace(**record["content"])
     if profiles:
         figures["profile"] = profile_figure(profiles)
     if cuts:
@@ -335,8 +304,9 @@ def _summary(records: Records, rtol: float) -> Table:
     table = Table("checkpoint", "measured", "result")
     for label, own in records.items():
         lines = [line for name, record in own.items() for line in _headlines(name, record, rtol)]
-        for number, line in enumerate(lines, start=1):
-            table.add_row(label if number == 1 else "", *line, end_section=number == len(lines))
+        table.add_section()
+        for number, line in enumerate(lines):
+            table.add_row("" if number else label, *line)
     return table
 
 

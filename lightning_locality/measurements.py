@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,9 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
+from lightning_locality import ranks
 from lightning_locality.datamodules.base import AbstractImageDataModule, seeded_generator
 from lightning_locality.networks import ConvolutionalArithmeticCircuit
-from lightning_locality.ranks.block_tree import tree_separation
-from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
-from lightning_locality.ranks.cuts import cut_share
-from lightning_locality.ranks.evaluation import Evaluation
-from lightning_locality.ranks.masks import blocks, standard_cuts
-from lightning_locality.ranks.nodes import node_spectra
-from lightning_locality.ranks.profile import interaction_profile
-from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.results import read_settings
 from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization
@@ -41,13 +34,6 @@ Record = dict[str, Any]
 
 _FORMAT = 1  # of the records: increase it when they change
 _CUT_QUANTITIES = ("crossing", "inside", "outside", "participation_ratio", "rank", "noise")
-_PROFILE_QUANTITIES = {
-    "share": "interaction_share",
-    "cumulative": "interaction_cumulative",
-    "uniform": "interaction_uniform",
-    "gradient_change": "gradient_change",
-    "pairs": "interaction_pairs",
-}
 _REMEDY = (
     "a network from elsewhere is measured from Python, with cut_share(model, images, mask) and "
     "interaction_profile(model, images) of lightning_locality"
@@ -60,101 +46,73 @@ class TrainedRun:
 
     path: Path
     module: LightningModule
+    model: nn.Module  # the factorisation of a recovery, the network of a classification, otherwise the module
     data: LightningDataModule | None
-
-    @cached_property
-    def about(self) -> dict[str, str]:
-        """Path, class of the model, and digests by which a changed file is noticed."""
-        kind, digests = type(self.model), {"sha256": self.path, "config_sha256": self.path.parent / "config.yaml"}
-        found = {"path": str(self.path), "model": f"{kind.__module__}.{kind.__qualname__}"}
-        for name, path in digests.items():
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
-
-    @property
-    def model(self) -> nn.Module:
-        """The factorisation of a recovery, the network of a classification, otherwise the LightningModule."""
-        if isinstance(self.module, Classification):
-            return self.module.network
-        model = getattr(self.module, "model", None)
-        return model if isinstance(model, Factorization) else self.module
+    about: dict[str, str]  # path, class of the model, and digests by which a changed file is noticed
 
 
 def load_run(path: Path) -> TrainedRun:
-    """Rebuild the model and the data module of a run, without touching the data or the global random state.
-
-    They come from config.yaml because ``load_from_checkpoint`` refuses classes that are not imported yet and rounds
-    weights that were trained in float64.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not a Lightning checkpoint, no model in config.yaml, or weights of another model.
-    """
-    if not path.is_file():
-        reason = "is a folder: name the checkpoint in it" if path.is_dir() else "there is no such file"
-        raise FileNotFoundError(f"--checkpoint {path}: {reason}")
-    settings, config = read_settings(path.parent), path.parent / "config.yaml"
-    given = {name: settings[name] for name in ("model", "data") if settings.get(name)}
-    if "model" not in given:
-        raise ValueError(
-            f"--checkpoint {path}: there is no {config} that names a model; only checkpoints in a run directory of "
-            f"lightning-locality fit can be measured here, and {_REMEDY}"
-        )
+    """Rebuild the model and the data module of a run, without touching the data or the global random state."""
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
         weights = stored["state_dict"]
     # torch raises a different type for every way in which a file can be something else
     except Exception as error:
-        raise ValueError(
-            f"--checkpoint {path}: not a checkpoint with a state_dict that can be read safely ({error!r:.100}); pass a "
-            f"last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
-        ) from error
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)  # a Trainer logs which devices it does not use
+        reason = f"not a checkpoint with a state_dict that can be read safely ({error!r:.100})"
+        remedy = f"pass a last.ckpt or best.ckpt of lightning-locality fit; {_REMEDY}"
+        raise ValueError(f"--checkpoint {path}: {reason}; {remedy}") from error
+    settings, config = read_settings(path.parent), path.parent / "config.yaml"
+    if not settings.get("model"):
+        reason = f"there is no {config} that names a model; only runs of lightning-locality fit can be measured here"
+        raise ValueError(f"--checkpoint {path}: {reason}, and {_REMEDY}")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            module, data = _build(config, given)
-            _attach(module, data, stored.get("hyper_parameters", {}))
+            module, data = _build(settings, stored.get("hyper_parameters", {}))
         module.on_load_checkpoint(stored)
         check_state_dict(module, weights)
-    except ValueError as error:
-        raise ValueError(f"--checkpoint {path}: {error}") from error
-    finally:
-        logger.setLevel(level)
+    # jsonargparse has types of its own, and a constructor may raise anything
+    except Exception as error:
+        raise ValueError(f"--checkpoint {path}: cannot be rebuilt from {config}: {error}") from error
     # assigned, so that weights keep the type in which they were trained
     module.load_state_dict(weights, strict=module.strict_loading, assign=True)
-    return TrainedRun(path, module.eval().requires_grad_(False), data)
+    module.eval().requires_grad_(False)
+    model: nn.Module = module
+    if isinstance(module, Classification):
+        model = module.network
+    elif isinstance(getattr(module, "model", None), Factorization):
+        model = module.model
+    about = {"path": str(path), "model": f"{type(model).__module__}.{type(model).__qualname__}"}
+    for name, file in {"sha256": path, "config_sha256": config}.items():
+        about[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return TrainedRun(path, module, model, data, about)
 
 
-def _build(config: Path, given: dict[str, Any]) -> tuple[LightningModule, LightningDataModule | None]:
+def _build(settings: dict[str, Any], trained: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Build module and data module, and prepare them for each other as a Trainer does before it loads a checkpoint."""
+    # not load_from_checkpoint, which refuses classes that are not imported yet and rounds weights trained in float64
     parser = LightningArgumentParser(exit_on_error=False)
+    given = {name: settings[name] for name in ("model", "data") if settings.get(name)}
     for name in given:
         kind = LightningModule if name == "model" else LightningDataModule
         parser.add_lightning_class_args(kind, name, subclass_mode=True)
-    try:
-        built = parser.instantiate_classes(parser.parse_object(given))
-    # jsonargparse has types of its own, and a constructor may raise anything
-    except Exception as error:
-        raise ValueError(f"what {config} describes cannot be built: {error}") from error
-    return built["model"], built.get("data")
-
-
-def _attach(module: LightningModule, data: LightningDataModule | None, trained: Mapping[str, Any]) -> None:
-    """Prepare a module for its data, as a Trainer does before it loads a checkpoint."""
+    built = parser.instantiate_classes(parser.parse_object(given))
+    module, data = built["model"], built.get("data")
     if isinstance(module, Classification):
         # as trained, even if the data have changed since
         module.num_classes = trained.get("num_classes") or module.num_classes
         module.in_channels = trained.get("in_channels") or module.in_channels
-    off: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(accelerator="cpu", devices=1, **off)
-    trainer.datamodule = data  # type: ignore[attr-defined]
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # a Trainer logs which devices it does not use
+    trainer: Any = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    logger.setLevel(level)
+    trainer.datamodule = data
     module.trainer = trainer
     module.setup("test")
     module.configure_model()
     # networks are copied, and a trainer must not be copied with them
     module.trainer = None
+    return module, data
 
 
 def sample_images(run: TrainedRun, count: int | None, seed: int) -> Tensor:
@@ -172,9 +130,7 @@ def sample_images(run: TrainedRun, count: int | None, seed: int) -> Tensor:
         images = _first_images(run, limit)
         available = len(images)
     if count is not None and available < count:
-        raise ValueError(
-            f"--images {count}: the test split of {run.path.parent} has {available}; take at most that many"
-        )
+        raise ValueError(f"--images {count}: the test split of {run.path.parent} has {available}; take no more")
     return images
 
 
@@ -186,10 +142,8 @@ def _first_images(run: TrainedRun, count: int) -> Tensor:
         loader = source.test_dataloader()
     # Lightning raises a type of its own for a hook that is not implemented
     except Exception as error:
-        raise ValueError(
-            f"--checkpoint {run.path}: {type(source).__name__} has no test data to measure with ({error}); give it a "
-            f"test_dataloader; {_REMEDY}"
-        ) from error
+        reason = f"{type(source).__name__} has no test data to measure with ({error}); give it a test_dataloader"
+        raise ValueError(f"--checkpoint {run.path}: {reason}; {_REMEDY}") from error
     parts: list[Tensor] = []
     for batch in loader:
         # as a Trainer prepares a batch, except for the device
@@ -198,10 +152,8 @@ def _first_images(run: TrainedRun, count: int) -> Tensor:
         part = part[0] if isinstance(part, (tuple, list)) else part
         if not isinstance(part, Tensor) or part.ndim != 4 or not part.is_floating_point():
             found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            raise ValueError(
-                f"--checkpoint {run.path}: a test batch must begin with float images (B, C, H, W) and begins with "
-                f"{found}; {_REMEDY}"
-            )
+            reason = f"a test batch must begin with float images (B, C, H, W) and begins with {found}"
+            raise ValueError(f"--checkpoint {run.path}: {reason}; {_REMEDY}")
         parts.append(part)
         if sum(map(len, parts)) >= count:
             break
@@ -216,16 +168,14 @@ class Measurement:
     kind: str
     name: str
     model: nn.Module
-    function: Callable[[nn.Module, Evaluation], Record]
+    function: Callable[[nn.Module, ranks.Evaluation], Record]
     path: Path
 
     def result(self) -> Record | None:
         """The cached record, or None if there is none yet."""
-        try:
-            record: Record = json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return record
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            return dict(json.loads(self.path.read_text()))
+        return None
 
 
 def measurements(label: str, run: TrainedRun, settings: Any, folder: Path) -> list[Measurement]:
@@ -233,104 +183,79 @@ def measurements(label: str, run: TrainedRun, settings: Any, folder: Path) -> li
     found: list[Measurement] = []
 
     def add(kind: Any, name: str, model: nn.Module, function: Any, **own: Any) -> None:
-        depends = {
-            "checkpoint": run.about["sha256"],
-            "config": run.about["config_sha256"],
-            "measurement": name,
-            "settings": own,
-            "version": [version("lightning-locality"), _FORMAT],
-        }
+        depends = {"measurement": name, "settings": own, "version": [version("lightning-locality"), _FORMAT]}
+        depends |= {"checkpoint": run.about["sha256"], "config": run.about["config_sha256"]}
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         path = folder / f"{name.replace(' ', '_').replace('/', '_')}-{digest[:20]}.json"
         found.append(Measurement(label, kind, name, model, function, path))
 
     if isinstance(run.model, Factorization):
-        add("nodes", "nodes", run.model, _measure_nodes)
+        add("nodes", "nodes", run.model, _measure_spectra)
         add("components", "components", run.model, _measure_components)
     else:
         _add_network(run, settings, add)
     wanted = [one for one in found if settings.what is None or one.kind in (*settings.what, "tree")]
     if not wanted:
+        kinds = ", ".join(dict.fromkeys(one.kind for one in found))
         raise ValueError(
-            f"--what {' '.join(settings.what)}: nothing of that kind can be measured of {run.path}; there is "
-            f"{', '.join(dict.fromkeys(one.kind for one in found))}"
+            f"--what {' '.join(settings.what)}: {run.path} has nothing of that kind to measure; there is {kinds}"
         )
     return wanted
 
 
 def _add_network(run: TrainedRun, settings: Any, add: Callable[..., None]) -> None:
     """Cuts, profile, perhaps a tree of blocks; of every convolutional arithmetic circuit in it the exact spectra."""
-    network, images, seed = run.model, sample_images(run, settings.images, settings.seed), settings.seed
+    network, seed, patch = run.model, settings.seed, settings.patch
+    images = sample_images(run, settings.images, seed)
     count, height, width = (int(images.shape[axis]) for axis in (0, 2, 3))
     size = min(count // 2, 64) if settings.size is None else settings.size
     samples = min(count, 64) if settings.samples is None else settings.samples
-    _check(settings, count, height, width, size, samples)
-    for name, circuit in run.module.named_modules():
-        if isinstance(circuit, ConvolutionalArithmeticCircuit):
-            root: Any = circuit.groups[-1]
-            for output in range(root.weight().shape[-1]):
-                which = f"{name} output {output}".strip()
-                function = partial(_measure_nodes, within=which)
-                add("nodes", f"nodes of {which}", circuit.to_factorization(output), function)
-    common = {"images": count, "seed": seed, "float64": settings.float64}
-    own: dict[str, Any] = {"size": size, "repetitions": settings.repetitions}
-    for name, mask in standard_cuts(height, width).items():
-        function = partial(_measure_cut, images=images, name=name, mask=mask, seed=seed, **own)
-        add("cuts", f"cut {name}", network, function, **common, **own)
-    own = {"patch": settings.patch, "samples": samples, "method": settings.method, "pairs": settings.pairs}
-    add("profile", "profile", network, partial(_measure_profile, images=images, seed=seed, **own), **common, **own)
-    if settings.tree is not None:
-        partition, tree = _blocks(settings.tree, height, width)
-        size = min(16, count) if settings.size is None else size
-        function = partial(_measure_tree, images=images, blocks=partition, tree=tree, size=size, seed=seed)
-        add("tree", f"tree of {settings.tree}", network, function, **common, size=size)
-
-
-def _check(settings: Any, count: int, height: int, width: int, size: int, samples: int) -> None:
-    """Raise before anything is measured what would be raised later."""
-    patch = settings.patch
     if not 4 <= size <= count // 2:
-        raise ValueError(
-            f"--size {size}: a cut takes at least 4 images on either side, different ones on each, and there are "
-            f"{count}; change it, or --images"
-        )
+        reason = f"a cut takes at least 4 images on either side, different ones on each, and there are {count}"
+        raise ValueError(f"--size {size}: {reason}; change it, or --images")
     if not 2 <= samples <= count:
         raise ValueError(f"--samples {samples} must be 2 to {count}, the number of images; change it, or --images")
     if settings.pairs is not None and (settings.method == "linear" or settings.pairs < 1):
         raise ValueError(f"--pairs {settings.pairs} must be 1 or more, and goes with --method exact")
     if patch is not None and (patch < 1 or height % patch or width % patch or patch >= max(height, width)):
-        raise ValueError(
-            f"--patch {patch}: images of {height} x {width} pixels must be divided into at least two patches; take a "
-            "common divisor of both sides, or leave it out"
-        )
+        raise ValueError(f"--patch {patch} must divide {height} x {width} pixels into two patches or more; or omit it")
+    for name, circuit in run.module.named_modules():
+        if isinstance(circuit, ConvolutionalArithmeticCircuit):
+            root: Any = circuit.groups[-1]
+            for output in range(root.weight().shape[-1]):
+                which = f"{name} output {output}".strip()
+                function = partial(_measure_spectra, within=which)
+                add("nodes", f"nodes of {which}", circuit.to_factorization(output), function)
+    common = {"images": count, "seed": seed, "float64": settings.float64}
+    own: dict[str, Any] = {"size": size, "repetitions": settings.repetitions}
+    for name, mask in ranks.standard_cuts(height, width).items():
+        function = partial(_measure_cut, images=images, name=name, mask=mask, seed=seed, **own)
+        add("cuts", f"cut {name}", network, function, **common, **own)
+    own = {"patch": patch, "samples": samples, "method": settings.method, "pairs": settings.pairs}
+    add("profile", "profile", network, partial(_measure_profile, images=images, seed=seed, **own), **common, **own)
+    if settings.tree is not None:
+        partition, tree = _blocks(settings.tree, height, width)
+        size = min(16, count) if settings.size is None else size
+        function = partial(_measure_spectra, images=images, blocks=partition, tree=tree, size=size, seed=seed)
+        add("tree", f"tree of {settings.tree}", network, function, **common, size=size)
 
 
 def _blocks(kind: str, height: int, width: int) -> tuple[Tensor, ModeTree]:
     """Blocks of pixels, and the tree that merges neighbours."""
-    if kind == "quadrants":
-        rows, columns, tree = 4, 4, ModeTree.perfect(16, pattern="quadrant")
-    else:
-        rows, columns = (1, 8) if width >= height else (8, 1)
-        tree = ModeTree.perfect(8)
+    rows, columns = (4, 4) if kind == "quadrants" else (1, 8) if width >= height else (8, 1)
     if height % rows or width % columns:
-        raise ValueError(
-            f"--tree {kind}: images of {height} x {width} pixels cannot be divided into {rows} x {columns} equal "
-            "blocks; leave it out, or call tree_separation with blocks of your own from Python"
-        )
-    return blocks(height, width, rows, columns), tree
+        reason = f"images of {height} x {width} pixels cannot be divided into {rows} x {columns} equal blocks"
+        raise ValueError(f"--tree {kind}: {reason}; leave it out, or call tree_separation with others from Python")
+    tree = ModeTree.perfect(16, pattern="quadrant") if kind == "quadrants" else ModeTree.perfect(8)
+    return ranks.blocks(height, width, rows, columns), tree
 
 
-def _measure_nodes(model: Factorization, _: Evaluation, within: str = "") -> Record:
-    """Exact spectra at the nodes of a factorisation; ``within`` names it if a network contains several."""
-    return _spectra_record(node_spectra(model), within=within)
-
-
-def _measure_tree(network: nn.Module, evaluation: Evaluation, **options: Any) -> Record:
-    """Estimated spectra of a network between groups of blocks."""
-    return _spectra_record(tree_separation(network, evaluation=evaluation, **options), prefix="block_")
-
-
-def _spectra_record(spectra: NodeSpectra, prefix: str = "", within: str = "") -> Record:
+def _measure_spectra(model: nn.Module, evaluation: ranks.Evaluation, within: str = "", **options: Any) -> Record:
+    """Exact spectra of a factorisation (``within`` names it if a network holds several), or those between blocks."""
+    if isinstance(model, Factorization):
+        spectra, prefix = ranks.node_spectra(model), ""
+    else:
+        spectra, prefix = ranks.tree_separation(model, evaluation=evaluation, **options), "block_"
     before = f"{within}/" if within else ""
     rows = [
         _row(f"{prefix}{quantity}", f"{before}{row['node']}", value)
@@ -350,51 +275,46 @@ def _spectra_record(spectra: NodeSpectra, prefix: str = "", within: str = "") ->
     return {"type": "spectra", "prefix": prefix, "within": within, "rows": rows, "content": content}
 
 
-def _measure_components(model: Factorization, _: Evaluation) -> Record:
+def _measure_components(model: Factorization, _: ranks.Evaluation) -> Record:
     """Norms of components, largest first; of a hierarchical factorisation also balanced, and of their contributions."""
     norms: dict[str, dict[str, Tensor]] = {"magnitude": model.magnitudes()}
     if isinstance(model, HierarchicalTensorFactorization | CP):
-        by_node = {"contribution_norm": contribution_norms(model)}
+        by_node = {"contribution_norm": ranks.contribution_norms(model)}
         if isinstance(model, HierarchicalTensorFactorization):
             by_node["component_norm"] = model.local_component_norms()
             norms.clear()  # the same numbers
         # chains of several matrices have no balanced point of their own
         with suppress(ValueError):
-            by_node["balanced_component_norm"] = balanced_component_norms(model)
+            by_node["balanced_component_norm"] = ranks.balanced_component_norms(model)
         norms |= {name: {node_name(node): norm for node, norm in own.items()} for name, own in by_node.items()}
-    content = {
-        name: {key: norm.detach().sort(descending=True).values.tolist() for key, norm in own.items()}
-        for name, own in norms.items()
-    }
-    rows = [
-        _row(name, f"{key}/{number}", value)
-        for name, own in content.items()
-        for key, values in own.items()
-        for number, value in enumerate(values)
-    ]
+    content, rows = dict[str, Any](), []
+    for name, own in norms.items():
+        content[name] = {key: norm.detach().sort(descending=True).values.tolist() for key, norm in own.items()}
+        rows += [_row(name, f"{key}/{k}", norm) for key, sizes in content[name].items() for k, norm in enumerate(sizes)]
     return {"type": "components", "rows": rows, "content": content}
 
 
-def _measure_cut(network: nn.Module, evaluation: Evaluation, name: str, **options: Any) -> Record:
+def _measure_cut(network: nn.Module, evaluation: ranks.Evaluation, name: str, **options: Any) -> Record:
     """Share of the variance that crosses a cut."""
-    content = cut_share(network, evaluation=evaluation, **options).to_dict()
+    content = ranks.cut_share(network, evaluation=evaluation, **options).to_dict()
     rows = [_row("cut_share", name, content["share"], content["standard_error"])]
     rows += [_row(f"cut_{quantity}", name, content[quantity]) for quantity in _CUT_QUANTITIES]
     return {"type": "cut", "name": name, "rows": rows, "content": content}
 
 
-def _measure_profile(network: nn.Module, evaluation: Evaluation, pairs: int | None, **options: Any) -> Record:
+def _measure_profile(network: nn.Module, evaluation: ranks.Evaluation, pairs: int | None, **options: Any) -> Record:
     """Interaction of patches by their distance."""
-    profile = interaction_profile(network, pairs_per_distance=pairs, evaluation=evaluation, **options)
+    profile = ranks.interaction_profile(network, pairs_per_distance=pairs, evaluation=evaluation, **options)
     content = profile.to_dict()
-    ends = (content["mean_distance_low"], content["mean_distance_high"])
-    rows = [_row("mean_distance", "", content["mean_distance"], None, *ends)]
+    mean, *ends = (content[f"mean_distance{end}"] for end in ("", "_low", "_high"))
+    rows = [_row("mean_distance", "", mean, None, *ends)]
     rows += [_row(name, "", content[name]) for name in ("r50", "r90", "uniform_mean_distance")]
     for number, distance in enumerate(content["distance"]):
-        key, band = f"{distance:g}", (content["low"][number], content["high"][number])
-        rows.append(_row("interaction_strength", key, content["strength"][number], None, *band))
-        for name, quantity in _PROFILE_QUANTITIES.items():
-            rows.append(_row(quantity, key, content[name][number]))
+        strength, *band = (content[name][number] for name in ("strength", "low", "high"))
+        rows.append(_row("interaction_strength", f"{distance:g}", strength, None, *band))
+        for name in ("share", "cumulative", "uniform", "gradient_change", "pairs"):
+            quantity = name if name == "gradient_change" else f"interaction_{name}"
+            rows.append(_row(quantity, f"{distance:g}", content[name][number]))
     return {"type": "profile", "rows": rows, "content": content}
 
 

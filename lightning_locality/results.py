@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,20 +24,7 @@ COUNTS = ("epochs", "iterations", "seconds")
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
-    """Open a text file that replaces ``path`` only once it has been written completely.
-
-    Args:
-        path: The file; if writing fails, its previous content stays.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> with atomic_write(path) as file:
-        ...     _ = file.write("all")
-        ...     before = path.exists()
-        >>> before, path.read_text()
-        (False, 'all')
-    """
+    """Open a text file that replaces ``path`` only once it has been written completely."""
     temporary = path.with_name(path.name + ".part")
     # no translation of line ends: csv writes its own
     with temporary.open("w", newline="") as file:
@@ -58,9 +45,9 @@ class _Run:
     name: str
     folder: Path | None
     finished: bool
-    labels: Mapping[str, Any] = field(default_factory=dict)
-    results: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, Any]
+    results: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
 
 def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | None = None) -> pd.DataFrame:
@@ -71,10 +58,9 @@ def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | 
         labels: Run directory -> its labels, if they are already known; these directories need not exist yet.
 
     Returns:
-        Columns ``run`` (name of the directory), ``folder``, ``finished``, the labels (``variant`` and the grid point of
-        a sweep), the counts and metrics (of unfinished runs, as far as known), and the settings of ``config.yaml`` by
-        dotted name. ``attrs["varied"]`` names the labels (settings that differ, if no run has labels),
-        ``attrs["settings"]`` the settings. Of several paths, the label ``input`` tells which one a run is from.
+        Columns ``run`` (name of the directory), ``folder``, ``finished``, labels (``variant``, the grid point of a
+        sweep, and ``input`` if there are several paths), counts and metrics known so far, and settings by dotted name.
+        ``attrs`` names the ``varied`` (the labels, or settings that differ if no run has labels) and ``settings``.
 
     Raises:
         ValueError: No runs found.
@@ -93,14 +79,14 @@ def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | 
     columns = list(dict.fromkeys(["run", "folder", "finished", *varied, *results, *settings]))
     rows = []
     for run in runs:
-        known = {"run": run.name, "folder": run.folder, "finished": run.finished}
-        known = {**run.settings, **run.labels, **run.results, **known}
+        known = {**run.settings, **run.labels, **run.results}
+        known |= {"run": run.name, "folder": run.folder, "finished": run.finished}
         # lists cannot be grouped by
-        rows.append([str(v) if isinstance(v := known.get(key), (list, dict)) else v for key in columns])
+        rows.append({key: str(v) if isinstance(v, (list, dict)) else v for key, v in known.items()})
     frame = pd.DataFrame(rows, columns=columns)
     if not set(varied) - {"input"}:
-        differing = (key for key in settings if frame[key].nunique() > 1 and frame[key].notna().all())
-        varied += [key for key in differing if key != "run_dir"]
+        others = (key for key in settings if key != "run_dir")
+        varied += [key for key in others if frame[key].nunique() > 1 and frame[key].notna().all()]
     frame.attrs = {"varied": varied, "settings": [key for key in settings if key not in {*varied, *results}]}
     return frame
 
@@ -129,8 +115,7 @@ def _is_run(folder: Path) -> bool:
 def _read_table(path: Path) -> list[_Run]:
     """Read a CSV file; the columns before the counts are the labels."""
     # spreadsheets begin a file with a byte order mark; "None" may be the name of a variant
-    options: Any = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": ["", "nan"]}
-    table = pd.read_csv(path, **options)
+    table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=["", "nan"])
     if table.empty:
         raise ValueError(f"{path} has no rows: no run has finished")
     names = list(table)
@@ -140,10 +125,9 @@ def _read_table(path: Path) -> list[_Run]:
         known = {str(key): value for key, value in row.items() if not pd.isna(value)}
         name = Path(str(known.pop("run", ""))).name
         folder = path.parent / name if name and _is_run(path.parent / name) else None
-        labels = {key: value for key, value in known.items() if key in before}
-        results = {key: value for key, value in known.items() if key not in before}
+        labels = {key: known.pop(key) for key in before if key in known}
         settings = _read_run(folder).settings if folder else {}
-        runs.append(_Run(name, folder, True, labels, results, settings))
+        runs.append(_Run(name, folder, True, labels, known, settings))
     return runs
 
 
@@ -160,14 +144,9 @@ def _read_run(folder: Path, labels: Mapping[str, Any] | None = None) -> _Run:
 
 
 def write_results(path: Path, runs: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Write the finished runs as a CSV file, one row each: name, labels, counts, metrics.
-
-    Args:
-        path: The file, ``results.csv`` of a sweep.
-        runs: Run directory -> its labels, in the order of the rows.
-    """
-    read = [run for run in (_read_run(folder, labels) for folder, labels in runs.items()) if run.finished]
-    rows = [{"run": run.name, **run.labels, **run.results} for run in read]
+    """Write the finished ones of ``runs``, directory -> labels, as a CSV file: name, labels, counts, metrics."""
+    read = [_read_run(folder, labels) for folder, labels in runs.items()]
+    rows = [{"run": run.name, **run.labels, **run.results} for run in read if run.finished]
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -175,16 +154,9 @@ def write_results(path: Path, runs: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def find_column(frame: pd.DataFrame, name: str, option: str = "column") -> str:
-    """Return the full name of a column.
+    """Return the full name of the column with this name, or with this last part.
 
-    Args:
-        frame: Runs.
-        name: The full name, or its last part if that is unique among labels, counts and metrics, or else among the
-            settings: ``distance`` for ``data.distance``.
-        option: Named in messages.
-
-    Raises:
-        ValueError: No such column, or several.
+    The last part must be unique among labels, counts and metrics, or else among the settings; messages name ``option``.
 
     Example:
         >>> find_column(pd.DataFrame({"data.distance": [80]}), "distance")
@@ -203,6 +175,11 @@ def find_column(frame: pd.DataFrame, name: str, option: str = "column") -> str:
             return found[0]
     known = [*names, *(re.split(r"[./]", key)[-1] for key in names)]
     raise ValueError(f"{option}: there is no column {name!r}{nearest(name, known)}; there are {', '.join(others)}")
+
+
+def find_columns(frame: pd.DataFrame, names: Sequence[str] | str | None, option: str) -> list[str]:
+    """Return the full names of several columns, of one, or of none."""
+    return [find_column(frame, name, option) for name in ([names] if isinstance(names, str) else names or ())]
 
 
 def ordered(values: Iterable[Any]) -> list[Any]:
@@ -229,26 +206,25 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
         The keys and ``mean``, ``std`` (division by n), ``sem`` (from the unbiased variance), ``median``, ``least``,
         ``greatest``, ``n`` (number of values) and ``runs`` (the largest number of runs of a group, finished or not).
     """
-    frame = frame.dropna(subset=keys[-1]).reset_index(drop=True)
-    places = {key: {value: place for place, value in enumerate(ordered(frame[key]))} for key in keys}
-    place = {key: frame[key].map(lambda v, own=own: own[None if pd.isna(v) else v]) for key, own in places.items()}
-    frame = frame.loc[pd.DataFrame(place).sort_values(list(keys), kind="stable").index]
+    frame = frame.dropna(subset=keys[-1])
     values = pd.to_numeric(frame[y]).where(lambda v: np.isfinite(v))
     if "finished" in frame:
         values = values.where(frame["finished"])
-    groups = frame[list(keys)].assign(value=values).groupby(list(keys), sort=False, dropna=False)["value"]
+    # categories keep the order of ordered(); missing values come last
+    known = {key: pd.Categorical(frame[key], [v for v in ordered(frame[key]) if v is not None]) for key in keys}
+    sorted_keys = pd.DataFrame(known, index=frame.index)
+    groups = sorted_keys.assign(value=values).groupby(list(keys), observed=True, dropna=False)["value"]
     table: pd.DataFrame = groups.agg(  # type: ignore[assignment]
         mean=lambda own: own.mean(),
         std=lambda own: own.std(ddof=0) if own.count() > 1 else np.nan,
         sem=lambda own: own.sem(),
-        median=lambda own: own.median(),
-        least=lambda own: own.min(),
-        greatest=lambda own: own.max(),
+        median="median",
+        least="min",
+        greatest="max",
         n="count",
         runs="size",
     )
-    table["runs"] = table["runs"].max()
-    table = table.reset_index()
+    table = table.assign(runs=table["runs"].max()).reset_index()
     for key in keys:
         # a grid of 0, 0.3 and 3 is written as such
         whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in table[key]]
@@ -264,9 +240,7 @@ def history(run: Path, by: str = "epoch") -> pd.DataFrame:
         by: Column that identifies a row; it becomes the index, sorted.
     """
     path = run / "metrics.csv"
-    if not path.is_file() or path.stat().st_size == 0:
-        return pd.DataFrame()
-    frame = pd.read_csv(path)
+    frame = pd.read_csv(path) if path.is_file() and path.stat().st_size else pd.DataFrame()
     if by not in frame:
         return pd.DataFrame()
     # the last row of a run that is going on may be cut off
@@ -275,15 +249,7 @@ def history(run: Path, by: str = "epoch") -> pd.DataFrame:
 
 
 def last_metrics(run: Path) -> dict[str, float]:
-    r"""Read the last value of every metric, also of those not measured since a restart; empty without metrics.csv.
-
-    Example:
-        >>> import tempfile
-        >>> run = Path(tempfile.mkdtemp())
-        >>> _ = (run / "metrics.csv").write_text("epoch,step,train/loss,val/loss\n0,3,0.5,0.75\n1,7,0.25,\n")
-        >>> last_metrics(run)
-        {'train/loss': 0.25, 'val/loss': 0.75}
-    """
+    """Read the last value of every metric, also of those not measured since a restart; empty without metrics.csv."""
     values: dict[str, float] = {}
     if (run / "metrics.csv").is_file():
         # not pandas: a value that is not a number is the last one as well
@@ -316,11 +282,6 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the most similar of the known names, or nothing.
-
-    Example:
-        >>> nearest("distnce", ["distance", "source"])
-        " (did you mean 'distance'?)"
-    """
+    """Return ``" (did you mean 'x'?)"`` for the most similar of the known names, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]!r}?)" if found else ""

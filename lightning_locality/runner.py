@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from importlib import import_module
@@ -69,50 +69,18 @@ def _is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
-class RunDirectory:
-    """Directory of a run: ``path``, else the folder of the checkpoint, else ``runs/DATE_TIME``.
-
-    All processes of a launch choose the same one, one launch at a time trains in it, and it holds one run.
-    """
-
-    def __init__(self, path: str | None, checkpoint: str | None) -> None:
-        if path or checkpoint:
-            self.path = Path(path or Path(str(checkpoint)).parent)
-        elif not _is_first_process() and _SHARED_DIR in os.environ:
-            self.path = Path(os.environ[_SHARED_DIR])
-        else:
-            launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-            if launch in (None, "none"):
-                launch = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            self.path = Path("runs") / launch
-            # processes that Lightning starts inherit it
-            os.environ[_SHARED_DIR] = str(self.path)
-
-    def refuse_used(self) -> None:
-        """Raise FileExistsError if the directory holds an earlier run."""
-        found = [name for name in _TRACES if (self.path / name).exists()]
-        if found:
-            raise FileExistsError(
-                f"run_dir {self.path} holds an earlier run ({', '.join(found)}): choose another --run_dir, or continue "
-                f"that run with --run_dir {self.path} --ckpt_path last"
-            )
-
-    def lock(self) -> filelock.BaseFileLock:
-        """Lock the directory until the lock is released; exit with status 75 if another process is training in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            print(f"{_PROGRAM}: run_dir {self.path} is in use by another process", file=sys.stderr)
-            raise SystemExit(_IN_USE) from None
-        return lock
-
-    def keep_earlier_config(self) -> None:
-        """Rename the configuration of the earlier part of a resumed run, which the new one would replace."""
-        config = self.path / "config.yaml"
-        if config.exists():
-            config.rename(self.path / f"config.{len(list(self.path.glob('config.*.yaml')))}.yaml")
+def _choose_run_dir(path: str | None, checkpoint: str | None) -> Path:
+    """Return ``path``, else the folder of the checkpoint, else ``runs/DATE_TIME``: the same on all processes."""
+    if path or checkpoint:
+        return Path(path or Path(str(checkpoint)).parent)
+    if not _is_first_process() and _SHARED_DIR in os.environ:
+        return Path(os.environ[_SHARED_DIR])
+    launch = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    if launch in (None, "none"):
+        launch = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    # processes that Lightning starts inherit it
+    os.environ[_SHARED_DIR] = f"runs/{launch}"
+    return Path("runs", str(launch))
 
 
 def _find_checkpoint(name: str, run_dir: str | None) -> Path:
@@ -140,10 +108,7 @@ class LocalityCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run."""
-        run_dir = (
-            "Directory for config, metrics, checkpoints and figures (default: runs/<date and time>, or the folder of "
-            "the checkpoint if --ckpt_path is given)."
-        )
+        run_dir = "Folder of config, metrics, checkpoints, figures (default: runs/<date_time>, or that of --ckpt_path)."
         test = "Test after fit, with the last weights (as published) or the best on validation."
         labels = "Labels copied to summary.json, by which tables and figures group runs."
         parser.add_argument("--run_dir", type=str | None, default=None, help=run_dir)
@@ -152,17 +117,14 @@ class LocalityCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep what was typed and warn if the checkpoint differs; Lightning would take the checkpoint's settings."""
-        if not self.config.get("subcommand"):
-            return
         config = self.config[self.config.subcommand]
         if not config.get("ckpt_path"):
             return
         path = _find_checkpoint(config.ckpt_path, config.run_dir)
         config.ckpt_path = str(path)
         stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        typed = config.get("model") or {}
-        typed = json.loads(json.dumps(typed.as_dict() if hasattr(typed, "as_dict") else typed, default=str))
-        values = _comparable({"class_path": typed.get("class_path"), **(typed.get("init_args") or {})})
+        typed = json.loads(json.dumps(config.model.as_dict(), default=str))
+        values = _comparable({"class_path": typed["class_path"], **typed.get("init_args", {})})
         trained = _comparable({"class_path": stored.pop("_class_path", None), **stored})
         for name in sorted(values.keys() & trained.keys()):
             if values[name] != trained[name]:
@@ -180,20 +142,31 @@ class LocalityCLI(LightningCLI):
                 f"{self.subcommand} without a checkpoint would measure a network with random weights: pass "
                 "--ckpt_path runs/NAME/best.ckpt (or last.ckpt), or --run_dir runs/NAME --ckpt_path best"
             )
-        self.directory = RunDirectory(config.run_dir, checkpoint)
-        self.run_dir = self.directory.path
+        self.run_dir = _choose_run_dir(config.run_dir, checkpoint)
         self.recorded = self.subcommand == "fit" and not config.trainer.fast_dev_run
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.recorded and _is_first_process():
-            self._held.enter_context(self.directory.lock())
-        if self.recorded and not checkpoint:
-            self.directory.refuse_used()
+            self._lock_run_dir()
+        if self.recorded and not checkpoint and (found := [name for name in _TRACES if (self.run_dir / name).exists()]):
+            raise FileExistsError(
+                f"run_dir {self.run_dir} holds an earlier run ({', '.join(found)}): choose another --run_dir, or "
+                f"continue that run with --run_dir {self.run_dir} --ckpt_path last"
+            )
         config.run_dir = str(self.run_dir)
         if not sys.stdout.isatty():
             for name in ("enable_progress_bar", "enable_model_summary"):
                 if config.trainer[name] is None:
                     config.trainer[name] = False
+
+    def _lock_run_dir(self) -> None:
+        """Lock the run directory until the run ends; exit with status 75 if another process is training in it."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._held.enter_context(filelock.FileLock(self.run_dir / ".lock", timeout=0))
+        except filelock.Timeout:
+            print(f"{_PROGRAM}: run_dir {self.run_dir} is in use by another process", file=sys.stderr)
+            raise SystemExit(_IN_USE) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the metrics file and the best and last checkpoints to the configured loggers and callbacks."""
@@ -213,18 +186,17 @@ class LocalityCLI(LightningCLI):
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and the best one if the model names a metric to monitor."""
-        monitor = getattr(self.model, "monitor", None)
         # after the whole epoch, so that a resumed run repeats nothing
-        common: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        last = ModelCheckpoint(dirpath=self.run_dir, filename="last", **common)
-        if monitor is None:
-            return [last]
-        return [ModelCheckpoint(dirpath=self.run_dir, filename="best", monitor=monitor, mode="max", **common), last]
+        common: Any = {"dirpath": self.run_dir, "save_on_train_epoch_end": True, "enable_version_counter": False}
+        monitor = getattr(self.model, "monitor", None)
+        best = [ModelCheckpoint(filename="best", monitor=monitor, mode="max", **common)] if monitor else []
+        return [*best, ModelCheckpoint(filename="last", **common)]
 
     def before_fit(self) -> None:
-        """Keep the configuration of the part of the run that is resumed."""
-        if self.trainer.is_global_zero and self.recorded:
-            self.directory.keep_earlier_config()
+        """Rename the configuration of the earlier part of a resumed run, which the new one would replace."""
+        config = self.run_dir / "config.yaml"
+        if self.trainer.is_global_zero and self.recorded and config.exists():
+            config.rename(self.run_dir / f"config.{len(list(self.run_dir.glob('config.*.yaml')))}.yaml")
         self.fit_started = time.time()
 
     def after_fit(self) -> None:
@@ -233,7 +205,7 @@ class LocalityCLI(LightningCLI):
         if any(isinstance(callback, StopAfter) and callback.stopped for callback in callbacks):
             rank_zero_info(f"out of time; continue with --run_dir {self.run_dir} --ckpt_path last")
             return
-        scores = self._scores()
+        scores = _floats(self.trainer.callback_metrics)
         counts: dict[str, float] = {"epochs": self.trainer.current_epoch}
         own_summary = getattr(self.model, "summary", None)
         if own_summary is not None:
@@ -244,7 +216,7 @@ class LocalityCLI(LightningCLI):
             checkpoint = self.trainer.checkpoint_callback
             path = getattr(checkpoint, "best_model_path", "") if choice == "best" else ""
             results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None, verbose=False)
-            scores |= {key: float(value) for key, value in results[0].items()}
+            scores |= _floats(results[0])
         if self.trainer.is_global_zero and self.recorded:
             if own_summary is None:  # a run killed after its last epoch measures nothing again
                 scores = last_metrics(self.run_dir) | scores
@@ -256,41 +228,36 @@ class LocalityCLI(LightningCLI):
         device = self.trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
         config = read_settings(self.run_dir)
-        write_json(
-            self.run_dir / "summary.json",
-            {
-                "labels": self._get(self.config, "labels") or {},
-                "metrics": scores,
-                **counts,
-                "steps": self.trainer.global_step,
-                "seconds": round(self.stopwatch.seconds, 1),
-                "device": {"name": name, "processes": self.trainer.world_size, "threads": torch.get_num_threads()},
-                "versions": {package: version(package) for package in _PACKAGES},
-                "seeds": {k: v for k, v in flatten(config) if k.split(".")[-1] in ("seed", "seed_everything")},
-                "config": config,
-            },
-        )
+        content = {
+            "labels": self._get(self.config, "labels") or {},
+            "metrics": scores,
+            **counts,
+            "steps": self.trainer.global_step,
+            "seconds": round(self.stopwatch.seconds, 1),
+            "device": {"name": name, "processes": self.trainer.world_size, "threads": torch.get_num_threads()},
+            "versions": {package: version(package) for package in _PACKAGES},
+            "seeds": {k: v for k, v in flatten(config) if k.split(".")[-1] in ("seed", "seed_everything")},
+            "config": config,
+        }
+        write_json(self.run_dir / "summary.json", content)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write the class probabilities as a table."""
         _write_predictions(self.run_dir / "predictions.csv", self.trainer.predict(**kwargs) or [])
 
-    def after_validate(self) -> None:
-        """Write the scores next to the checkpoint."""
-        self._write_scores("validate")
-
     def after_test(self) -> None:
         """Write the scores next to the checkpoint."""
-        self._write_scores("test")
-
-    def _write_scores(self, name: str) -> None:
         if self.trainer.is_global_zero:
-            checkpoint = self._get(self.config, "ckpt_path")
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.run_dir / f"{name}.json", {"checkpoint": checkpoint, "metrics": self._scores()})
+            scores = _floats(self.trainer.callback_metrics)
+            content = {"checkpoint": self._get(self.config, "ckpt_path"), "metrics": scores}
+            write_json(self.run_dir / f"{self.subcommand}.json", content)
 
-    def _scores(self) -> dict[str, float]:
-        return {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+    after_validate = after_test
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -311,9 +278,10 @@ def _write_predictions(path: Path, batches: Sequence[Any]) -> None:
 
     Process r of W predicts every W-th sample, from the r-th.
     """
-    parts = [[row for batch in batches for row in batch.tolist()]]
+    mine = [row for batch in batches for row in batch.tolist()]
+    parts = [mine]
     if distributed.is_available() and distributed.is_initialized():
-        mine, parts = parts[0], [[] for _ in range(distributed.get_world_size())]
+        parts = [[]] * distributed.get_world_size()
         distributed.all_gather_object(parts, mine)
         if distributed.get_rank() != 0:
             return
@@ -335,15 +303,12 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
             save_figure(training_curves(history(folder)), folder / "figures" / "training")
     if not isinstance(data, AbstractImageDataModule):
         return
-    penalty = getattr(model, "penalty", None)
     images, labels = data.batch("validation", torch.arange(min(_EXAMPLES, data.size("validation"))))
-    masks = None
+    penalty, masks = getattr(model, "penalty", None), None
     if isinstance(penalty, AntiLocality) and len(images) > 1:
-        generator = torch.Generator().manual_seed(penalty.seed)
-        pair = penalty.patches.draw(images, images.roll(-1, 0), generator)
-        shape = (len(images), *images.shape[2:])
-        i, j = (mask.squeeze(1).expand(shape).cpu().numpy() for mask in pair)
-        masks = (i, j)
+        i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(penalty.seed))
+        shape = (len(images), 1, *images.shape[2:])
+        masks = (i.expand(shape)[:, 0].cpu().numpy(), j.expand(shape)[:, 0].cpu().numpy())
     names = getattr(data, "class_names", None)
     titles = [names[label] if names else f"label {label}" for label in labels.tolist()]
     save_figure(example_inputs(np.asarray(images.cpu()), titles, masks), folder / "figures" / "examples")
@@ -360,11 +325,8 @@ class SuggestingParser(LightningArgumentParser):
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Append the nearest known name of every unknown one to the message."""
         text = str(message)
-        known = {
-            cls.__name__
-            for base in (LightningModule, LightningDataModule, nn.Module, AbstractPatches)
-            for cls in _subclasses(base)
-        }
+        bases = (LightningModule, LightningDataModule, nn.Module, AbstractPatches)
+        known = {cls.__name__ for base in bases for cls in _subclasses(base)}
         for module, name in _CLASS_PATH.findall(text):
             known |= inspect.signature(getattr(import_module(module), name)).parameters.keys()
         subcommands = [c for a in self._actions if isinstance(a.choices, dict) for c in a.choices.values()]
@@ -383,10 +345,7 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def exit_with_parent() -> None:
-    """End this process when its parent ends, if the parent has announced a pipe to its standard input.
-
-    A sweep that is killed thus takes its runs with it. Processes that this one starts do not read the pipe.
-    """
+    """End this process with its parent if that has announced a pipe to its standard input, as a sweep does."""
     if os.environ.pop(_PARENT_PIPE, None) is None:
         return
 
@@ -399,10 +358,7 @@ def exit_with_parent() -> None:
 
 
 def run(args: Sequence[str]) -> LocalityCLI:
-    """Run one subcommand (``fit``, ``validate``, ``test`` or ``predict``) with its arguments.
-
-    Args:
-        args: As typed, the subcommand first.
+    """Run a subcommand (``fit``, ``validate``, ``test`` or ``predict``) with its arguments, as typed.
 
     Returns:
         The command line object, with its ``trainer``, ``model``, ``datamodule`` and ``run_dir``.
@@ -427,9 +383,6 @@ def run(args: Sequence[str]) -> LocalityCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={
-                "prog": _PROGRAM,
-                **{name: {"prog": f"{_PROGRAM} {name}"} for name in LightningCLI.subcommands()},
-            },
+            parser_kwargs={"prog": _PROGRAM} | {c: {"prog": f"{_PROGRAM} {c}"} for c in LightningCLI.subcommands()},
             args=list(args),
         )

@@ -63,39 +63,34 @@ def sweep(
 ) -> None:
     """Run every point of a grid in its own process, and collect the results.
 
-    Finished runs are skipped, killed ones continue from their last checkpoint, and a run that another sweep is working
-    on is left to it. A failed run is reported with the end of its log and does not stop the others.
+    Finished runs are skipped, killed ones continue from their last checkpoint, and those of another sweep are left to
+    it. A failed run is reported with the end of its log and does not stop the others.
 
     Args:
         grid: YAML file that describes the runs (see configs/sweeps/quickstart.yaml for an example).
         out: Folder for the runs and their results.csv (default: the file's own).
-        parallel: Runs at a time on this machine (default: the file's own, or one per group of devices_per_run GPUs, or
-            per core without GPUs). The runs share the cores and the GPUs.
+        parallel: Runs at a time on this machine, which share its cores and GPUs (default: the file's own, or one per
+            group of devices_per_run GPUs, or per core without GPUs).
         cluster: This machine (local) or SLURM (slurm), which runs them as one array of jobs (default: the file's own).
         dry_run: Print the commands instead of running them.
     """
-    plan = SweepFile.read(grid, out)
+    plan = SweepFile.read(grid, out, parallel=parallel, cluster=cluster)
     runs = plan.runs()
     if dry_run:
         for run in runs:
             print(shlex.join(["lightning-locality", *run.arguments]) + ("  # finished" if run.finished else ""))
         return
-    if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel must be at least 1, got {parallel}")
     console = Console(soft_wrap=True, markup=False, highlight=False)
     for run in runs:
         if changes := _changed_settings(run):
             now = "is kept" if run.finished else "continues with the new ones"
-            console.print(
-                f"{run.folder.name} was started with other settings ({changes}) and {now}: remove its folder to run "
-                "it anew"
-            )
-    where = cluster or plan.cluster
-    workers = _slurm(plan) if where == "slurm" else _this_machine(plan, parallel or plan.parallel)
+            started = f"{run.folder.name} was started with other settings ({changes})"
+            console.print(f"{started} and {now}: remove its folder to run it anew")
+    workers = _slurm(plan) if plan.cluster == "slurm" else _this_machine(plan)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminated like interrupted
     try:
         with workers as submit:
-            failed = _run_all(runs, submit, console, _POLL[where])
+            failed = _run_all(runs, submit, console, _POLL[plan.cluster])
     except KeyboardInterrupt:
         done = sum(run.finished for run in runs)
         console.print(f"interrupted: {done} of {len(runs)} runs are finished; re-run the same command to resume")
@@ -114,7 +109,7 @@ def sweep(
         for folder, log in failed.items():
             console.print(f"failed: {folder.name}\n{log}")
         picture = draw_sweep_figure(plan.figure, frame, plan.folder)
-    files = ", ".join(["results.csv", *([picture.name] if picture else [])])
+    files = f"results.csv, {picture.name}" if picture else "results.csv"
     console.print(f"In {plan.folder}: {files}, and a folder for every run, with its own figures (figures/*.png).")
     if failed:
         raise ValueError(
@@ -165,12 +160,13 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def _this_machine(plan: SweepFile, parallel: int | None) -> Iterator[Submit]:
+def _this_machine(plan: SweepFile) -> Iterator[Submit]:
     """Run in threads, each with one subprocess at a time on a group of devices; at the end, end what still runs."""
     groups, size = _device_groups(plan), plan.devices_per_run
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    places = parallel or len(groups) or max(1, cores // size)
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // (places * size)))}
+    places = plan.parallel or len(groups) or max(1, cores // size)
+    threads = str(max(1, cores // (places * size)))
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     free: queue.Queue[tuple[str, ...]] = queue.Queue()
     for group in itertools.islice(itertools.cycle(groups or [()]), places):
         free.put(group)
@@ -179,8 +175,7 @@ def _this_machine(plan: SweepFile, parallel: int | None) -> Iterator[Submit]:
     def fit(run: Run) -> Outcome:
         group = free.get()
         try:
-            variables = {"CUDA_VISIBLE_DEVICES": ",".join(group)} if group else {}
-            return _fit(run, variables if "OMP_NUM_THREADS" in os.environ else variables | threads, lambda: stopped)
+            return _fit(run, variables | ({"CUDA_VISIBLE_DEVICES": ",".join(group)} if group else {}), lambda: stopped)
         finally:
             free.put(group)
 
@@ -223,19 +218,18 @@ def _slurm(plan: SweepFile) -> Iterator[Submit]:
         executor.update_parameters(**options)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"slurm: {error}") from error
-    jobs: list[Any] = []
+    numbers = set[str]()
 
     def submit(runs: Sequence[Run]) -> Sequence[Any]:
-        new = executor.map_array(_SlurmJob(), runs)
-        jobs.extend(new)
-        return list(new)
+        jobs = executor.map_array(_SlurmJob(), runs)
+        numbers.update(str(job.job_id).split("_")[0] for job in jobs)
+        return jobs
 
     try:
         yield submit
     except KeyboardInterrupt:
-        numbers = sorted({str(job.job_id).split("_")[0] for job in jobs})
         if numbers:
-            print(f"jobs {', '.join(numbers)} stay with SLURM: squeue shows them, scancel ends them")
+            print(f"jobs {', '.join(sorted(numbers))} stay with SLURM: squeue shows them, scancel ends them")
         raise
 
 
@@ -256,11 +250,7 @@ class _SlurmJob:
 def _fit(
     run: Run, variables: Mapping[str, str], stopped: Callable[[], bool] = lambda: False, prefix: Sequence[str] = ()
 ) -> Outcome:
-    """Fit in a subprocess, continuing from the last checkpoint of a run that was killed.
-
-    The standard input of the subprocess is a pipe from here, at whose end it exits: it does not outlive this process,
-    even if that is killed.
-    """
+    """Fit in a subprocess, continuing from the last checkpoint of a run that was killed."""
     try:
         # the run locks its directory itself, but only seconds after its start
         with run.lock(".claim"):
@@ -278,7 +268,10 @@ def _fit(
 
 
 def _call(command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], stopped: Callable[[], bool]) -> int:
-    """Run a command to its end, or until it is stopped; return its exit status."""
+    """Run a command to its end, or until it is stopped; return its exit status.
+
+    At the end of the pipe that is its standard input it exits: it does not outlive this process, even if killed.
+    """
     # inside a job a run starts its own processes; SLURM's variables would keep Lightning from it
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     ours = {"PYTHONUNBUFFERED": "1", "LIGHTNING_LOCALITY_PARENT_PIPE": "1"}
@@ -301,9 +294,8 @@ def _call(command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], 
 
 def _prepare(run: Run) -> list[str]:
     """Return the option that continues a killed run; for any other, clear what a killed start left."""
-    last = run.folder / "last.ckpt"
     # writing it may have been cut off if the directory is not on the file system of the temporary files
-    if zipfile.is_zipfile(last):
+    if zipfile.is_zipfile(last := run.folder / "last.ckpt"):
         return [f"--ckpt_path={last}"]
     for path in itertools.chain.from_iterable(run.folder.glob(pattern) for pattern in _TRACES):
         path.unlink()
@@ -318,21 +310,17 @@ def _changed_settings(run: Run) -> str:
     if not path.is_file() or not (run.finished or (run.folder / "last.ckpt").exists()):
         return ""
     old, new = (dict(a[2:].split("=", 1) for a in own) for own in (json.loads(path.read_text()), run.settings))
-    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return ", ".join(f"{name}: was {old.get(name, 'not set')}, now {new.get(name, 'not set')}" for name in names)
 
 
 def _result_table(runs: pd.DataFrame) -> Table:
-    """Tabulate how the runs ended, by everything that varied but seeds: mean, and range over several runs.
-
-    Accuracies if the runs have them, otherwise loss, reconstruction error and iterations.
-    """
+    """Tabulate accuracies, or else losses and errors, by everything that varied but seeds."""
+    what, columns = "accuracy in %, last epoch", _ACCURACY
     if "iterations" in runs and "test/accuracy" not in runs:
-        title = "loss and reconstruction error, last measurement: mean (lowest to highest)"
+        what = "loss and reconstruction error, last measurement"
         columns = [column for column in _RECOVERY if column[1] in runs]
-    else:
-        title, columns = "accuracy in %, last epoch: mean (lowest to highest)", _ACCURACY
-    table = Table("run", title=title)
+    table = Table("run", title=f"{what}: mean (lowest to highest)")
     for heading in ("finished", *(heading for heading, *_ in columns), "seconds"):
         table.add_column(heading, justify="right")
     varied = [name for name in runs.attrs["varied"] if not name.endswith(("seed", "seed_everything"))]
@@ -341,7 +329,7 @@ def _result_table(runs: pd.DataFrame) -> Table:
         name = ", ".join(str(v) if key == "variant" else f"{key}={v}" for key, v in zip(keys, point, strict=True))
         done = group[group["finished"]]
         cells = [_spread(done, key, scale, digits) for _, key, scale, digits in columns]
-        seconds = _spread(done, "seconds", 1, ".0f").partition(" ")[0]
+        seconds = _spread(done, "seconds", 1, ".0f").partition(" ")[0]  # without the range
         table.add_row(name, f"{len(done)} of {len(group)}", *cells, seconds)
     return table
 

@@ -130,19 +130,21 @@ class SweepFile:
         raise ValueError(f"{self.path}: {message}")
 
     @classmethod
-    def read(cls, path: Path, out: Path | None = None) -> Self:
-        """Read a sweep file.
+    def read(
+        cls, path: Path, out: Path | None = None, parallel: int | None = None, cluster: Cluster | None = None
+    ) -> Self:
+        """Read a sweep file; the other arguments replace its entries unless None.
 
-        Args:
-            path: YAML with the keys of this class, and ``base``: another sweep file, whose entries hold unless this
-                one has them.
-            out: Folder for the results, instead of the file's.
+        It has the keys of this class, and may name a ``base``: another sweep file, whose entries hold unless it has
+        them itself.
 
         Raises:
             ValueError: Unknown keys or values of the wrong kind.
         """
-        content = {name: value for name, value in _load(path).items() if value is not None}
-        return cls(path, **{**content, "out": out or content.get("out")})
+        content = _load(path)
+        for name, value in (("out", out), ("parallel", parallel), ("cluster", cluster)):
+            content[name] = content.get(name) if value is None else value
+        return cls(path, **{name: value for name, value in content.items() if value is not None})
 
     @property
     def folder(self) -> Path:
@@ -166,10 +168,9 @@ class SweepFile:
         for values in itertools.product(*self.grid.values()):
             entries = zip(self.grid, values, strict=True)
             options = {option.strip(): value for entry, value in entries for option in entry.split(",")}
+            point = dict(zip(self._axes, values, strict=True))
             for variant, own in (self.variants or {"run": None}).items():
-                run = self._run(
-                    {"variant": str(variant), **dict(zip(self._axes, values, strict=True))}, own or {}, options
-                )
+                run = self._run({"variant": str(variant), **point}, own or {}, options)
                 if run.folder in runs:
                     self._refuse(
                         f"two runs would share the folder {run.folder}: give the variants names that differ in letters "
@@ -187,23 +188,18 @@ class SweepFile:
                 self._refuse(f"{where} names {config}, which does not exist")
         devices = {"trainer.devices": self.devices_per_run} if self.devices_per_run > 1 else {}
         options = {**devices, **self.set, **(own.get("set") or {}), **point}
-        if devices and options["trainer.devices"] != self.devices_per_run:
-            self._refuse(
-                f"devices_per_run is {self.devices_per_run}, but trainer.devices {options['trainer.devices']!r}: leave "
-                "one of them out"
-            )
+        if devices and (count := options["trainer.devices"]) != self.devices_per_run:
+            self._refuse(f"devices_per_run is {self.devices_per_run}, but trainer.devices {count!r}: leave one out")
         name = "-".join(str(v) if key == "variant" else f"{key}={v}" for key, v in labels.items())
         folder = self.folder / "".join(c if c.isalnum() or c in ".-=" else "_" for c in name)
-        arguments = (
-            *("fit", *(f"--config={config}" for config in configs)),
-            *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()),
-            *(f"--run_dir={folder}", f"--labels={json.dumps(labels)}"),
-        )
-        return Run(labels, arguments, folder)
+        arguments = ["fit", *(f"--config={config}" for config in configs)]
+        arguments += [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in options.items()]
+        arguments += [f"--run_dir={folder}", f"--labels={json.dumps(labels)}"]
+        return Run(labels, tuple(arguments), folder)
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Content of a sweep file, completed by that of its base."""
+    """Read the content of a sweep file, completed by that of its base."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no sweep file {path}")
     content = yaml.safe_load(path.read_text())

@@ -237,7 +237,6 @@ def test_wrong_input(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["dynamics", "SWEEP"], "no finished recovery runs with a metrics.csv"),
         (["norm", "SWEEP"], "no finished recovery runs with a metrics.csv"),
         (["rank", "SWEEP"], "no column 'rank'"),
-        (["growth", "SWEEP"], "growth_exponents/make.py --out .*sweep"),
         (["bars", "SWEEP"], "invalid choice: 'bars'"),
     ):
         fails([arg.replace("SWEEP", str(sweep)) for arg in args], message, capsys)
@@ -285,8 +284,8 @@ def test_everything_fits_and_can_be_read(groups: int, width: Any, inches: float,
         assert inside.height > 0.9 * figure.dpi
         texts = [panel.xaxis.label, panel.yaxis.label, panel.title, *panel.get_xticklabels(), *panel.get_yticklabels()]
         assert all(text.get_fontsize() >= 7 for text in [*texts, *legend.get_texts()])
-    left, right = (panel.title.get_window_extent(renderer) for panel in figure.axes)
-    assert left.x1 < right.x0
+    first, second = (panel.title.get_window_extent(renderer) for panel in figure.axes)
+    assert not first.overlaps(second)
 
 
 @pytest.mark.parametrize("number", [2, 15])
@@ -303,6 +302,13 @@ def test_names_can_be_read(number: int, tmp_path: Path) -> None:
     assert panel.get_window_extent().width > 0.3 * figure.bbox.width
     assert [[x for x, _ in line.get_xydata()] for line in panel.lines][:1] == [[row["y"] for row in own]]
     assert panel.lines[0].get_linestyle() == "None"
+
+
+def test_the_mean_may_lie_outside_the_quartiles(tmp_path: Path) -> None:
+    runs = table(tmp_path, [{"x": 1, "y": y} for y in (0.0, 0.0, 0.0, 0.0, 10.0)])
+    (panel,) = plotting.xy(runs, "x", "y", spread="quartiles")[0].axes
+    assert panel.lines[0].get_xydata().tolist() == [[1, 2]]
+    assert panel.collections[0].get_segments()[0].tolist() == [[1, 0], [1, 0]]
 
 
 def test_points_are_not_joined(tmp_path: Path) -> None:
@@ -413,8 +419,11 @@ def test_a_sweep_draws_the_same_chart(tmp_path: Path, drawn: list[Figure]) -> No
 
 def test_a_sweep_of_runs_without_accuracies_has_no_default_figure(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "summary.json").write_text(json.dumps({"metrics": {"train/loss": 1.0}}))
-    assert draw_sweep_figure(None, read_runs([tmp_path]), tmp_path) is None
+    for metric in ("train/loss", "test/accuracy"):  # without a metrics.csv, too, there are no accuracies by epoch
+        (tmp_path / "a" / "summary.json").write_text(json.dumps({"metrics": {metric: 1.0}}))
+        assert draw_sweep_figure(None, read_runs([tmp_path]), tmp_path) is None
+    with pytest.raises(ValueError, match="no run directory with accuracies by epoch"):
+        draw_sweep_figure({"kind": "accuracy"}, read_runs([tmp_path]), tmp_path)
 
 
 def test_the_figure_of_a_sweep_is_checked_before_its_runs() -> None:

@@ -37,6 +37,7 @@ def call(tmp_path: Path, *args: str, **environment: str) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
 def test_every_kind_of_item_at_toy_size(tmp_path: Path) -> None:
     assert call(tmp_path, "--list").count("pending") == 8

@@ -161,7 +161,7 @@ def test_damaged_folder_is_reported_and_generated_again(module: Pathfinder, capl
 
 
 def test_more_training_images_leave_the_rest(tmp_path: Path) -> None:
-    few, more = (make_pathfinder(3, n, 4, 6, root=tmp_path, curves=SMALL) for n in (5, 9))
+    few, more = (make_pathfinder(train=n, validation=4, test=6, root=tmp_path, curves=SMALL) for n in (5, 9))
     assert few["test"] == more["test"]
     assert few["train"] != more["train"]
     assert np.array_equal(np.load(few["train"] / "images.npy"), np.load(more["train"] / "images.npy")[:5])

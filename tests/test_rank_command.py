@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,7 +28,7 @@ from lightning_locality import (
     cut_share,
     interaction_profile,
     measure,
-    measurements,
+    ranks,
 )
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import seeded_generator
@@ -47,13 +48,19 @@ def single_precision() -> None:
     torch.set_default_dtype(torch.float32)
 
 
+def fit(*args: str) -> None:
+    """Train; the figures of a run, tested elsewhere, stay empty."""
+    with patch.object(Figure, "savefig", lambda self, path, **_: Path(path).touch()):
+        main(["fit", *args])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two trained networks, ``a`` and ``b``, and a factorisation, ``htf``."""
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("runs")
     for name, seed in (("a", 0), ("b", 1)):
-        main(["fit", f"--config={QUICKSTART}", *SMALL, f"--seed_everything={seed}", f"--run_dir={folder / name}"])
+        fit(f"--config={QUICKSTART}", *SMALL, f"--seed_everything={seed}", f"--run_dir={folder / name}")
     tree = {"class_path": "lightning_locality.tensors.mode_tree.ModeTree.perfect", "init_args": {"order": 4}}
     weights = {"tree": tree, "shape": 3, "widths": [4, 5], "init_scale": 0.5}
     model = {"class_path": "HierarchicalTensorFactorization", "init_args": weights}
@@ -66,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"class_path": "TensorRecovery", "init_args": data},
     }
     (folder / "htf.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", f"--config={folder / 'htf.yaml'}", f"--run_dir={folder / 'htf'}"])
+    fit(f"--config={folder / 'htf.yaml'}", f"--run_dir={folder / 'htf'}")
     return folder
 
 
@@ -98,7 +105,7 @@ def parts(folder: Path) -> dict[str, int]:
 
 def before_each_cut(monkeypatch: pytest.MonkeyPatch, hook: Callable[[int], object]) -> None:
     """Call a hook with the number of the call before every measurement of a cut."""
-    original, calls, lock = measurements.cut_share, [0], threading.Lock()
+    original, calls, lock = ranks.cut_share, [0], threading.Lock()
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with lock:
@@ -107,7 +114,7 @@ def before_each_cut(monkeypatch: pytest.MonkeyPatch, hook: Callable[[int], objec
         hook(number)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(measurements, "cut_share", wrapped)
+    monkeypatch.setattr(ranks, "cut_share", wrapped)
 
 
 def test_two_networks_side_by_side_as_written_in_the_readme(
@@ -259,8 +266,8 @@ def test_labels_tell_checkpoints_apart(runs: Path, tmp_path: Path) -> None:
 
 
 BAD = [
-    (["RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "there is no such file"]),
-    (["RUNS/a"], ["RUNS/a", "is a folder"]),
+    (["RUNS/a/none.ckpt"], ["--checkpoint", "none.ckpt", "No such file"]),
+    (["RUNS/a"], ["RUNS/a", "Is a directory"]),
     (["RUNS/a/config.yaml"], ["config.yaml", "not a checkpoint", "pass a last.ckpt"]),
     (["RUNS/alone/last.ckpt"], ["there is no RUNS/alone/config.yaml", "cut_share(model"]),
     (["RUNS/mixed/last.ckpt"], ["does not fit this model", "config.yaml of the run"]),
@@ -380,7 +387,7 @@ class Foreign(LightningModule):
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     settings = ("--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--run_dir={tmp_path / 'foreign'}")
-    main(["fit", f"--model={__name__}.Foreign", f"--data={__name__}.Images", *settings])
+    fit(f"--model={__name__}.Foreign", f"--data={__name__}.Images", *settings)
     return tmp_path / "foreign"
 
 

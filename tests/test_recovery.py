@@ -185,7 +185,7 @@ def test_every_route_gives_the_gradient(name: Any) -> None:
     for objective in (masked, scattered, direct, repeated):
         factor = 2.0 if objective is repeated and name == "half_sse" else 1.0
         for _ in range(2):  # buffers are used again
-            gradients, value = objective.gradients_and_value(0)
+            gradients, value = objective.evaluate(0, with_value=True)
             for own, other in zip(gradients, expected, strict=True):
                 torch.testing.assert_close(own, factor * other, rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(
@@ -226,7 +226,7 @@ def test_minibatches_cover_every_observation_once_a_pass() -> None:
     expected = torch.autograd.grad(
         ((model.entries(batch.train.indices[rows]) - batch.train.values[rows]) ** 2).mean(), list(model.parameters())
     )
-    for own, other in zip(objective.gradients(7), expected, strict=True):
+    for own, other in zip(objective.evaluate(7)[0], expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
 
 
@@ -496,7 +496,7 @@ def test_graph_equals_single_iterations(tmp_path: Path, make: Any) -> None:
         own = []
         for start in range(0, 100, 10):
             iterations.run(start, 10)
-            own.append(float(objective.gradients_and_value(0)[1]))
+            own.append(float(objective.evaluate(0, with_value=True)[1]))
         assert (iterations._graph is not None) == (graph == "auto")
         losses.append(torch.tensor(own))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)

@@ -58,8 +58,9 @@ def test_one_run_has_a_panel_per_group_and_one_for_the_error() -> None:
     assert lines(root) == [[[7, 5]], [[7, 4]]]
     assert lines(other) == [[[7, 3]]]
     assert lines(loss) == [[[7, 0.25]]]
-    assert [axes.get_title() for axes in (root, other)] == ["node 0-1-2", "node 0-1"]
-    assert (root.get_ylabel(), loss.get_ylabel(), loss.get_yscale()) == ("local component norm", "training loss", "log")
+    names = ["local component norm\n(node 0-1-2)", "local component norm\n(node 0-1)", "training loss"]
+    assert [axes.get_ylabel() for axes in (root, other, loss)] == names
+    assert loss.get_yscale() == "log"
 
 
 def test_several_runs_have_a_column_each() -> None:
@@ -82,7 +83,8 @@ def test_more_runs_than_columns_continue_below() -> None:
 
 
 def test_groups_by_name() -> None:
-    assert [axes.get_title() for axes in component_curves({"t": TREE}, groups=["node 0-1"]).axes] == ["node 0-1", ""]
+    node, loss = component_curves({"t": TREE}, groups=["node 0-1"]).axes
+    assert (node.get_ylabel(), loss.get_ylabel()) == ("local component norm\n(node 0-1)", "training loss")
     with pytest.raises(ValueError, match=r"run 't' has no bond 1; it has \['node 0-1-2', 'node 0-1'\]"):
         component_curves({"t": TREE}, groups=["bond 1"])
 
@@ -112,7 +114,7 @@ def test_value_against_loss_decreasing_to_the_right_with_its_bound(tmp_path: Pat
     np.testing.assert_array_equal(y, lower_bound(x, 1.0, 1.0, 0.0, larger=False))
     left, right = axes.get_xlim()
     assert left > right
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["a", "b", "lower bound"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b", "lower bound"]
     assert axes.lines[2].get_color() == "black"
     found = numbers[numbers["run"] == "a"].set_index("quantity")["value"]
     assert found["|entry/0-0| at loss 0.01"] == pytest.approx(4, rel=1e-12)
@@ -140,7 +142,7 @@ def test_bounds_of_several_problems_have_the_colours_of_their_runs(tmp_path: Pat
     # a line for several problems has no bound
     runs = read_runs([folder]).assign(variant=["x", "x", "x", "d"])
     figure, _ = plotting.value(runs)
-    assert [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")] == ["x", "d"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["x", "x", "x", "d"]
 
 
 def test_value_against_loss_in_panels(tmp_path: Path) -> None:
@@ -148,8 +150,9 @@ def test_value_against_loss_in_panels(tmp_path: Path) -> None:
     runs = read_runs([make_runs(tmp_path, entry="1-0", **dict.fromkeys(names, PROBLEM))])
     figure, _ = plotting.norm(runs, entry="1-0", split=", ")
     assert [axes.get_title() for axes in figure.axes] == ["depth 2", "depth 3"]
-    texts = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert texts == [["x", "y, z", "lower bound"], ["x", "lower bound"]]
+    labels = [[line.get_label() for line in axes.lines if axes.lines] for axes in figure.axes]
+    assert labels == [["x", "y, z", "_child2", "lower bound"], ["x", "_child1", "lower bound"]]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["x", "y, z", "lower bound"]
     assert figure.axes[0].get_ylabel() == "|entry (1, 0)|"
     with pytest.raises(ValueError, match=r"no run follows '1-1' \(did you mean '1-0'\?\)"):
         plotting.value(runs, entry="1-1")

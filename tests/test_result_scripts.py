@@ -14,8 +14,6 @@ import pytest
 import torch
 import yaml
 
-from lightning_locality.plotting.recovery import growth_fits, predicted, read_curves
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -48,7 +46,7 @@ LAWS += [(3, k, "norm of the vectors", k + 2 - 2 / 3) for k in (0, 1, 2, 3)]
 def test_growth_exponents_at_balanced_points(
     growth: ModuleType, order: int, matrices: int, quantity: str, exponent: float
 ) -> None:
-    assert predicted(order, matrices, quantity) == pytest.approx(exponent, rel=1e-15)
+    assert growth.predicted(order, matrices, quantity) == pytest.approx(exponent, rel=1e-15)
     sizes, rates = growth.at_points(order, matrices, quantity, 6, seed=1)
     assert sizes.max() / sizes.min() > 100
     assert np.polyfit(np.log(sizes), np.log(rates), 1)[0] == pytest.approx(exponent, abs=1e-6)
@@ -66,7 +64,7 @@ def test_growth_script_fits_writes_and_draws(growth: ModuleType, tmp_path: Path)
         assert float(row["fitted"]) == pytest.approx(float(row["predicted"]), abs=tolerance)
     assert {round(float(row["predicted"]), 12) for row in rows} == {round(e, 12) for e in (4 / 3, 5 / 3, 7 / 3)}
     assert (tmp_path / "growth_exponents.pdf").exists()
-    pd.testing.assert_frame_equal(growth_fits(read_curves([tmp_path])), fits)
+    pd.testing.assert_frame_equal(growth.main([f"--out={tmp_path}", "--redraw"]), fits)
 
 
 def test_cp_rank_of_known_tensors(ranks: ModuleType) -> None:

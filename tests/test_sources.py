@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
+from lightning_locality import SameClass
 from lightning_locality.datamodules.image_sets import (
     CorruptImagesError,
     ImagesNotFoundError,
@@ -26,7 +27,6 @@ from lightning_locality.datamodules.image_sets import (
     pixel_statistics,
     prepare_images,
     resize_images,
-    source_channels,
     stratified_split,
 )
 
@@ -350,7 +350,7 @@ def test_a_class_with_one_image_cannot_be_split() -> None:
 def test_the_real_sets(image_root: Path, name: Any, shape: tuple[int, ...], mean: float) -> None:
     train, test = (load_images(name, part, image_root) for part in ("train", "test"))
     assert train.images.shape[1:] == test.images.shape[1:] == shape
-    assert source_channels(name) == shape[0]
+    assert SameClass(name, image_root).channels == shape[0]
     assert len(test.labels) == 10_000
     assert train.labels.unique().tolist() == list(range(10))
     means, deviations = pixel_statistics(train.images)

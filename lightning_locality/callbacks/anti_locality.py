@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from lightning_locality.regularizer.anti_locality import AntiLocality
 
-_KEYS = (("image", "label"), ("x", "y"))
-
 
 @final
 class AntiLocalityCallback(Callback):
@@ -37,8 +35,7 @@ class AntiLocalityCallback(Callback):
 
     Raises:
         ValueError: Negative weight, a batch of unknown form, a model with SyncBatchNorm.
-        MisconfigurationException: Manual optimisation, float16 precision, FSDP, DeepSpeed, or any strategy other than
-            a single device or DDP.
+        MisconfigurationException: Manual optimisation, float16, or a strategy other than a single device or DDP.
     """
 
     def __init__(
@@ -132,7 +129,8 @@ def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor
 def _images(batch: Any) -> tuple[Tensor, Tensor | None]:
     pair: Any = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) >= 2 else None
     if isinstance(batch, Mapping):
-        pair = next(((batch[x], batch[y]) for x, y in _KEYS if x in batch and y in batch), None)
+        names = (("image", "label"), ("x", "y"))
+        pair = next(((batch[x], batch[y]) for x, y in names if x in batch and y in batch), None)
     if pair is None or not all(isinstance(part, Tensor) for part in pair):
         form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(

@@ -24,15 +24,11 @@ from lightning_locality.results import atomic_write
 
 @final
 class MetricsFile(Logger, Callback):
-    """Write metrics to ``metrics.csv``; a resumed run continues exactly where its checkpoint was saved.
+    """Write metrics to ``metrics.csv`` of a folder; a resumed run continues exactly where its checkpoint was saved.
 
     As a logger it writes one row per call. As a callback it stores in every checkpoint the number of rows written so
-    far, and the row of the epoch that ends, which Lightning logs only after saving the checkpoint. On resume the file
-    is cut back to these rows, so that a killed and resumed run leaves the file of an undisturbed one. Pass the same
-    object as ``logger`` and among the ``callbacks`` of the trainer.
-
-    Args:
-        folder: Run directory.
+    far, and the row of the epoch that ends, which Lightning logs only afterwards. On resume the file is cut back to
+    these rows. Pass the same object as ``logger`` and among the ``callbacks`` of the trainer.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,16 +37,13 @@ class MetricsFile(Logger, Callback):
         self.path = self.folder / "metrics.csv"
         self._columns: list[str] = []
         self._rows = 0
-        self._stored: dict[str, Any] = {}
         self._epoch_ends = False
 
     @property
     def name(self) -> None:
-        """None: the folder alone identifies the run."""
+        """None, like the version: the folder alone identifies the run."""
 
-    @property
-    def version(self) -> None:
-        """None, like the name."""
+    version = name
 
     @property
     def save_dir(self) -> str:
@@ -98,7 +91,7 @@ class MetricsFile(Logger, Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the number of rows written, and the row that is about to be logged."""
-        row: dict[str, Any] = {}
+        row = {}
         # on every process: computing a metric may need them all
         if self._epoch_ends and (metrics := trainer._logger_connector.metrics["log"]):
             row = {**_scalars(metrics), "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
@@ -106,7 +99,7 @@ class MetricsFile(Logger, Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take what the checkpoint says; one of version 0.1 does not hold the number of its rows."""
-        self._stored = checkpoint["callbacks"].get(self.state_key, {})
+        self._stored: dict[str, Any] = checkpoint["callbacks"].get(self.state_key, {})
         if not self._stored:
             recovery = checkpoint.get("recovery")
             steps = recovery["row"].get("iteration", 0) + 1 if recovery else checkpoint["global_step"]
@@ -129,10 +122,7 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 @final
 class Stopwatch(Callback):
-    """Count the seconds of a run, including those before the checkpoint that it was resumed from.
-
-    Lightning's ``Timer`` counts training alone, without preparing data, testing and drawing.
-    """
+    """Count all seconds of a run and of its earlier parts; Lightning's ``Timer`` counts those of training alone."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -160,8 +150,8 @@ class Stopwatch(Callback):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically: a process killed while writing leaves the previous one.
 
-    Lightning writes to the folder for temporary files and moves the file from there. Where that is another disk, as
-    on most clusters, the move is a copy. Paths with a protocol (``s3://``) are left to Lightning.
+    Lightning moves them from the folder for temporary files; if that is another disk, as on most clusters, the move is
+    a copy. Paths with a protocol (``s3://``) are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -169,9 +159,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = Path(f"{path}.part")
-        super().save_checkpoint(checkpoint, part, storage_options)
-        os.replace(part, path)
+        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
+        os.replace(f"{path}.part", path)
 
 
 def use_atomic_checkpoints(trainer: Trainer) -> Trainer:

@@ -25,7 +25,6 @@ from lightning_locality.tensors.factorization import Factorization
 
 What = Literal["nodes", "profile", "cuts"]
 _QUANTITIES = {"rank": "rank", "effective_rank": "effective rank", "participation_ratio": "participation ratio"}
-_MAX_NODES = 64  # logged one by one; more by their number of modes
 _SAMPLES = 32
 
 
@@ -33,20 +32,13 @@ _SAMPLES = 32
 class RankMonitor(Callback):
     """Logs the ranks of a factorisation, or how far a network sees, at the ends of chosen epochs.
 
-    Training is the same, bit for bit, as without it. For every node of a factorisation's tree (``nodes``):
-    ``rank/node 0-1``, ``effective rank/node 0-1``, ``participation ratio/node 0-1``; for more than 64 nodes the median
-    and the largest for every number of modes, as ``rank/2 modes median``. For a network on images (``profile``):
-    ``interaction/mean_distance``, ``interaction/r50``, ``interaction/r90`` and ``interaction/strength_d8`` for every
-    distance in pixels; or (``cuts``) the share of variance that crosses each of the standard cuts,
-    ``cut_share/left``, with its standard error, ``cut_share/left_se``. The module is called as ``module(x)``, in
-    evaluation mode and in the type of its own weights, or float32 if they have 16 bits.
-
-    The images are always the same: the first ones of the validation set, or of the training batches if validation
-    has not given enough of them by the first measurement. They are taken as the batches pass and kept in checkpoints
-    (unless given). Under DDP they are those of the first process, and every process takes the same measurement.
+    Training is the same, bit for bit, as without it. The module is called as ``module(x)``, in evaluation mode and in
+    the type of its own weights, or float32 if they have 16 bits, always with the same images: the first ones of the
+    validation set, or of the training batches if these are too few. docs/measuring.md lists the columns.
 
     Args:
-        what: What is measured. None: nodes of a module that holds a factorisation, the profile of any other.
+        what: ``"nodes"`` of a factorisation's tree, the interaction ``"profile"`` of a network on images, or the
+            variance that crosses its standard ``"cuts"``. None: nodes if there is a factorisation, else the profile.
         every_n_epochs: Measure after every so many epochs.
         epochs: Measure after these instead, counted from 0 as in the column ``epoch``.
         samples: Images for the profile; as many others are donors. None: 32, or as many as there are.
@@ -58,8 +50,8 @@ class RankMonitor(Callback):
         float64: Evaluate networks in float64, in a copy; factorisations always are.
 
     Raises:
-        ValueError: Another ``what``, epochs that never come, nodes of a module without a factorisation, no or too few
-            images, patches that do not divide them, weights that are spread over devices.
+        ValueError: Numbers out of range, epochs that never come, no factorisation, missing or unsuitable images, or
+            weights that are spread over devices.
     """
 
     def __init__(
@@ -167,8 +159,7 @@ class RankMonitor(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"epoch": epoch, "iteration": iteration, **values}, step=iteration)
         # all processes have the same numbers; saying so keeps Lightning from warning
-        several = trainer.world_size > 1
-        pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=several)
+        pl_module.log_dict(values, on_step=False, on_epoch=True, logger=logged, sync_dist=trainer.world_size > 1)
 
     def _subject(self, module: LightningModule) -> What:
         return self.what or ("profile" if _factorization(module) is None else "nodes")
@@ -267,10 +258,9 @@ def _factorization(module: LightningModule) -> Factorization | None:
 def _nodes(module: LightningModule) -> dict[str, float]:
     factorization = _factorization(module)
     assert factorization is not None
-    with torch.no_grad():
-        spectra = node_spectra(factorization)
+    spectra = node_spectra(factorization)
     table = spectra.table()
-    if len(table) <= _MAX_NODES:
+    if len(table) <= 64:  # one by one; more by their number of modes
         return {f"{name}/node {row['node']}": float(row[key]) for row in table for key, name in _QUANTITIES.items()}
     columns: dict[str, list[float]] = {}
     for node, row in zip(spectra, table, strict=True):

@@ -14,16 +14,13 @@ from pytorch_lightning.utilities import rank_zero_info
 class StopOnceFitted(Callback):
     """Stop once a training metric has reached a value in a number of consecutive epochs.
 
-    The rule of "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
-    (Razin, Maman, Cohen, 2022; from the authors' code): training accuracy 1 for 21 epochs.
+    The rule of Razin, Maman, Cohen (2022, see :func:`input_gradient_change`; from the authors' code): training accuracy
+    1 for 21 epochs.
 
     Args:
-        monitor: Logged metric, checked at the end of every training epoch.
+        monitor: Logged metric, checked at the end of every training epoch; ValueError if it is not logged.
         threshold: The least value that counts as fitted.
-        checks: Consecutive checks at or above the threshold.
-
-    Raises:
-        ValueError: ``checks`` below 1, or a metric that is not logged.
+        checks: Consecutive checks at or above the threshold, at least 1.
     """
 
     def __init__(self, monitor: str = "train/accuracy", threshold: float = 1.0, checks: int = 21) -> None:
@@ -64,10 +61,7 @@ class StopAfter(Callback):
     unfinished: it is not tested and writes no summary.
 
     Args:
-        seconds: Time after the start of training.
-
-    Raises:
-        ValueError: ``seconds`` not positive.
+        seconds: Time after the start of training; ValueError unless it is positive.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -8,13 +8,22 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+# splits that a stage needs; all without a stage
+STAGES: dict[str | None, tuple[Split, ...]] = {
+    None: SPLITS,
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
 
 
 class SplitBatch(NamedTuple):
@@ -38,23 +47,12 @@ class IndexLoader:
     Process r of W takes every W-th index of the epoch's order, which does not depend on W, so the W batches of a step
     together are the batch that one process with W times the batch size would see. Nothing is padded or repeated. All
     processes make the same number of steps, as collective operations require (gradients in training, BatchNorm's
-    buffers in evaluation too): a process that would lack a batch splits one sample off its last full one.
+    buffers in evaluation too): a process that would lack a batch splits one sample off its last full one. ValueError if
+    the samples cannot give every process at least one sample in every step.
 
     Not a torch ``DataLoader``: there is nothing to load in worker processes, and the Trainer must replace neither the
-    order nor the sharding. Without a Trainer, call ``loader.sampler.set_epoch(epoch)`` before each epoch.
-
-    Args:
-        split: Split that the indices belong to.
-        size: Number of samples in the split.
-        batch_size: Samples per step and process.
-        shuffle: Use a new order in every epoch, seeded by ``seed``.
-        seed: Seed of the orders.
-        drop_last: Drop the last batch if it is incomplete.
-        rank: Index of this process among ``world``.
-        world: Number of processes.
-
-    Raises:
-        ValueError: The samples cannot give every process at least one sample in every step.
+    order nor the sharding. Without a Trainer, call ``loader.sampler.set_epoch(epoch)`` before each epoch if
+    ``shuffle``, which uses a new order in every epoch. ``batch_size`` is that of one of the ``world`` processes.
 
     Example:
         >>> loaders = [IndexLoader("test", 9, 2, rank=rank, world=2) for rank in range(2)]
@@ -129,13 +127,13 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     :meth:`compose`. Under DDP every sample is seen once per epoch. Without a Trainer, :meth:`batch` gives the same.
 
     Args:
-        batch_size: Samples per step and process.
+        batch_size: Samples per step and process; ValueError below 1.
         seed: Seed of the data and of the order of training batches.
         drop_last: Drop the last, incomplete training batch of an epoch.
-
-    Raises:
-        ValueError: ``batch_size`` is below 1.
     """
+
+    image_shape: tuple[int, int, int]  # channels, height and width of a composed image
+    validation_is_test = False
 
     def __init__(self, batch_size: int = 64, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__()
@@ -150,11 +148,6 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     def num_classes(self) -> int:
         """Number of labels."""
 
-    @property
-    @abstractmethod
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a composed image."""
-
     @abstractmethod
     def size(self, split: Split) -> int:
         """Number of samples in a split, known after ``setup``."""
@@ -162,6 +155,10 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Float images ``(B, C, H, W)`` and int64 labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
+
+    def origin(self, split: Split) -> Split:
+        """The split whose samples a split uses: its own, but the test split's for ``validation_is_test``."""
+        return "test" if split == "validation" and self.validation_is_test else split
 
     def on_device(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
         """Return ``tensor`` on ``device``, moved once and cached under ``name`` until another tensor takes the name."""

@@ -31,15 +31,11 @@ class AbstractImagePairs(AbstractSourceImages):
 
     Pair i of a split depends on ``seed``, the split and i only. The defaults are those of :class:`SameClass`.
 
-    With pictures of height s and width w (both the image size, unless only part of the image is shown) and distance
-    d on a canvas of height H and width W, the left picture begins at column W//2 - w - d//2, the right one at w + d
-    after that, both at row (H - s)//2. Of k distractors, number j = 0..k-1 begins at column
-    (j + 1)(d - kw)//(k + 1) + jw of the gap between the two. A distractor is a uniform image of a uniform class,
-    independent of the pair, of its label and of the other distractors (ours).
+    A distractor is a uniform image of a uniform class, independent of the pair, of its label and of the other
+    distractors (ours). data/README.md has the formula of the places.
 
     Args:
-        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
-            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
+        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractSourceImages`.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         distance: Pixels between the inner edges of the two images.
         train: Number of training pairs.
@@ -48,8 +44,7 @@ class AbstractImagePairs(AbstractSourceImages):
         canvas: Height and width of the canvas in pixels.
         distinct: A pair from one class is never the same image twice. Published: false.
         balanced: Exactly half of the pairs are positive. Published: a fair coin for each.
-        background: ``mean``: zero on the normalised canvas, which is the mean colour. Published. ``black``,
-            or a number from 0 (black) to 1 (white): that intensity, normalised like the images.
+        background: ``mean`` (published: the mean colour, 0 once normalised), ``black``, or an intensity from 0 to 1.
         distractors: Number of images between the two that say nothing about the label. Published: 0.
         options: Further arguments of :class:`AbstractSourceImages`.
 
@@ -59,6 +54,7 @@ class AbstractImagePairs(AbstractSourceImages):
 
     unit = "pair"
     num_classes = 2
+    class_names: tuple[str, str]  # meaning of the labels 0 and 1
 
     def __init__(
         self,
@@ -78,6 +74,7 @@ class AbstractImagePairs(AbstractSourceImages):
     ) -> None:
         super().__init__(source, root, **options)
         self.canvas, self.distance = (canvas[0], canvas[1]), distance
+        self.image_shape = (self.channels, *self.canvas)
         if distractors < 0:
             raise ValueError(f"distractors must be at least 0 images, got {distractors}")
         self.distractors = distractors
@@ -85,19 +82,12 @@ class AbstractImagePairs(AbstractSourceImages):
         for argument, value in self.sizes.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1 pair, got {value}")
-        if self.validation_is_test:
-            self.sizes["validation"] = test
         if isinstance(background, str) and background not in ("mean", "black"):
             raise ValueError(f"background must be 'mean', 'black' or a number, got {background!r}")
         self.distinct, self.balanced, self.background = distinct, balanced, background
         wide = self.columns[0].stop - self.columns[0].start
         left, right, *between = _boxes(self.canvas, self.image_size, wide, distance, distractors)
         self.boxes, self.distractor_boxes = (left, right), tuple(between)
-
-    @property
-    @abstractmethod
-    def class_names(self) -> tuple[str, str]:
-        """Meaning of the labels 0 and 1."""
 
     @abstractmethod
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
@@ -113,20 +103,13 @@ class AbstractImagePairs(AbstractSourceImages):
         """Columns shown of the left and of the right image, equally many; here all."""
         return slice(0, self.image_size), slice(0, self.image_size)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the canvas."""
-        return self.channels, *self.canvas
-
     def size(self, split: Split) -> int:
         """Number of pairs in a split."""
-        return self.sizes[split]
+        return self.sizes[self.origin(split)]
 
     def sample(self, split: Split) -> Tensor:
         """Sample the pairs of a split, ``(3 + distractors, N)``: left, right, distractors from left to right, label."""
-        size = self.size(split)
-        # with validation_is_test, validation repeats the test samples
-        stream = "test" if self.part(split) == "test" else split
+        size, stream = self.size(split), self.origin(split)
         labels, candidates = self.images(self.part(split)).labels, self.candidates(split)
         generator = seeded_generator(self.seed, "pairs", stream)
         left, right, label = self.sample_pairs(labels, candidates, size, generator)

@@ -137,11 +137,6 @@ def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Pa
     return cast(SourceName, source), Path(root).expanduser()
 
 
-def source_channels(name: SourceName) -> Literal[1, 3]:
-    """Number of colour channels a source is read with by default."""
-    return 1 if name in ("mnist", "fashion_mnist", "digits") else 3
-
-
 def load_images(
     source: str,
     part: Part,
@@ -154,16 +149,9 @@ def load_images(
 ) -> LabelledImages:
     r"""Load the official train or test images of a source as one tensor.
 
-    ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist`` and ``svhn`` are read through torchvision, in its file
-    layout under ``root``. ``digits`` is scikit-learn's set of 1,797 8x8 digits, with values v from 0 to 16 stored as
-    ``(255 v + 8) // 16`` (``v = (16 u + 127) // 255`` recovers them). ``folder:PATH`` is a folder of class folders of
-    image files, labelled in the order of the class names, with or without ``train/`` and ``test/`` above the classes;
-    its images need an ``image_size`` unless all have the same size. ``file:PATH`` is an ``.npz`` file with uint8
-    ``train_images`` and ``test_images`` ``(N, C, H, W)`` and their ``train_labels`` and ``test_labels``. Sources
-    without an official split (``digits``, folders without ``train/``) hold out a stratified 20 % for testing, seed 0.
-
     Args:
-        source: One of these.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH`` or
+            ``file:PATH``; data/README.md describes them.
         part: ``"train"`` or ``"test"``.
         root: Folder of the set, as for torchvision; of the classes for ``folder``; not used by ``digits``.
         download: Let torchvision download a missing set.

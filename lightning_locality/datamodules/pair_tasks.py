@@ -22,11 +22,7 @@ class AbstractLabelConditionalPairs(AbstractImagePairs):
 
     @abstractmethod
     def law(self, classes: Tensor) -> Tensor:
-        """Probability ``(2, C, C)``, float64, of each left and right class given the label.
-
-        Args:
-            classes: Class numbers in use, ascending, ``(C,)``.
-        """
+        """Probability ``(2, C, C)``, float64, of each left and right class, of ascending ``(C,)``, given the label."""
 
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
         """Sample the label by a fair coin, the two classes given the label, then a uniform image of each class.
@@ -70,9 +66,8 @@ class SameClass(AbstractImagePairs):
 
     A task that needs two distant regions: neither image alone tells anything about the label. The defaults are the
     published experiment's (CIFAR-10, 32x32 images on 224x224, 5,000 training and 10,000 test pairs, normalised and
-    then pasted on zeros), without two of its defects: ``distinct=False, validation_is_test=True`` restores them.
-    ``distractors=k`` (ours) puts k images that say nothing about the label in between. The arguments are those of
-    :class:`AbstractImagePairs`, and so are the errors.
+    then pasted on zeros), without two of its defects: ``distinct=False, validation_is_test=True`` restores them. The
+    arguments and errors are those of :class:`AbstractImagePairs`.
 
     Source: Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
     Networks (Noam Razin, Asaf Maman, Nadav Cohen, 2022), the experiments on "Is Same Class".
@@ -107,13 +102,9 @@ class SameParity(AbstractLabelConditionalPairs):
     r"""Two images at a distance; label 1 if their class numbers are both even or both odd (ours).
 
     Comparing the images is not enough: classes that look different may share a label. The parity of the left image is
-    a fair coin and so is the label; together they fix the parity of the right one. A class is then uniform among the
-    n(p) classes of its parity p. A class c therefore has probability 1 / (2 n(c mod 2)) on either side under either
-    label, whatever the classes in use: one image alone says nothing about the label. The arguments are those of
-    :class:`AbstractImagePairs`.
-
-    Raises:
-        ValueError: As for :class:`AbstractImagePairs`; at ``setup``: all classes are even or all are odd.
+    a fair coin, and a class is uniform among those of its parity, so one image alone says nothing about the label
+    (proof in data/README.md). Arguments and errors are those of :class:`AbstractImagePairs`; ``setup`` also raises
+    ValueError if all classes are even or all are odd.
 
     Example:
         >>> data = SameParity(source="mnist", distance=96)
@@ -143,26 +134,19 @@ class SameParity(AbstractLabelConditionalPairs):
 class IsGreater(AbstractLabelConditionalPairs):
     r"""Two images at a distance; label 1 if the class number of the left one is ahead of the right one's (ours).
 
-    The numbers are the ranks 0..C-1 of the C classes in ascending order; ties are excluded. On a line of numbers no
-    choice of pairs hides the label from one image: E[left - right] is positive given label 1 and negative given
-    label 0, so one of the two means, and with it one side's distribution, depends on the label. Two orders:
+    The numbers are the ranks 0..C-1 of the C classes in ascending order; ties are excluded. Proofs in data/README.md.
 
     ``circle``: the classes are arranged like the numbers of a clock face, and the left one is ahead if it follows the
     right one by 1 to (C-1)//2 steps. Digits: 3 is ahead of 1 and 9, and 8 is ahead of 6. Pairs are uniform among those
-    with the label; ties and, for even C, opposite classes (C/2 steps) are excluded. Every class then has probability
-    1/C on either side under either label: one image alone says nothing.
+    with the label; for even C, opposite classes are excluded. One image alone says nothing.
 
-    ``line``: left number > right number, for neighbours only: (k+1, k) or (k, k+1), k uniform. An image of a class in
-    the middle says nothing; the smallest and the largest class do, and one image alone is right with probability
-    1/2 + 1/(2(C-1)), 0.556 for ten classes. No law does better: the two differences of means add up to at least 2
-    steps, so one is at least 1, and a mean over C numbers moves by at most C-1 times the total variation distance
-    between the two distributions.
+    ``line``: left number > right number, for neighbours only: (k+1, k) or (k, k+1), k uniform. One image alone is right
+    with probability 1/2 + 1/(2(C-1)), 0.556 for ten classes, the least that is possible on a line.
 
     Args:
         source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractImagePairs`.
         order: ``circle``: ahead by less than half of the circle of classes; ``line``: the greater of two neighbours.
-        options: Further arguments of :class:`AbstractImagePairs`; ``distinct`` has no effect, as the classes always
-            differ.
+        options: Further arguments of :class:`AbstractImagePairs`; ``distinct`` has no effect, as the classes differ.
 
     Raises:
         ValueError: As for :class:`AbstractImagePairs`, or an unknown ``order``; at ``setup``: fewer than three classes.
@@ -180,11 +164,7 @@ class IsGreater(AbstractLabelConditionalPairs):
         if order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
         self.order = order
-
-    @property
-    def class_names(self) -> tuple[str, str]:
-        """Meaning of the labels 0 and 1."""
-        return ("behind", "ahead") if self.order == "circle" else ("smaller", "greater")
+        self.class_names = ("behind", "ahead") if order == "circle" else ("smaller", "greater")
 
     def law(self, classes: Tensor) -> Tensor:
         """Probability ``(2, C, C)`` of each left and right class given the label."""
@@ -207,15 +187,13 @@ class IsGreater(AbstractLabelConditionalPairs):
 class DistantHalves(AbstractLabelConditionalPairs):
     r"""The left half of an image and a right half at a distance; label 1 if they come from the same image (ours).
 
-    The left half is from a uniform image of a uniform class. A positive right half is from the same image; a negative
-    one is from another image, of any class (``any``) or of the same class (``same_class``), which is harder because
-    the class of the halves then says nothing. Either way the right half, too, is from a uniform image of a uniform
-    class under both labels: one half alone, its borders included, says nothing about the label. At distance 0 the
-    halves touch, and a positive pair is the image itself.
+    Each half is from a uniform image of a uniform class under both labels: one half alone, its borders included, says
+    nothing about the label. At distance 0 the halves touch, and a positive pair is the image itself.
 
     Args:
         source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractImagePairs`.
-        negatives: Class of the other image of a negative pair: ``any`` or ``same_class``.
+        negatives: Class of the other image of a negative pair: ``any``, or ``same_class``, which is harder because the
+            class of the halves then says nothing.
         options: Further arguments of :class:`AbstractImagePairs`. ``image_size`` is that of the whole image and must be
             even; distractors are alternately left and right halves; ``distinct=False`` allows a negative pair to come
             from one image by chance.

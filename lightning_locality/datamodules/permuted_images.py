@@ -21,13 +21,11 @@ def window_permutation(size: int, window: int, generator: torch.Generator) -> Te
     New pixel k, counted row by row, is the old pixel with number k of the result, ``(size * size,)``, int64.
     """
     number = torch.arange(size * size).reshape(size, size)
-    moved = torch.empty_like(number)
-    corners = range(0, size, window)
-    for top, left in product(corners, corners):
+    for top, left in product(range(0, size, window), repeat=2):
         block = number[top : top + window, left : left + window]
         order = torch.randperm(block.numel(), generator=generator)
-        moved[top : top + window, left : left + window] = block.reshape(-1)[order].reshape(block.shape)
-    return moved.reshape(-1)
+        block[:] = block.reshape(-1)[order].reshape(block.shape)
+    return number.reshape(-1)
 
 
 @final
@@ -37,14 +35,11 @@ class PermutedImages(AbstractSourceImages):
     A permutation takes nothing from a classifier that treats all pixels alike, but takes locality from the task:
     former neighbours are now up to a window apart. With s the image size, the pixels are permuted uniformly within
     windows of side w = 1 + round(scramble (s - 1)), so 0 is the identity and 1 a uniform permutation of the whole image
-    (if w does not divide s, the last windows of a row and of a column are smaller). Within a window of side w the
-    expected mean displacement along an axis is (w^2 - 1) / (3w) pixels; :attr:`expected_displacement` is its mean over
-    the image, which grows with ``scramble``. The permutation depends on ``seed``, s and w only and is the same for all
-    splits and channels.
+    (if w does not divide s, the last windows of a row and of a column are smaller). The permutation depends on
+    ``seed``, s and w only and is the same for all splits and channels.
 
     Args:
-        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
-            ``folder:PATH`` or ``file:PATH``, see :class:`AbstractSourceImages`.
+        source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractSourceImages`.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         scramble: 0 (unchanged images) to 1 (no locality left).
         train: Number of training images, a random choice; all by default.
@@ -79,7 +74,7 @@ class PermutedImages(AbstractSourceImages):
         for argument, value in self._wanted.items():
             if value is not None and value < 1:
                 raise ValueError(f"{argument} must be at least 1 image, or None for all, got {value}")
-        self.scramble = scramble
+        self.scramble, self.image_shape = scramble, (self.channels, self.image_size, self.image_size)
         self.window = 1 + round(scramble * (self.image_size - 1))
         generator = seeded_generator(self.seed, "permutation", self.image_size, self.window)
         self.permutation = window_permutation(self.image_size, self.window, generator)
@@ -88,7 +83,7 @@ class PermutedImages(AbstractSourceImages):
     def expected_displacement(self) -> float:
         """Mean displacement of a pixel along one axis, in pixels, expected over the seeds."""
         full, rest = divmod(self.image_size, self.window)
-        # of a window of side w, w rows of the s: w/s times (w^2 - 1) / (3w)
+        # of a window of side w, in which it is (w^2 - 1) / (3w), w rows of the s
         windows = [self.window] * full + [rest] * bool(rest)
         return sum((side**2 - 1) / 3 for side in windows) / self.image_size
 
@@ -101,11 +96,6 @@ class PermutedImages(AbstractSourceImages):
     def class_names(self) -> tuple[str, ...]:
         """Class numbers in the source that the labels stand for."""
         return tuple(str(number) for number in self._classes().tolist())
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return self.channels, self.image_size, self.image_size
 
     def size(self, split: Split) -> int:
         """Number of images in a split, known after ``setup``."""
@@ -140,7 +130,5 @@ class PermutedImages(AbstractSourceImages):
         return pixels.mul_(scale).add_(shift), table[1]
 
     def _classes(self) -> Tensor:
-        if self.classes is not None:
-            return torch.tensor(sorted(set(self.classes)))
-        present: Tensor = torch.unique(self.images("train").labels)
-        return present
+        classes = torch.unique(self.images("train").labels).tolist() if self.classes is None else self.classes
+        return torch.tensor(sorted(set(classes)))

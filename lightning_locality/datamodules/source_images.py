@@ -8,12 +8,12 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_locality.datamodules.base import AbstractImageDataModule, Split
+from lightning_locality.datamodules.base import STAGES, AbstractImageDataModule, Split
 from lightning_locality.datamodules.image_sets import (
     LabelledImages,
     Part,
@@ -22,19 +22,8 @@ from lightning_locality.datamodules.image_sets import (
     parse_source,
     pixel_statistics,
     prepare_images,
-    source_channels,
     stratified_split,
 )
-
-# splits that a stage needs
-_STAGES: dict[str, tuple[Split, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("test",),
-}
-# as published; of the training images, to three digits
-_CIFAR10_MEAN, _CIFAR10_STD = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
 
 
 class ClassImages:
@@ -81,8 +70,7 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
-            ``folder:PATH`` (of class folders) or ``file:PATH`` (.npz), see
-            :func:`~lightning_locality.datamodules.image_sets.load_images`.
+            ``folder:PATH`` (of class folders) or ``file:PATH`` (.npz), see data/README.md.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         image_size: Height and width in pixels that the source's images are resized to.
         resize: How to resize: bilinear, area (mean over blocks) or pad (black around).
@@ -92,16 +80,14 @@ class AbstractSourceImages(AbstractImageDataModule):
         seed: Seed of the samples, of the hold-out and of the order of training batches.
         drop_last: Drop the last, incomplete training batch of an epoch.
         download: Let torchvision download a set that is not in ``root``.
-        validation_is_test: Validate on the test samples (published for SameClass). Otherwise validation samples use
-            training images of their own.
+        validation_is_test: Validate on the test samples (published for SameClass), not on held-out training images.
         holdout: Share of the training images of each class that is kept for validation.
         mean: Mean intensity (0 to 1) of each channel, subtracted. By default the published values for ``cifar10`` in
             colour, and those of the official training images for every other source.
         std: Standard deviation of each channel, divided by; by default likewise.
 
     Raises:
-        UnknownSourceError: Unknown source.
-        ValueError: A number is out of range.
+        ValueError: Unknown source (``UnknownSourceError``), or a number out of range.
     """
 
     unit = "image"  # noun for a sample in messages
@@ -140,12 +126,13 @@ class AbstractSourceImages(AbstractImageDataModule):
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.image_size, self.resize, self.classes, self.holdout = image_size, resize, classes, holdout
-        self.channels: Literal[1, 3] = source_channels(name) if channels is None else channels
+        self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits") else 3)
         self.validation_is_test = validation_is_test
         if (mean is None) != (std is None):
             raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
         if mean is None and name == "cifar10" and self.channels == 3:
-            mean, std = _CIFAR10_MEAN, _CIFAR10_STD
+            # as published; of the training images, to three digits
+            mean, std = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
         self._given: tuple[Tensor, Tensor] | None = None
         if mean is not None and std is not None:
             for argument, values in (("mean", mean), ("std", std)):
@@ -169,7 +156,7 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and sample the splits that the stage needs."""
-        for split in _STAGES.get(stage or "", get_args(Split)):
+        for split in STAGES[stage]:
             if split not in self._tables:
                 self._tables[split] = self.sample(split)
         if not self._affine:
@@ -179,7 +166,7 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     def part(self, split: Split) -> Part:
         """Official part of the source that supplies the images of a split."""
-        return "test" if split == "test" or (split == "validation" and self.validation_is_test) else "train"
+        return "test" if self.origin(split) == "test" else "train"
 
     def images(self, part: Part) -> LabelledImages:
         """The source's official train or test images ``(N, C, s, s)``, uint8, and their labels."""

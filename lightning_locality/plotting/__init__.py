@@ -1,4 +1,4 @@
-"""Figures of runs: each kind is a function of runs that returns a figure and the numbers in it."""
+"""Figures: each kind is a function of ``read_runs(...)`` that returns a figure and the numbers in it."""
 
 import lazy_loader  # type: ignore[import-untyped]
 
@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "comparison": ["accuracy", "depth", "observations", "rank", "xy"],
-        "recovery": ["components", "curve_summary", "dynamics", "growth", "norm", "value"],
+        "recovery": ["components", "curve_summary", "dynamics", "norm", "value"],
         "training": ["accuracy_curves", "example_inputs", "training_curves"],
     },
 )

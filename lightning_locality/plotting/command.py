@@ -13,25 +13,20 @@ from typing import Any
 import pandas as pd
 from jsonargparse import ArgumentError, ArgumentParser
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from lightning_locality import plotting
-from lightning_locality.plotting.recovery import read_curves
 from lightning_locality.plotting.style import Drawn, save_figure, shown
-from lightning_locality.results import COUNTS, atomic_write, find_column, nearest, ordered, read_runs
+from lightning_locality.results import COUNTS, atomic_write, find_column, find_columns, nearest, ordered, read_runs
 
 KINDS: dict[str, Callable[..., Drawn]] = {
     name: getattr(plotting, name)
-    for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations", "growth")
+    for name in ("accuracy", "xy", "dynamics", "components", "norm", "value", "depth", "rank", "observations")
 }
-_COLUMNS = ("x", "group", "panel", "over")
 # counts, and metrics without a stage in their name
 _RESULTS = (*COUNTS, "iteration", "time", "reconstruction_error", "norm", "unbalancedness", "determinant")
-_WIDTH = 130  # characters of a table if there is no terminal
 _PRINTED = 60  # rows of the printed table
 # columns that tell tables written here from others
-_OWN = ({"mean", "std", "n", "runs"}, {"run", "quantity", "value"}, {"predicted", "fitted"}, {"run", "epoch"})
+_OWN = ({"mean", "std", "n", "runs"}, {"run", "quantity", "value"}, {"run", "epoch"})
 
 
 def draw_figure(args: Sequence[str]) -> None:
@@ -48,15 +43,12 @@ def draw_figure(args: Sequence[str]) -> None:
     kind = given["subcommand"]
     options = given[kind]
     paths = [Path(path) for path in options.pop("runs")]
-    out, where, title = options.pop("out"), options.pop("where", None), options.pop("title")
+    out, where, title = options.pop("out"), options.pop("where"), options.pop("title")
     notes: list[str] = []
-    if kind == "growth":
-        runs = read_curves(paths)
-    else:
-        runs = select(read_runs(paths), where or [])
-        if names := list(runs["run"][~runs["finished"]]):
-            listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            notes.append(f"{len(names)} run{'s' if len(names) > 1 else ''} not finished and left out: {listed}")
+    runs = select(read_runs(paths), where)
+    if names := list(runs["run"][~runs["finished"]]):
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        notes.append(f"{len(names)} run{'s' if len(names) > 1 else ''} not finished and left out: {listed}")
     figure, numbers = KINDS[kind](runs, **options)
     if title:
         figure.suptitle(title, fontsize=9)
@@ -88,28 +80,25 @@ def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
         return
     if not isinstance(figure, Mapping) or "kind" not in figure:
         raise ValueError(f"figure must be a mapping with a kind, as {{kind: components}}, got {figure!r}")
-    kinds = [name for name in KINDS if name != "growth"]
     kind, options = figure["kind"], {key: value for key, value in figure.items() if key != "kind"}
-    if kind not in kinds:
-        raise ValueError(f"unknown kind of figure {kind!r}{nearest(str(kind), kinds)}; there are {', '.join(kinds)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of figure {kind!r}{nearest(str(kind), KINDS)}; there are {', '.join(KINDS)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(KINDS[kind], skip={"runs"})
     known = list(parser.get_defaults().keys())
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"figure {kind!r} has no option {key!r}{nearest(str(key), known)}; there are {', '.join(known)}"
-            )
+    if wrong := [str(key) for key in options if key not in known]:
+        hint = nearest(wrong[0], known)
+        raise ValueError(f"figure {kind!r} has no option {wrong[0]!r}{hint}; there are {', '.join(known)}")
     try:
         parser.parse_object(options)
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"figure {kind!r} cannot be drawn with {options}: {error}") from error
-    for option in _COLUMNS if columns is not None else ():
-        names = options.get(option) or []
-        for name in [names] if isinstance(names, str) else names:
-            # metrics and counts are known only after the runs
-            if option != "x" or not (kind == "components" or name == "epoch" or "/" in name or name in _RESULTS):
-                find_column(pd.DataFrame(columns=list(columns or ())), name, f"figure {kind!r}: {option}")
+    known_columns = pd.DataFrame(columns=list(columns or ()))
+    for option in ("x", "group", "panel", "over") if columns is not None else ():
+        x = options.get("x") if option == "x" else None
+        # metrics and counts are known only after the runs
+        if x is None or not (kind == "components" or x == "epoch" or "/" in x or x in _RESULTS):
+            find_columns(known_columns, options.get(option), f"figure {kind!r}: {option}")
 
 
 def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:
@@ -121,27 +110,24 @@ def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, fold
         folder: Where the files go.
 
     Returns:
-        The picture; None if there is nothing to draw yet.
+        The picture; None if no run has finished, or there is nothing to draw by default.
     """
+    if not runs["finished"].any():
+        return None
     options = dict(figure or {"kind": "accuracy"})
     kind = options.pop("kind")
-    if not runs["finished"].any() or (figure is None and not any(name.endswith("/accuracy") for name in runs.columns)):
-        return None
-    drawn, numbers = KINDS[kind](runs, **options)
+    try:
+        drawn, numbers = KINDS[kind](runs, **options)
+    except ValueError:
+        if figure is None:  # the default is drawn only if the runs have what it shows
+            return None
+        raise
     _write(drawn, numbers, folder / kind)
     return folder / f"{kind}.png"
 
 
 def select(runs: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """Return the runs that meet all conditions.
-
-    Args:
-        runs: The runs.
-        conditions: ``COLUMN=VALUE``; of several for the same column one must hold.
-
-    Raises:
-        ValueError: Not a condition, no such column, or no run left.
-    """
+    """Return the runs that meet all conditions ``COLUMN=VALUE``; of several for the same column one must hold."""
     wanted: dict[str, list[str]] = {}
     for condition in conditions:
         name, equals, text = condition.partition("=")
@@ -171,19 +157,15 @@ def _parser() -> ArgumentParser:
     )
     kinds = parser.add_subcommands(required=True, metavar="KIND")
     for kind, function in KINDS.items():
-        own = ArgumentParser(description=(function.__doc__ or "").partition("Args:")[0].strip())
-        first = next(iter(inspect.signature(function).parameters))
-        inputs = (
-            "folders with a growth_curves.csv, or the file" if kind == "growth" else "folders, or their results.csv"
-        )
-        own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help=inputs)
+        about = function.__doc__ or ""
+        own = ArgumentParser(description=about.partition("Args:")[0].strip())
+        own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help="folders, or their results.csv")
         own.add_argument("--out", help="path of the files, without ending; by default in the first folder")
         own.add_argument("--title", help="text over the figure")
-        if kind != "growth":
-            text = "COLUMN=VALUE ...: only these runs; of several for a column one must hold"
-            own.add_argument("--where", type=list[str], default=[], help=text)
-        own.add_function_arguments(function, as_group=False, skip={first})
-        kinds.add_subcommand(kind, own, help=(function.__doc__ or "").partition("\n")[0])
+        text = "COLUMN=VALUE ...: only these runs; of several for a column one must hold"
+        own.add_argument("--where", type=list[str], default=[], help=text)
+        own.add_function_arguments(function, as_group=False, skip={"runs"})
+        kinds.add_subcommand(kind, own, help=about.partition("\n")[0])
     return parser
 
 
@@ -229,19 +211,11 @@ def _write(figure: Figure, numbers: pd.DataFrame, stem: Path) -> None:
 
 
 def _print(numbers: pd.DataFrame, notes: Sequence[str]) -> None:
-    table = Table()
     rows = numbers.head(_PRINTED)
     if {"n", "runs"} <= set(numbers):
         rows = rows.assign(runs=[f"{n} of {runs}" for n, runs in zip(rows["n"], rows["runs"], strict=True)])
     rows = rows.drop(columns=["sem", "least", "greatest", "n"], errors="ignore")
-    for name in rows:
-        table.add_column(str(name), justify="left" if rows[name].map(lambda v: isinstance(v, str)).any() else "right")
-    for row in rows.itertuples(index=False):
-        table.add_row(*("-" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-    console = Console()
-    # without a terminal rich would wrap the table at 80 columns
-    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
+    print(rows.to_string(index=False, na_rep="-", float_format="{:.4g}".format))
     if len(numbers) > _PRINTED:
-        console.print(f"and {len(numbers) - _PRINTED} more rows")
-    for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        print(f"and {len(numbers) - _PRINTED} more rows")
+    print(*notes, sep="\n")

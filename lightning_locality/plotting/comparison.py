@@ -14,43 +14,29 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from lightning_locality.plotting import style
 from lightning_locality.plotting.recovery import number_of_components
-from lightning_locality.plotting.style import (
-    LETTERS,
-    STYLE,
-    WIDTHS,
-    Drawn,
-    Spread,
-    Statistic,
-    Width,
-    draw_lines,
-    finished,
-    legend_below,
-    shown,
-)
+from lightning_locality.plotting.style import LETTERS, STYLE, WIDTHS, Drawn, Spread, Statistic, Width, shown
 from lightning_locality.plotting.training import accuracy_curves
-from lightning_locality.results import aggregate, find_column, history, ordered
+from lightning_locality.results import aggregate, find_column, find_columns, history, ordered
 
 Log = Literal["x", "y", "xy", "none"]
 
 _NAMES = {
     "distance": "distance (pixels)",
-    "path_length": "path length",
     "weight": "weight of the regulariser",
     "seed_everything": "seed",
     "seconds": "time (s)",
     "observations": "observed entries",
     "train": "training",
     "val": "validation",
-    "reconstruction_error": "reconstruction error",
 }
 _DISTANCES = ("distance", "path_length")
-_TICKS = 7  # places on the axis that are named each
-_CLOSEST = 0.09  # of the axis: ticks nearer than this would touch
+_DOTTED: Any = {"color": "0.4", "linewidth": 0.8, "linestyle": ":"}
 
 
+@rc_context(STYLE)
 def xy(
     runs: pd.DataFrame,
     x: str,
@@ -83,24 +69,21 @@ def xy(
         labels: Column or value -> its text in the figure.
         width: 3.35 or 6.9 inches: a column of a two-column paper, or its text width.
 
-    Returns:
-        The figure and its numbers.
-
     Raises:
         ValueError: No such column, or nothing to draw.
     """
     x, y = find_column(runs, x, "--x"), find_column(runs, y, "--y")
-    groups = [find_column(runs, name, "--group") for name in ([group] if isinstance(group, str) else group or ())]
-    panels = [find_column(runs, panel, "--panel")] if panel else []
-    keys = [*panels, *groups, x]
+    groups = find_columns(runs, group, "--group")
+    grid_of = find_columns(runs, panel, "--panel")
+    keys = [*grid_of, *groups, x]
     if twice := [name for name in keys if keys.count(name) > 1]:
         raise ValueError(f"{twice[0]} is used twice: use it once in --x, --group and --panel")
-    if text := [value for value in runs[y].dropna() if isinstance(value, str)]:
-        raise ValueError(f"--y: {y} is not a number: {text[0]!r}; choose a column of numbers")
+    if words := [value for value in runs[y].dropna() if isinstance(value, str)]:
+        raise ValueError(f"--y: {y} is not a number: {words[0]!r}; choose a column of numbers")
     numbers = aggregate(runs, keys, y)
     if not numbers["n"].sum():
         raise ValueError(f"no finished run has both {x} and a finite {y}: nothing to draw")
-    notes = _averaged(runs, keys, over and [find_column(runs, name, "--over") for name in over])
+    notes = _averaged(runs, keys, over and find_columns(runs, over, "--over"))
     if lost := int(runs[x].isna().sum()):
         notes.append(f"{lost} run{'s' if lost > 1 else ''} without {x} left out")
     numbers.attrs = {"name": re.sub(r"\W+", "_", f"{y}_against_{x.split('.')[-1]}"), "notes": notes}
@@ -109,47 +92,54 @@ def xy(
     known = {name for key in (*keys, y) for name in (key, _last(key))} | {shown(v) for k in keys for v in numbers[k]}
     if wrong := [name for name in labels if name not in known | ({"chance"} if level is not None else set())]:
         raise ValueError(f"--labels: {wrong[0]!r} is not in the figure; there are {', '.join(sorted(known))}")
-    # a table from elsewhere may be in per cent already
-    scale = 100.0 if y.endswith("accuracy") and not (pd.to_numeric(runs[y]) > 1).any() else 1.0
-    data = finished(runs)
+    data = style.finished(runs)
     data = data[np.isfinite(pd.to_numeric(data[y])) & data[x].notna()]
     for axis, name in (("x", x), ("y", y)):
         if axis in log and (bad := [v for v in data[name] if isinstance(v, str) or v <= 0]):
             raise ValueError(f"--log {log}: {name} has {bad[0]!r}, which has no logarithm")
 
-    def line(row: pd.Series) -> str:
-        texts = [_value(row[name], labels, name if len(groups) > 1 else "") for name in groups]
-        return ", ".join(texts)
+    def texts_of(rows: pd.DataFrame, names: Sequence[str], named: bool) -> pd.Series:
+        return rows.apply(lambda row: ", ".join(_value(row[n], labels, n if named else "") for n in names), axis=1)
 
     numeric = pd.api.types.is_numeric_dtype(data[x]) and not pd.api.types.is_bool_dtype(data[x])
     # names stand along the vertical axis, where there is room for them
     names = [] if numeric else ordered(data[x])
     along: Literal["x", "y"] = "x" if numeric else "y"
     across = "y" if numeric else "x"
+    # a table from elsewhere may be in per cent already
+    per_cent = y.endswith("accuracy") and not (pd.to_numeric(runs[y]) > 1).any()
+    scale, unit = (100.0, " (%)") if per_cent else (1.0, "")
+    axis_labels = {along: _column(x, labels) if numeric else "", across: _column(y, labels) + unit}
     drawn = pd.DataFrame({along: data[x] if numeric else data[x].map(names.index), across: scale * data[y]})
-    drawn["line"] = data.apply(line, axis=1) if groups else ""
-    drawn["panel"] = data[panels[0]].map(lambda value: _value(value, labels, panels[0])) if panels else ""
-    lines = list(dict.fromkeys(numbers[numbers["n"] > 0].apply(line, axis=1))) if groups else [""]
-    titles = list(dict.fromkeys(_value(v, labels, panels[0]) for v in numbers[panels[0]])) if panels else [""]
-    unit = " (%)" if scale == 100 else ""
-    texts = {along: _column(x, labels) if numeric else "", across: _column(y, labels) + unit}
-    with rc_context(STYLE):
-        figure, grid = _panels(len(titles), WIDTHS[width], [_value(name, labels) for name in names])
-        for number, (axes, title) in enumerate(zip(grid.flat, titles, strict=False)):
-            own = drawn[drawn["panel"] == title]
-            joined = numeric and not points
-            draw_lines(axes, own, lines, statistic=statistic, spread=spread, joined=joined, orient=along)
-            if level is not None:
-                style: Any = {"color": "0.4", "linewidth": 0.8, "linestyle": ":", "label": _value("chance", labels)}
-                (axes.axhline if numeric else axes.axvline)(scale * level, zorder=0, **style)
-            axes.set_title(textwrap.fill(title, int(0.8 * LETTERS * WIDTHS[width] / grid.shape[1])), fontsize=8)
-            below = number + grid.shape[1] >= len(titles)
-            axes.tick_params(labelbottom=below)
-            axes.set(xlabel=texts["x"] if below else "", ylabel="" if number % grid.shape[1] else texts["y"])
-        grid[0, 0].set(**{f"{axis}scale": "log" for name, axis in (("x", along), ("y", across)) if name in log})
-        if numeric:
-            _tick_places(grid[0, 0], sorted(set(drawn["x"])), labels, "x" in log)
-        legend_below(figure, _column(groups[0], labels) if len(groups) == 1 and groups[0] != "variant" else None)
+    drawn["line"], drawn["title"] = texts_of(data, groups, len(groups) > 1), texts_of(data, grid_of, True)
+    lines = texts_of(numbers[numbers["n"] > 0], groups, len(groups) > 1).unique().tolist()
+    titles = texts_of(numbers, grid_of, True).unique().tolist()
+    column = WIDTHS[width] / (min(len(titles), 3) if width == "text" else 1)
+    names = [textwrap.fill(_value(name, labels), int(0.45 * LETTERS * column)) for name in names]
+    height = 2.3 if len(titles) == 1 else 1.8
+    if names:
+        height = 0.13 * len(names) * max(name.count("\n") + 1.4 for name in names) + 0.6
+    figure, grid = style.panels(len(titles), width, height, share=True)
+    if names:
+        grid[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    for axes, title in zip(grid, titles, strict=True):
+        own, joined = drawn[drawn["title"] == title], numeric and not points
+        style.draw_lines(axes, own, lines, statistic, spread, joined=joined, orient=along)
+        if level is not None:
+            draw_level = axes.axhline if numeric else axes.axvline
+            draw_level(scale * level, zorder=0, label=_value("chance", labels), **_DOTTED)
+        axes.grid(visible=not numeric, axis="y")
+        axes.set_title(textwrap.fill(title, int(0.8 * LETTERS * column)), fontsize=8)
+        axes.set(xlabel=axis_labels["x"], ylabel=axis_labels["y"])
+        axes.tick_params(labelbottom=True)
+    grid[0].set(**{f"{axis}scale": "log" for name, axis in (("x", along), ("y", across)) if name in log})
+    places = sorted(set(drawn["x"]))
+    on_axis = np.log10(places) if "x" in log else np.array(places)
+    # ticks at the places themselves, if they are few and do not touch
+    if numeric and len(places) <= 7 and (np.diff(on_axis) >= 0.09 * np.ptp(on_axis)).all():
+        grid[0].set_xticks(places, [_value(place, labels) for place in places])
+        grid[0].set_xticks([], minor=True)
+    style.legend_below(figure, _column(groups[0], labels) if len(groups) == 1 and groups[0] != "variant" else None)
     return figure, numbers
 
 
@@ -170,19 +160,13 @@ def accuracy(
         group: Columns with a line for every value; by default weight and variant, as far as they vary.
         chance: Level of guessing, a dotted line; none for no line.
         options: Of :func:`xy`.
-
-    Returns:
-        The figure and its numbers.
-
-    Raises:
-        ValueError: No such column, or nothing to draw.
     """
     settings = runs.attrs.get("settings", ())
     if x is None:
         found = [name for name in runs.columns if name not in settings and _last(name) in _DISTANCES]
         x = found[0] if len(found) == 1 else "epoch"
     if x == "epoch":
-        return _against_epoch(runs, [group] if isinstance(group, str) else group)
+        return _against_epoch(runs, group)
     if group is None:
         used = [find_column(runs, name, "--x") for name in (x, options.get("panel")) if name]
         weights = [name for name in runs.columns if _last(name) == "weight" and name not in settings]
@@ -202,8 +186,7 @@ def _column(name: str, labels: Mapping[str, str]) -> str:
     """Return the text of a column: ``validation accuracy`` for ``val/accuracy``."""
     if found := labels.get(name) or labels.get(_last(name)):
         return found
-    *stage, rest = name.split(".")[-1].split("/")
-    return " ".join(_NAMES.get(part, part.replace("_", " ")) for part in (*stage, rest))
+    return " ".join(_NAMES.get(part, part.replace("_", " ")) for part in name.split(".")[-1].split("/"))
 
 
 def _value(value: Any, labels: Mapping[str, str], name: str = "") -> str:
@@ -230,39 +213,12 @@ def _averaged(runs: pd.DataFrame, keys: Sequence[str], over: Sequence[str] | Non
     return [f"averaged over {', '.join(found)}"] if found else []
 
 
-def _panels(number: int, width: float, names: Sequence[str]) -> tuple[Figure, Any]:
-    """Return a figure with a grid of panels, whose vertical axes have the names, if there are any."""
-    columns = min(number, 3 if width > 5 else 2)
-    rows = -(-number // columns)
-    height = float(np.clip(0.68 * width / columns, 1.5, 2.9))
-    names = [textwrap.fill(name, int(0.45 * LETTERS * width / columns)) for name in names]
-    if names:
-        height = 0.13 * len(names) * max(name.count("\n") + 1.4 for name in names) + 0.6
-    figure = Figure(figsize=(width, rows * height), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[number:]:
-        axes.axis("off")
-    if names:
-        grid[0, 0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-        for axes in grid.flat[:number]:
-            axes.grid(axis="y", color="0.92", linewidth=0.5)
-    return figure, grid
-
-
-def _tick_places(axes: Axes, places: Sequence[float], labels: Mapping[str, str], log: bool) -> None:
-    """Put the ticks at the places themselves if they are few and far enough apart."""
-    along = np.log10(places) if log else np.asarray(places)
-    if len(places) <= _TICKS and (np.diff(along) >= _CLOSEST * np.ptp(along)).all():
-        axes.set_xticks(places, [_value(place, labels) for place in places])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _against_epoch(runs: pd.DataFrame, group: Sequence[str] | None) -> Drawn:
+def _against_epoch(runs: pd.DataFrame, group: Sequence[str] | str | None) -> Drawn:
     """Draw accuracy against the epoch, a thin line for every run."""
-    groups = [find_column(runs, name, "--group") for name in group or ["variant" if "variant" in runs else "run"]]
+    groups = find_columns(runs, group or ("variant" if "variant" in runs else "run"), "--group")
     histories: dict[str, list[pd.DataFrame]] = {}
     tables = []
-    for row in finished(runs).to_dict("records"):
+    for row in style.finished(runs).to_dict("records"):
         own = history(row["folder"]) if row["folder"] else pd.DataFrame()
         if columns := [name for name in own.columns if name in ("train/accuracy", "val/accuracy")]:
             histories.setdefault(", ".join(shown(row[name]) for name in groups), []).append(own)
@@ -278,6 +234,7 @@ def _against_epoch(runs: pd.DataFrame, group: Sequence[str] | None) -> Drawn:
     return accuracy_curves(histories), pd.concat(tables, ignore_index=True)
 
 
+@rc_context(STYLE)
 def depth(runs: pd.DataFrame, x: str = "depth", group: str = "variant", width: Width = "text") -> Drawn:
     """Effective rank, number of components and reconstruction error against the depth: median and range.
 
@@ -291,16 +248,13 @@ def depth(runs: pd.DataFrame, x: str = "depth", group: str = "variant", width: W
     """
     ranks = [name for name in runs.columns if name.startswith("effective rank/")]
     more = {"effective rank": runs[ranks].mean(axis=1), "number of components": number_of_components(runs)}
-    names = (*more, "reconstruction_error")
-    with rc_context(STYLE):
-        beside = width == "text"
-        figure = Figure(figsize=(WIDTHS[width], 1.9 if beside else 5.1), layout="constrained")
-        axes = figure.subplots(*((1, 3) if beside else (3, 1)))
-        numbers = _draw_ends(axes, runs.assign(**more), x, names, group, "median", "range")
-        legend_below(figure)
+    figure, axes = style.panels(3, width, 1.8)
+    numbers = _draw_ends(axes, runs.assign(**more), x, (*more, "reconstruction_error"), group, "median", "range")
+    style.legend_below(figure)
     return figure, numbers
 
 
+@rc_context(STYLE)
 def rank(
     runs: pd.DataFrame, group: str = "variant", scale: float = 0.25, trivial: float = 0.09, width: Width = "text"
 ) -> Drawn:
@@ -309,36 +263,32 @@ def rank(
     As in *Implicit Regularization in Tensor Factorization* (Razin, Maman, Cohen, 2021).
 
     Args:
-        runs: As :func:`~lightning_locality.results.read_runs` reads them, with rank, and source if there are several
-            image sets.
+        runs: With the column rank, and source if there are several image sets.
         group: Column with a line for every value.
         scale: Factor of the errors in the figure: a quarter if the targets are 0 and 2 and the error is to be that of
             0 and 1.
         trivial: Error of the best constant prediction, a dotted line.
         width: 3.35 or 6.9 inches.
     """
-    losses, settings = ("train/loss", "test/loss"), runs.attrs.get("settings", ())
+    settings = runs.attrs.get("settings", ())
     sources = [name for name in runs.columns if _last(name) == "source" and name not in settings][:1]
     values = runs[sources[0]] if sources else pd.Series("", index=runs.index)
     tables = []
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTHS[width], 1.8 * values.nunique()), layout="constrained")
-        for axes, source in zip(figure.subplots(values.nunique(), 2, squeeze=False), ordered(values), strict=True):
-            table = _draw_ends(axes, runs[values == source], "rank", losses, group, "mean", "std", scale)
-            tables.append(table)
-            for name in sources:
-                table.insert(1, name, source)
-            for panel in axes:
-                panel.axhline(trivial, color="0.4", linewidth=0.8, linestyle=":")
-                panel.autoscale(axis="y")
-                panel.set_ylim(bottom=0)
-                panel.set_xlabel("CP rank")
-                panel.set_ylabel(panel.get_ylabel().replace("loss", "error"))
-                panel.set_title(source.replace("_", " "), fontsize=8)
-        legend_below(figure)
+    figure = Figure(figsize=(WIDTHS[width], 1.8 * values.nunique()), layout="constrained")
+    for axes, source in zip(figure.subplots(values.nunique(), 2, squeeze=False), ordered(values), strict=True):
+        own = runs[values == source]
+        table = _draw_ends(axes, own, "rank", ("train/loss", "test/loss"), group, "mean", "std", scale, trivial)
+        tables.append(table)
+        for name in sources:
+            table.insert(1, name, source)
+        for panel in axes:
+            panel.set(xlabel="CP rank", ylabel=panel.get_ylabel().replace("loss", "error"))
+            panel.set_title(source.replace("_", " "), fontsize=8)
+    style.legend_below(figure)
     return figure, pd.concat(tables, ignore_index=True)
 
 
+@rc_context(STYLE)
 def observations(
     runs: pd.DataFrame, x: str = "observations", group: str = "variant", ranks: str = "cp rank", width: Width = "text"
 ) -> Drawn:
@@ -351,16 +301,14 @@ def observations(
         x: Column of the number of observed entries.
         group: Column with a line for every value.
         ranks: Column of the estimated rank; without it the panel is left out.
-        width: 3.35 or 6.9 inches, for two panels.
+        width: 3.35 or 6.9 inches.
     """
     names = ["reconstruction_error", *([ranks] if ranks in runs else [])]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(len(names) * WIDTHS[width] / 2, 2.1), layout="constrained")
-        axes = figure.subplots(1, len(names), squeeze=False)[0]
-        numbers = _draw_ends(axes, runs, x, names, group, "median", "quartiles")
-        if len(names) > 1:
-            axes[1].set_ylabel("estimated CP rank")
-        legend_below(figure)
+    figure, axes = style.panels(len(names), width, 2.1)
+    numbers = _draw_ends(axes, runs, x, names, group, "median", "quartiles")
+    if len(names) > 1:
+        axes[1].set_ylabel("estimated CP rank")
+    style.legend_below(figure)
     return figure, numbers
 
 
@@ -373,24 +321,27 @@ def _draw_ends(
     statistic: Statistic,
     spread: Spread,
     scale: float = 1.0,
+    level: float | None = None,
 ) -> pd.DataFrame:
     """Draw a panel for every quantity, a line with a band for every value of ``group``, and return the numbers."""
     x, group = find_column(runs, x, "--x"), find_column(runs, group, "--group")
     if not any(runs[name].notna().any() for name in quantities if name in runs):
         raise ValueError(f"none of the runs has {' or '.join(quantities)}: there is nothing to draw")
+    data = style.finished(runs)
+    data = data.assign(line=data[group].map(shown), x=pd.to_numeric(data[x]))
+    lines = [shown(value) for value in ordered(runs[group])]
     tables = []
-    data = finished(runs).assign(line=lambda own: own[group].map(shown), x=lambda own: pd.to_numeric(own[x]))
     for panel, name in zip(axes, quantities, strict=True):
-        panel.set(xlabel=_column(x, {}), ylabel=_column(name, {}))
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name in runs:
-            lines = [shown(value) for value in ordered(runs[group])]
-            values = data.assign(y=scale * data[name])
-            draw_lines(panel, values, lines, statistic=statistic, spread=spread, band=True)
-            tables.append(aggregate(runs, [group, x], name).assign(quantity=name))
+            style.draw_lines(panel, data.assign(y=scale * data[name]), lines, statistic, spread, band=True)
+            tables.append(aggregate(runs, [group, x], name))
+            tables[-1].insert(0, "quantity", name)
+        if level is not None:
+            panel.axhline(level, **_DOTTED)
+        panel.set(xlabel=_column(x, {}), ylabel=_column(name, {}))
+        panel.locator_params(axis="x", integer=True)
         if name == "reconstruction_error":
             panel.set_yscale("log")
         else:
             panel.set_ylim(bottom=0)
-    numbers = pd.concat(tables, ignore_index=True)
-    return numbers[["quantity", *numbers.columns[:-1]]]
+    return pd.concat(tables, ignore_index=True)

@@ -1,12 +1,12 @@
-"""Figures of recovery runs: what grows and when, an unobserved entry against the loss, and growth laws."""
+"""Figures of recovery runs: what grows and when, an unobserved entry against the loss."""
 
 from __future__ import annotations
 
-__all__ = ["components", "curve_summary", "dynamics", "growth", "norm", "value"]
+__all__ = ["components", "curve_summary", "dynamics", "norm", "value"]
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,38 +15,35 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
-from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, finished, line_style, shown
-from lightning_locality.results import find_column, history, nearest, read_settings
+from lightning_locality.plotting import style
+from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, shown
+from lightning_locality.results import find_columns, history, nearest, read_settings
 
 _ERROR, _LOSS = "reconstruction_error", "train/loss"
 # numbered columns that are not magnitudes: their numbers are modes
 _OTHERS = ("effective rank", "entry", "train", "test")
 _KINDS = {
     "component": "component norm",
-    "singular value": "singular value",
     "node": "local component norm",
     "mode": "core slice norm",
     "bond": "singular value",
 }
-_GROUPS = 3  # drawn by default
-_MOST_RUNS = 16
+_CURVES: dict[str, Any] = {
+    _ERROR: {"ylabel": "reconstruction error", "ylim": (0, None)},
+    _LOSS: {"ylabel": "training loss", "yscale": "log"},
+}
+_GROUPS, _MOST_RUNS = 3, 16  # groups drawn by default, and runs in a figure
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 1)))  # dots are the bounds
 _Problem = tuple[float, float, float, bool]
-_LEVELS = (0.5, 0.1, 0.01, 0.001)
-_LOSSES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def magnitude_groups(columns: Sequence[str] | pd.Index) -> dict[str, list[str]]:
     """Return the columns of magnitudes by group: ``component/1``, ``component/2``, ... are the group ``component``.
 
     Largest magnitudes come first, and nodes of a tree with the most modes.
-
-    Example:
-        >>> magnitude_groups(["iteration", "node 0-1/2", "node 0-1/1", "node 0-1-2/1"])
-        {'node 0-1-2': ['node 0-1-2/1'], 'node 0-1': ['node 0-1/1', 'node 0-1/2']}
     """
     found: dict[str, dict[int, str]] = {}
     for name in columns:
@@ -58,12 +55,7 @@ def magnitude_groups(columns: Sequence[str] | pd.Index) -> dict[str, list[str]]:
 
 
 def number_of_components(runs: pd.DataFrame, threshold: float = 0.01) -> pd.Series:
-    """Count the magnitudes that exceed a share of the largest of their group, averaged over the groups.
-
-    Example:
-        >>> number_of_components(pd.DataFrame({"mode 0/1": [2.0], "mode 0/2": [0.5], "mode 0/3": [0.001]})).tolist()
-        [2.0]
-    """
+    """Count the magnitudes that exceed a share of the largest of their group, averaged over the groups."""
     groups = [runs[names] for names in magnitude_groups(runs.columns).values()]
     counts = [own.gt(threshold * own.max(axis=1), axis=0).sum(axis=1).where(own.notna().any(axis=1)) for own in groups]
     return pd.concat(counts, axis=1).mean(axis=1) if counts else pd.Series(np.nan, index=runs.index)
@@ -81,51 +73,38 @@ def curve_summary(history: pd.DataFrame, max_components: int = 6) -> pd.DataFram
     Args:
         history: Metrics by iteration, as :func:`~lightning_locality.results.history` reads them.
         max_components: Largest magnitudes of every group.
-
-    Returns:
-        Columns ``quantity`` and ``value``.
     """
-    found = [*_components(history, max_components), *_errors(history), *_unseen_entries(history)]
-    return pd.DataFrame(found, columns=["quantity", "value"])
-
-
-def _components(history: pd.DataFrame, max_components: int) -> Iterator[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
     for names in magnitude_groups(history.columns).values():
         last = history[names].iloc[-1]
         for name in names[:max_components]:
             if last[name] > 1e-3 * last[names[0]]:
-                yield name, last[name]
-                yield f"{name} at half", float(history.index[history[name] > last[name] / 2][0])
-
-
-def _errors(history: pd.DataFrame) -> Iterator[tuple[str, float]]:
+                at_half = float(history.index[history[name] > last[name] / 2][0])
+                found += [(name, last[name]), (f"{name} at half", at_half)]
     if _ERROR in history:
         error = history[_ERROR]
-        for level in _LEVELS:
-            if (error < level).any():
-                yield f"error below {level:g} at", float(error.index[error < level][0])
-        yield "least error", error.min()
-        yield "last error", error.iloc[-1]
-
-
-def _unseen_entries(history: pd.DataFrame) -> Iterator[tuple[str, float]]:
+        below = {level: history.index[error < level] for level in (0.5, 0.1, 0.01, 0.001)}
+        found += [(f"error below {level:g} at", float(at[0])) for level, at in below.items() if len(at)]
+        found += [("least error", error.min()), ("last error", error.iloc[-1])]
     for name in (key for key in history.columns if key.startswith("entry/")):
-        loss = history[_LOSS]
-        for level in _LOSSES:
-            crossed = np.flatnonzero((loss.to_numpy()[:-1] > level) & (loss.to_numpy()[1:] <= level))
-            if crossed.size:
-                before, after = history.iloc[crossed[0]], history.iloc[crossed[0] + 1]
-                high, low = math.log(before[_LOSS]), math.log(after[_LOSS])
-                start, end = (math.log(abs(row[name]) or 1e-300) for row in (before, after))
-                share = (high - math.log(level)) / (high - low)
-                yield f"|{name}| at loss {level:g}", math.exp(start + share * (end - start))
-                if "determinant" in history:
-                    yield f"sign of the determinant at loss {level:g}", math.copysign(1, after["determinant"])
+        loss = history[_LOSS].to_numpy()
+        for level in (1e-1, 1e-2, 1e-3, 1e-4):
+            crossed = np.flatnonzero((loss[:-1] > level) & (loss[1:] <= level))
+            if not crossed.size:
+                continue
+            before, after = history.iloc[crossed[0]], history.iloc[crossed[0] + 1]
+            high, low = math.log(before[_LOSS]), math.log(after[_LOSS])
+            start, end = (math.log(abs(row[name]) or 1e-300) for row in (before, after))
+            share = (high - math.log(level)) / (high - low)
+            found.append((f"|{name}| at loss {level:g}", math.exp(start + share * (end - start))))
+            if "determinant" in history:
+                found.append((f"sign of the determinant at loss {level:g}", math.copysign(1, after["determinant"])))
+    return pd.DataFrame(found, columns=["quantity", "value"])
 
 
 def _histories(runs: pd.DataFrame) -> dict[Path, pd.DataFrame]:
     """Read the measurements of the finished recovery runs by run directory."""
-    folders = finished(runs)["folder"].dropna()
+    folders = style.finished(runs)["folder"].dropna()
     found = {folder: own for folder in folders if not (own := history(folder, "iteration")).empty}
     if not found:
         raise ValueError(
@@ -152,6 +131,7 @@ def dynamics(
     One run: a panel per group and one for the error. Several runs: a column for each, its first group above and
     its error below, as in *Implicit Regularization in Tensor Factorization* (Razin, Maman, Cohen, 2021) and
     *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks* (2022).
+    The numbers are those of :func:`curve_summary`.
 
     Args:
         runs: As :func:`~lightning_locality.results.read_runs` reads them.
@@ -160,9 +140,6 @@ def dynamics(
         against: Iteration, or time for gradient flow.
         loss: A panel for the training loss as well.
         width: 3.35 or 6.9 inches.
-
-    Returns:
-        The figure and the numbers read off the curves, see :func:`curve_summary`.
 
     Raises:
         ValueError: No recovery runs, too many for one figure, or no such magnitudes.
@@ -193,6 +170,7 @@ def components(
     return dynamics(runs, groups, top, x, loss=False, width=width)
 
 
+@rc_context(STYLE)
 def component_curves(
     runs: Mapping[str, pd.DataFrame],
     groups: Sequence[str] = (),
@@ -201,88 +179,53 @@ def component_curves(
     loss: bool = False,
     width: float = WIDTHS["text"],
 ) -> Figure:
-    """Draw the figure of :func:`dynamics`.
-
-    Args:
-        runs: Title -> metrics by iteration, as :func:`~lightning_locality.results.history` reads them.
-        groups: Groups of magnitudes; by default those the runs have.
-        top: Number of magnitudes of each group, the largest.
-        x: What they are drawn against.
-        loss: A panel for the training loss as well.
-        width: In inches; below 5 a row has two panels instead of four.
-    """
-    chosen = {title: _choose(title, rows, groups) for title, rows in runs.items()}
+    """Draw the figure of :func:`dynamics` from metrics by iteration; below 5 inches a row has two panels, not four."""
+    chosen = {}
+    for title, rows in runs.items():
+        known = list(magnitude_groups(rows.columns))
+        chosen[title] = [group for group in groups if group in known] if groups else known[:_GROUPS]
+        if not chosen[title]:
+            raise ValueError(f"run {title!r} has no {' or '.join(groups) or 'magnitudes'}; it has {known or 'none'}")
     columns = 4 if width > 5 else 2
     curves = [_ERROR, _LOSS] if loss and any(_ERROR in rows for rows in runs.values()) else [_ERROR]
     # rows of panels: title, metrics, and a group or curve
-    grid: list[list[tuple[str, pd.DataFrame, str]]] = []
     if len(runs) == 1:
-        ((title, rows),) = runs.items()
-        panels = [*((_place(group), rows, group) for group in chosen[title]), *(("", rows, name) for name in curves)]
-        grid = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+        table = [[("", rows, name) for title, rows in runs.items() for name in (*chosen[title], *curves)]]
     else:
-        for start in range(0, len(runs), columns):
-            block = list(runs.items())[start : start + columns]
-            grid.append([(title, rows, chosen[title][0]) for title, rows in block])
-            grid += [[("", rows, name) for _, rows in block] for name in curves]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, 1.55 * len(grid) + 0.2), layout="constrained")
-        all_axes = figure.subplots(len(grid), max(map(len, grid)), squeeze=False)
-        for row_axes, row in zip(all_axes, grid, strict=True):
-            for axes in row_axes[len(row) :]:
-                axes.axis("off")
-            for axes, (title, rows, group) in zip(row_axes, row, strict=False):
-                axes.set_title(title, fontsize=8)
-                rows = rows.reset_index().set_index(x)
-                if group in curves:
-                    _draw_curve(axes, rows, group)
-                else:
-                    names = magnitude_groups(rows.columns)[group][:top]
-                    _draw_magnitudes(axes, rows[names])
-                    place = _place(group) if len(runs) > 1 else ""
-                    axes.set_ylabel(_kind(group) + (f"\n({place})" if place else ""))
-                axes.set_xlabel(x)
-                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-                axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 4, 5, 10]))
-        return figure
+        table = [[(title, rows, chosen[title][0]) for title, rows in runs.items()]]
+        table += [[("", rows, name) for rows in runs.values()] for name in curves]
+    grid = [row[start : start + columns] for start in range(0, len(table[0]), columns) for row in table]
+    figure = Figure(figsize=(width, 1.55 * len(grid) + 0.2), layout="constrained")
+    all_axes = figure.subplots(len(grid), max(map(len, grid)), squeeze=False)
+    for row_axes, row in zip(all_axes, grid, strict=True):
+        for axes in row_axes[len(row) :]:
+            axes.axis("off")
+        for axes, (title, rows, group) in zip(row_axes, row, strict=False):
+            rows = rows.reset_index().set_index(x)
+            if group in curves:
+                # the loss instead of the error if the target is unknown
+                name = group if group in rows else _LOSS
+                axes.plot(rows[name].dropna(), color=COLOURS[-1], linewidth=1.0)
+                axes.set(**_CURVES[name])
+            else:
+                for position, name in enumerate(magnitude_groups(rows.columns)[group][:top]):
+                    color = COLOURS[position] if position < len(COLOURS) else "0.6"
+                    axes.plot(rows[name].dropna(), color=color, linewidth=1.0, zorder=3 - 0.01 * position)
+                axes.set(ylabel=_label(group), ylim=(0, None))
+            axes.set_title(title, fontsize=8)
+            axes.set_xlabel(x)
+            axes.locator_params(axis="x", nbins=3)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure
 
 
-def _choose(title: str, rows: pd.DataFrame, groups: Sequence[str]) -> list[str]:
-    known = list(magnitude_groups(rows.columns))
-    chosen = [group for group in groups if group in known] if groups else known[:_GROUPS]
-    if not chosen:
-        raise ValueError(f"run {title!r} has no {' or '.join(groups) or 'magnitudes'}; it has {known or 'none'}")
-    return chosen
+def _label(group: str) -> str:
+    """Return ``component norm`` for ``component``, the only group, and ``core slice norm (mode 0)`` for ``mode 0``."""
+    kind = _KINDS.get(group.split(" ")[0], group)
+    return kind if group in (kind, *_KINDS) else f"{kind}\n({group})"
 
 
-def _kind(group: str) -> str:
-    """Return ``core slice norm`` for ``mode 0``."""
-    return _KINDS.get(group, _KINDS.get(group.split(" ")[0], group))
-
-
-def _place(group: str) -> str:
-    """Return ``mode 0`` for ``mode 0``, but nothing for the only group of a factorisation."""
-    return group if group.split(" ")[0] in _KINDS and group not in _KINDS else ""
-
-
-def _draw_magnitudes(axes: Axes, values: pd.DataFrame) -> None:
-    for position, name in enumerate(values):
-        color = COLOURS[position] if position < len(COLOURS) else "0.6"
-        axes.plot(values[name].dropna(), color=color, linewidth=1.0, zorder=3 - 0.01 * position)
-    axes.set_ylim(bottom=0)
-
-
-def _draw_curve(axes: Axes, rows: pd.DataFrame, name: str) -> None:
-    """Draw the loss or the reconstruction error; the loss instead of the error if the target is unknown."""
-    name = name if name in rows else _LOSS
-    axes.plot(rows[name].dropna(), color=COLOURS[-1], linewidth=1.0)
-    axes.set_ylabel({_ERROR: "reconstruction error", _LOSS: "training loss"}[name])
-    if name == _ERROR:
-        axes.set_ylim(bottom=0)
-    else:
-        axes.set_yscale("log")
-
-
+@rc_context(STYLE)
 def value(
     runs: pd.DataFrame,
     group: list[str] | str | None = None,
@@ -293,7 +236,8 @@ def value(
 ) -> Drawn:
     """Size of an unobserved entry against the loss, which decreases to the right, with its lower bound.
 
-    As in *Implicit Regularization in Deep Learning May Not Be Explainable by Norms* (Razin, Cohen, 2020).
+    As in *Implicit Regularization in Deep Learning May Not Be Explainable by Norms* (Razin, Cohen, 2020). The numbers
+    are those of :func:`curve_summary`.
 
     Args:
         runs: As :func:`~lightning_locality.results.read_runs` reads them.
@@ -302,9 +246,6 @@ def value(
         split: Labels are PANEL SPLIT LABEL, with a panel for every PANEL.
         least: Smallest loss that is shown.
         width: 3.35 or 6.9 inches; by default 3.35 for one panel and 6.9 for several.
-
-    Returns:
-        The figure and the numbers read off the curves, see :func:`curve_summary`.
 
     Raises:
         ValueError: No entry is followed, or not this one.
@@ -317,30 +258,23 @@ def value(
     if entry is not None and entry not in known:
         raise ValueError(f"--entry: no run follows {entry!r}{nearest(entry, known)}; there are {', '.join(known)}")
     entry = entry or known[0]
-    default = ["variant"] if "variant" in runs else ["run"]
-    groups = [find_column(runs, name, "--group") for name in ([group] if isinstance(group, str) else group or default)]
-    rows = runs.set_index("folder")[groups].T
-    panels: dict[str, dict[str, list[Path]]] = {}
+    groups = find_columns(runs, group or ("variant" if "variant" in runs else "run"), "--group")
     kept = {folder: own for folder, own in histories.items() if f"entry/{entry}" in own}
-    for folder in kept:
-        label = ", ".join(shown(value) for value in rows[folder])
+    rows = []
+    for row in runs[runs["folder"].isin(list(kept))].to_dict("records"):
+        label = ", ".join(shown(row[name]) for name in groups)
         title, _, rest = label.partition(split) if split and split in label else ("", "", label)
-        panels.setdefault(title, {}).setdefault(rest, []).append(folder)
-    inches = WIDTHS[width or ("column" if len(panels) == 1 else "text")]
-    shape = (1, len(panels)) if inches > 5 else (len(panels), 1)
-    with rc_context(STYLE):
-        height = 2.1 + 0.15 * (max(map(len, panels.values())) + 1)
-        figure = Figure(figsize=(inches, shape[0] * height), layout="constrained")
-        grid = figure.subplots(*shape, squeeze=False)
-        for axes, (title, labels) in zip(grid.flat, panels.items(), strict=True):
-            chosen = {label: [kept[folder] for folder in own] for label, own in labels.items()}
-            problems = {label: {_problem(folder) for folder in own} for label, own in labels.items()}
-            _draw_values(axes, chosen, problems, f"entry/{entry}", least)
-            axes.set_title(title, fontsize=8)
-            # below the panel, where it hides nothing
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), fontsize=7, handlelength=2.6)
-        for axes in grid[:, 0]:
-            axes.set_ylabel(f"|entry ({entry.replace('-', ', ')})|")
+        rows.append((title, rest, row["folder"], _problem(row["folder"])))
+    table = pd.DataFrame(rows, columns=["title", "label", "folder", "problem"])
+    curves = {folder: own.set_index(_LOSS)[f"entry/{entry}"].abs() for folder, own in kept.items()}
+    curves = {folder: curve[curve.index >= least] for folder, curve in curves.items()}
+    titles = table["title"].unique()
+    figure, grid = style.panels(len(titles), width or ("column" if len(titles) == 1 else "text"), 2.1)
+    for axes, title in zip(grid, titles, strict=True):
+        _draw_values(axes, table[table["title"] == title], table["label"].unique().tolist(), curves)
+        axes.set(xlabel="loss", ylabel=f"|entry ({entry.replace('-', ', ')})|")
+        axes.set_title(title, fontsize=8)
+    style.legend_below(figure)
     return figure, _summaries(kept)
 
 
@@ -356,10 +290,7 @@ def _problem(run: Path) -> _Problem | None:
 
 
 def lower_bound(losses: NDArray[Any], z: float, z_prime: float, eps: float, larger: bool) -> NDArray[Any]:
-    """Return the lower bound of the unobserved entry of ``UnboundedCompletion``, NaN where there is none.
-
-    The formula, with its derivation, of :func:`lightning_locality.datamodules.unbounded.lower_bound`.
-    """
+    """Return what :func:`lightning_locality.datamodules.unbounded.lower_bound` derives, NaN where there is no bound."""
     off = np.sqrt(2 * losses)
     off = np.where(off < 1, off, np.nan) if larger else off
     through = off**2 / (2 * (1 - off)) if larger else 0.0
@@ -368,116 +299,28 @@ def lower_bound(losses: NDArray[Any], z: float, z_prime: float, eps: float, larg
     return np.where((off < min(abs(z), abs(z_prime))) & (bound > 0), bound, np.nan)
 
 
-def _draw_values(
-    axes: Axes,
-    runs: Mapping[str, Sequence[pd.DataFrame]],
-    problems: Mapping[str, set[_Problem | None]],
-    column: str,
-    least: float,
-) -> None:
+def _draw_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapping[Path, pd.Series]) -> None:
     """Draw the entry of every run, and the bound of each problem: in black if all runs share it."""
-    axes.set(xscale="log", yscale="log", xlabel="loss")
+    axes.set(xscale="log", yscale="log")
     bounds: dict[_Problem, str] = {}
     losses: list[float] = []
-    for position, (label, own) in enumerate(runs.items()):
-        style: Any = {"color": COLOURS[position % len(COLOURS)], "linestyle": _DASHES[position % len(_DASHES)]}
-        for number, rows in enumerate(own):
-            rows = rows[rows[_LOSS] >= least]
-            axes.plot(rows[_LOSS], rows[column].abs(), label=None if number else label, linewidth=1.0, **style)
-            losses += rows[_LOSS][rows[_LOSS] > 0].tolist()
+    for label in runs["label"].unique():
+        own, position = runs[runs["label"] == label], labels.index(label)
+        color, dashes = COLOURS[position % len(COLOURS)], _DASHES[position % len(_DASHES)]
+        for curve in (curves[folder] for folder in own["folder"]):
+            axes.plot(curve, label=label, linewidth=1.0, color=color, linestyle=dashes)
+            losses += curve.index[curve.index > 0].tolist()
         # the runs of a label with several problems share no bound
-        if len(problems[label]) == 1 and (own_problem := next(iter(problems[label]))) is not None:
-            bounds[own_problem] = style["color"]
+        if own["problem"].nunique(dropna=False) == 1 and (problem := own["problem"].iloc[0]) is not None:
+            bounds[problem] = color
     low, high = axes.get_ylim()
     if losses and bounds:
-        shared = len(set().union(*problems.values())) == 1
+        at = np.geomspace(min(losses), max(losses), 400)
+        shared = runs["problem"].nunique(dropna=False) == 1
         for problem, color in bounds.items():
-            at = np.geomspace(min(losses), max(losses), 400)
-            color = "black" if shared else color
-            axes.plot(at, lower_bound(at, *problem), color=color, linewidth=0.8, linestyle=":")
+            bound = lower_bound(at, *problem)
+            axes.plot(at, bound, color="black" if shared else color, linewidth=0.8, linestyle=":")
         axes.plot([], [], color="black" if shared else "0.4", linewidth=0.8, linestyle=":", label="lower bound")
     # the bound starts at zero, far below the runs
     axes.set_ylim(low, high)
     axes.invert_xaxis()
-
-
-CURVES = ["order", "matrices", "quantity", "source", "size", "rate"]
-
-
-def read_curves(paths: Sequence[Path]) -> pd.DataFrame:
-    """Read the growth curves that ``results/growth_exponents/make.py`` measures.
-
-    Args:
-        paths: CSV files, or folders with a ``growth_curves.csv``.
-
-    Raises:
-        ValueError: No such file, or one of another kind.
-    """
-    tables = []
-    for given in paths:
-        path = given / "growth_curves.csv" if given.is_dir() else given
-        if not path.is_file():
-            raise ValueError(
-                f"there is no {path}: `python results/growth_exponents/make.py --out {given}` measures and writes it"
-            )
-        tables.append(pd.read_csv(path))
-        if list(tables[-1]) != CURVES:
-            raise ValueError(f"{path} holds no growth curves: expected the columns {', '.join(CURVES)}")
-    return pd.concat(tables, ignore_index=True)
-
-
-def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
-    rows = []
-    case: Any
-    for case, own in curves.groupby(CURVES[:4], sort=False):
-        size, rate = (np.log(own[name].to_numpy(copy=True)) for name in ("size", "rate"))
-        rows.append([*case, predicted(*case[:3]), np.polyfit(size, rate, 1)[0]])
-    return pd.DataFrame(rows, columns=[*CURVES[:4], "predicted", "fitted"])
-
-
-def predicted(order: int, matrices: int, quantity: str) -> float:
-    """Return the exponent of the growth law of a CP factorisation with ``matrices`` matrices before every vector."""
-    if quantity == "component norm":
-        return 2 - 2 / (order * (matrices + 1))
-    return matrices + 2 - 2 / order
-
-
-def growth(curves: pd.DataFrame, width: Width = "column") -> Drawn:
-    """Growth rates of CP and deep CP against size: a gradient flow as dots, the predicted laws as lines.
-
-    Args:
-        curves: Columns order, matrices, quantity, source, size and rate (divided by gamma).
-        width: 3.35 inches, panels above each other, or 6.9 inches, panels next to each other.
-
-    Returns:
-        The figure, and the predicted and fitted exponents.
-    """
-    plain, quantity = curves["matrices"] == 0, curves["quantity"]
-    norms, flow = quantity == "component norm", curves["source"] == "flow"
-    panels = {
-        "CP: $\\sigma^{2-2/N}$": norms & plain,
-        "deep CP: $\\sigma^{2-2/(N(k+1))}$": norms & (~plain | (curves["order"] == 3)),
-        "deep CP: $\\tau^{k+2-2/N}$": quantity == "norm of the vectors",
-    }
-    with rc_context(STYLE):
-        beside = width == "text"
-        figure = Figure(figsize=(WIDTHS[width], 2.4 if beside else 6.6), layout="constrained")
-        grid = figure.subplots(*((1, 3) if beside else (3, 1)))
-        for axes, (title, chosen) in zip(grid, panels.items(), strict=True):
-            cases = curves[chosen & flow].sort_values("matrices", kind="stable").groupby(CURVES[:3], sort=False)
-            for position, (_, own) in enumerate(cases):
-                order, matrices, kind = own.iloc[0][CURVES[:3]]
-                style = line_style(position)
-                factor = order * (matrices + 1) if kind == "component norm" else order
-                label = f"N = {order}" if title.startswith("CP") else f"k = {matrices}"
-                law = factor * own["size"] ** predicted(order, matrices, kind)
-                axes.plot(own["size"], own["rate"], style["marker"], color=style["color"], markersize=2.5, label=label)
-                axes.plot(own["size"], law, color=style["color"], linewidth=0.8)
-            symbol = "\\tau" if "tau" in title else "\\sigma"
-            axes.set(xscale="log", yscale="log", xlabel=f"${symbol}$", ylabel=f"$\\dot{{{symbol}}} / \\gamma$")
-            axes.set_title(title, fontsize=8)
-            if axes.lines:
-                # the curves rise from the lower left to the upper right
-                axes.legend(fontsize=7, loc="upper left", handletextpad=0.2, borderaxespad=0.1)
-    return figure, growth_fits(curves)

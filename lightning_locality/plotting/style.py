@@ -6,6 +6,7 @@ __all__ = ["save_figure"]
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,10 @@ STYLE: Any = {
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.2,
     "legend.frameon": False,
+    "grid.color": "0.92",
+    "grid.linewidth": 0.5,
     # Type 3 fonts are refused by venues; 42 embeds TrueType
     "pdf.fonttype": 42,
-    "ps.fonttype": 42,
 }
 COLUMN = 3.4  # inches: one column of a two-column paper
 LETTERS = 16  # per inch, at 8 points
@@ -81,81 +83,76 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["finished"]] if "finished" in runs else runs
 
 
+def panels(number: int, width: Width, height: float, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels of this height: above each other in a column, up to three in a row over the text."""
+    columns = min(number, 3) if width == "text" else 1
+    rows = -(-number // columns)
+    figure = Figure(figsize=(WIDTHS[width], rows * height), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
+    for spare in grid[number:]:
+        spare.remove()
+    return figure, grid[:number]
+
+
 def draw_lines(
     axes: Axes,
     data: pd.DataFrame,
     lines: Sequence[str],
+    statistic: Statistic,
+    spread: Spread,
     *,
-    statistic: Statistic = "mean",
-    spread: Spread = "std",
     band: bool = False,
     joined: bool = True,
     orient: Literal["x", "y"] = "x",
 ) -> None:
-    """Draw a line for every value of the column ``line`` through the means or medians, with error bars or a band.
+    """Draw a line through the means or medians of ``x`` and ``y``, with bars or a band, for each ``line`` of the runs.
 
-    Args:
-        axes: Where to draw.
-        data: One row per run: ``x``, ``y`` and ``line``.
-        lines: All values of ``line``, in the order of the legend.
-        statistic: What the lines go through.
-        spread: What the bars show.
-        band: A band instead of bars.
-        joined: Lines, not marks alone.
-        orient: Axis along which the places lie.
+    ``lines`` are all values of ``line``, in the order of the legend; the places lie along the axis ``orient``.
     """
     # here: it takes most of a second to import
     import seaborn
 
     figure: Any = axes.get_figure(root=True)
     data = data.dropna(subset=["x", "y"])
+    ends = partial(interval, spread=spread, statistic=statistic)
     for position, name in enumerate(lines):
-        before = [*axes.lines, *axes.collections]
-        seaborn.lineplot(
-            data[data["line"] == name],
-            x="x",
-            y="y",
-            label=name,
-            estimator=statistic,
-            errorbar=lambda values: interval(values, spread, statistic),
-            err_style="band" if band else "bars",
-            err_kws={} if band else {"elinewidth": 0.9},
-            orient=orient,
-            legend=False,
-            ax=axes,
-            **line_style(position, joined),
-        )
-        if (joined and not band) or orient == "y":
+        own, style = data[data["line"] == name], line_style(position, joined)
+        options = {"estimator": statistic, "errorbar": ends if band else None, "orient": orient, "legend": False}
+        seaborn.lineplot(own, x="x", y="y", label=name, ax=axes, **options, **style)
+        if band:
+            continue
+        # not by seaborn: matplotlib refuses error bars that do not contain the mean, as quartiles may
+        groups = own.groupby(orient)["y" if orient == "x" else "x"]
+        low, high = np.array([ends(values) for _, values in groups]).reshape(-1, 2).T
+        draw: Any = axes.vlines if orient == "x" else axes.hlines
+        bars = draw(list(groups.groups), low, high, color=style["color"], linewidth=0.9)
+        if joined or orient == "y":
             # side by side; moved only now: matplotlib would take the shift for one of the data when it finds the limits
             shift = (position - (len(lines) - 1) / 2) * min(_APART, _WIDEST / max(1, len(lines) - 1)) / 72
             across, down = (shift, 0.0) if orient == "x" else (0.0, -shift)
-            moved = axes.transData + ScaledTranslation(across, down, figure.dpi_scale_trans)
-            for artist in {*axes.lines, *axes.collections} - {*before}:
-                artist.set_transform(moved)
+            for artist in (axes.lines[-1], bars):
+                artist.set_transform(axes.transData + ScaledTranslation(across, down, figure.dpi_scale_trans))
 
 
 def legend_below(figure: Figure, title: str | None = None) -> None:
-    """Add a legend of the first panel's lines under the panels; the figure grows by its height."""
-    found = zip(*figure.axes[0].get_legend_handles_labels(), strict=True)
-    entries = [(handle, textwrap.fill(text, _LONGEST)) for handle, text in found if text]
-    if not entries:
+    """Add a legend of the lines of all panels under them; the figure grows by its height."""
+    # of several lines with one label the first
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(textwrap.fill(label, _LONGEST), handle)
+    if not handles:
         return
-    handles, texts = zip(*entries, strict=True)
     width, height = figure.get_size_inches()
-    longest = max(len(line) for text in texts for line in text.split("\n"))
-    columns = int(np.clip(width * LETTERS // (longest + 7), 1, min(6, len(texts))))
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, title=title, columnspacing=1.2)
-    rows = [max(text.count("\n") + 1 for text in texts[start::columns]) for start in range(-(-len(texts) // columns))]
-    figure.set_size_inches(width, height + 0.16 * (sum(rows) + (title is not None)) + 0.1)
+    longest = max(len(line) for text in handles for line in text.split("\n"))
+    columns = int(np.clip(width * LETTERS // (longest + 7), 1, min(6, len(handles))))
+    style: Any = {"ncols": columns, "title": title, "columnspacing": 1.2}
+    legend = figure.legend(list(handles.values()), list(handles), loc="outside lower center", **style)
+    figure.set_figheight(height + legend.get_window_extent().height / figure.dpi)
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
-    """Write a figure as ``STEM.pdf`` and ``STEM.png``.
-
-    Args:
-        figure: What to write.
-        stem: Path without ending (``weight_0.1`` has none); its folder is made.
-    """
+    """Write a figure as ``STEM.pdf`` and ``STEM.png``; ``weight_0.1`` is a stem, without ending. Its folder is made."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         # no date in the file: the same results give the same bytes

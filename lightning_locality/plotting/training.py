@@ -13,10 +13,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE
+from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE, legend_below
 
 _ROUND_DASHES = ("-", "--", ":")  # one for every round of the colours
 _STAGES = {"training": "train/accuracy", "unseen (validation)": "val/accuracy"}
@@ -28,11 +27,8 @@ def _plot(axes: Axes, history: pd.DataFrame, name: str, scale: float, **style: A
     if name in history:
         values = history[name].dropna()
         axes.plot(values.index + 1, values * scale, **style)
-
-
-def _label_epochs(axes: Axes) -> None:
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="x", integer=True)
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
@@ -46,12 +42,11 @@ def training_curves(history: pd.DataFrame) -> Figure:
         for axes, (name, label, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
             for stage, color in (("train", COLOURS[0]), ("val", COLOURS[1])):
                 _plot(axes, history, f"{stage}/{name}", scale, color=color, label=stage)
-            _label_epochs(axes)
             axes.set_ylabel(label)
             if name != "loss":
                 axes.set_ylim(0, 1.03 * scale)
         if figure.axes[0].lines:
-            figure.axes[0].legend(loc="lower right")
+            figure.axes[0].legend()
         return figure
 
 
@@ -66,26 +61,21 @@ def accuracy_curves(histories: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     seen = [h[name].min() for own in histories.values() for h in own for name in h if name in _STAGES.values()]
     two_classes = min(seen, default=1.0) >= 0.3
     with rc_context(STYLE):
-        below = 0.17 * -(-len(histories) // 2)  # inches of the legend
-        figure = Figure(figsize=(2 * COLUMN, 2.1 + below), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, (title, name) in zip(panels, _STAGES.items(), strict=True):
-            for position, own in enumerate(histories.values()):
+        figure = Figure(figsize=(2 * COLUMN, 2.0), layout="constrained")
+        for axes, (title, name) in zip(figure.subplots(1, 2, sharey=True), _STAGES.items(), strict=True):
+            for position, (kind, own) in enumerate(histories.items()):
                 style: Any = {"alpha": 0.7, "linewidth": 0.7} if len(own) > 1 else {}
                 style["color"] = COLOURS[position % len(COLOURS)]
                 style["linestyle"] = _ROUND_DASHES[position // len(COLOURS) % len(_ROUND_DASHES)]
-                for history in own:
-                    _plot(axes, history, name, 100.0, **style)
+                for number, history in enumerate(own):
+                    # the first run of every kind explains its colour
+                    _plot(axes, history, name, 100.0, label="" if number else kind, **style)
             if two_classes:
                 axes.axhline(50, color="0.6", linewidth=0.6, linestyle=":")
             axes.set_title(title, fontsize=8)
-            _label_epochs(axes)
             axes.set_ylim(30 if two_classes else 0, 103)
-        panels[0].set_ylabel("accuracy (%)")
-        # the first run of every kind explains its color
-        starts = np.cumsum([0, *map(len, histories.values())])[:-1]
-        lines = [panels[0].lines[start] for start in starts]
-        figure.legend(lines, list(histories), loc="outside lower center", ncols=2)
+        figure.axes[0].set_ylabel("accuracy (%)")
+        legend_below(figure)
         return figure
 
 

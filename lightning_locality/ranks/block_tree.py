@@ -14,7 +14,6 @@ from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 _MAX_POINTS = 2**22  # forward passes of a grid: beyond, submatrices say the same
-_NOISE_POINTS = 256  # points at which rounding is estimated
 
 
 def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
@@ -72,7 +71,9 @@ def tree_separation(
 
     The rank of a submatrix is that of the matricisation (generically) if it is below k: raise ``size`` until no rank
     equals it. A binary tree of P blocks takes at most (2 P - 3) k^2 forward passes, and 256 for the noise, while the
-    grid tensor takes K^P. Several outputs of one column are put side by side.
+    grid tensor takes K^P. Several outputs of one column are put side by side. Values are divided by the root of the
+    number of entries; their tolerance is three times the Frobenius norm of the change when the images move by one unit
+    in the last place, or of the outputs' own rounding.
 
     Args:
         model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
@@ -85,14 +86,8 @@ def tree_separation(
         seed: Of the samples.
         evaluation: How the network is evaluated; None: the default.
 
-    Returns:
-        For every node but the root its singular values, over the root of the number of entries. Their tolerance is
-        three times the Frobenius norm of the change when the images move by one unit in the last place, or of the
-        outputs' own rounding.
-
     Raises:
-        ValueError: A tree or a model that does not fit, blocks that are not a partition, or a size below 2 or, with
-            ``joint``, above the number of images.
+        ValueError: A size, a tree or a model that does not fit, or blocks that are not a partition.
 
     Example:
         >>> pairs = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
@@ -166,8 +161,8 @@ def _crossed(rows: Tensor, columns: Tensor, cut: tuple[Node, Node]) -> Tensor:
 
 
 def _noise(network: SplicedNetwork, choices: Tensor, values: Tensor, generator: torch.Generator) -> float:
-    """Effect of rounding, at least that of the outputs; root mean square over the points, summed over outputs."""
-    some = torch.randperm(len(choices), generator=generator)[:_NOISE_POINTS].to(choices.device)
+    """Effect of rounding, at least that of the outputs; root mean square over 256 points, summed over outputs."""
+    some = torch.randperm(len(choices), generator=generator)[:256].to(choices.device)
     seed = int(torch.randint(2**31, (), generator=generator))
     moved = network.map(lambda rows: choices[some[rows]], len(some), rounding_seed=seed) - values[some]
     return max(float(change.square().sum(1).mean().sqrt()) for change in (moved, network.eps * values))

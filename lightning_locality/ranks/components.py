@@ -27,9 +27,8 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
 
     Args:
         model: :class:`HierarchicalTensorFactorization` or :class:`CP`.
-        relative: Divide by the norm of the tensor: at high orders a float64 may hold neither norm, but their ratio.
-            If components cancel to less than about 1e-8 of their norms, the tensor's norm is rounding, and the ratio
-            may be infinite.
+        relative: Divide by the norm of the tensor: at high orders a float64 may hold neither norm, but their ratio. If
+            components cancel to below about 1e-8 of their norms, it is rounding, and the ratio may be infinite.
 
     Raises:
         ValueError: If the factorisation is another one or has weights that are not finite.
@@ -73,10 +72,8 @@ def balanced_component_norms(model: Factorization) -> dict[Node, Tensor]:
     Example:
         >>> from lightning_locality.tensors import ModeTree
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4), 2, 3, init_scale=1.0)
-        >>> before = model.weight((0,)).clone()
-        >>> norms = balanced_component_norms(model)
-        >>> list(norms), bool(torch.equal(before, model.weight((0,))))
-        ([(0, 1), (2, 3), (0, 1, 2, 3)], True)
+        >>> list(balanced_component_norms(model))
+        [(0, 1), (2, 3), (0, 1, 2, 3)]
     """
     balanced = copy.deepcopy(_with_components(model)).double()
     check_finite(balanced)

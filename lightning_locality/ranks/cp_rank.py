@@ -17,16 +17,12 @@ from lightning_locality.ranks.levenberg_marquardt import fit_cp
 from lightning_locality.ranks.spectra import NodeSpectra, epsilon_rank
 from lightning_locality.tensors.mode_tree import Node
 
-# up to this order the bound takes all cuts: 127 of them
-ALL_CUTS = 8
-
 
 class CPRank(NamedTuple):
-    r"""A CP rank within a relative distance, and what is known about it.
+    """A CP rank within a relative distance, and what is known about it.
 
     Args:
-        rank: Number of components of the fit: the CP rank is not larger.
-        lower_bound: No fewer components come within the distance.
+        rank, lower_bound: Number of components of the fit, and the least number with which one could be as close.
         certified: Whether the two are equal. Otherwise ``rank`` is the smallest number for which a fit was found.
         error: Distance of the fit from the tensor, relative to its norm.
         condition: Sum of the norms of the components over the norm of the tensor. A large one means components that
@@ -43,10 +39,7 @@ class CPRank(NamedTuple):
 
 
 class CPRankNotFoundError(ValueError):
-    """No fit with the allowed number of components came close enough.
-
-    ``lower_bound`` bounds the rank; ``error`` is the smallest relative distance reached, 1 if the bound excludes a fit.
-    """
+    """No fit came close enough: ``error`` is the smallest relative distance, 1 if ``lower_bound`` excludes a fit."""
 
     def __init__(self, message: str, lower_bound: int, error: float) -> None:
         # all three, so that the error can be pickled
@@ -74,33 +67,27 @@ def cp_rank(
     A sum of R rank-one tensors has matricisations of rank R at most, so the largest rank of a matrix within that
     distance of a matricisation (all of them up to order 8, above that those at consecutive modes) is a certain lower
     bound. From there R is raised until one of several Levenberg-Marquardt fits succeeds, which also find components
-    that are nearly parallel, on which alternating least squares stall. Success at the bound certifies the rank.
-
-    The distance is part of the answer. The tensor ``a a b + a b a + b a a`` has rank 3, yet sums of two components
-    come arbitrarily close: the rank is 2 within 1e-3, with a large ``condition``, and 3 within 1e-6, where a fit of two
-    would need components too large to be found; it is not certified.
+    that are nearly parallel, on which alternating least squares stall. Success at the bound certifies the rank. The
+    distance is part of the answer: see docs/measuring.md for a tensor of rank 3 with sums of two components near it.
 
     Args:
-        tensor: Of any order from 1, real, any floating type; computed in float64 on its device.
+        tensor: Real, of any order from 1; computed in float64 on its device.
         rtol: Relative distance; below about 1e-14 the rounding of the tensor counts as components.
         max_rank: Largest number of components tried; None for as many as any tensor of that shape needs. The cost of a
-            fit grows as the cube of R: give it for tensors that may have no small rank (for an 8 x 8 x 8 x 8 tensor
-            the bound reaches 64; a random one has 142).
+            fit grows as the cube of R: give it for tensors that may have no small rank.
         starts: Fits side by side for every R.
         max_steps: Maximum steps of a fit.
         seed: Of the starts, which are the same on any device.
 
     Raises:
-        ValueError: If the tensor has no modes or entries or is not real or not finite, if ``rtol`` is not between 0 and
-            1, or if ``starts`` or ``max_steps`` is below 1.
+        ValueError: If the tensor is empty, complex or not finite, or a number is out of range.
         CPRankNotFoundError: If ``max_rank`` components are not enough, or were not found.
 
     Example:
         >>> diagonal = torch.zeros(3, 3, 3)
         >>> diagonal[range(3), range(3), range(3)] = torch.tensor([1.0, 2.0, 3.0])
-        >>> found = cp_rank(diagonal)
-        >>> found.rank, found.certified
-        (3, True)
+        >>> cp_rank(diagonal)[:3]  # rank, lower_bound, certified
+        (3, 3, True)
         >>> cp_rank(diagonal, rtol=0.3).rank  # the distance is 1 / sqrt(14) = 0.27 without the smallest
         2
     """
@@ -116,13 +103,10 @@ def cp_epsilon_ranks(
     max_steps: int = 500,
     seed: int = 0,
 ) -> dict[float, CPRank | None]:
-    """CP ranks within several relative distances.
+    """CP ranks within several relative distances, from the largest down; None if ``max_rank`` is not enough.
 
     The arguments and errors are those of :func:`cp_rank`, with ``tolerances`` instead of ``rtol``; every search starts
     from the rank within the next larger distance.
-
-    Returns:
-        Distance -> rank, from the largest distance down; None if ``max_rank`` components were not enough.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 0.05, 0.005]))
@@ -185,7 +169,8 @@ class _Search:
             if not modes:
                 factors[0] = factors[0] * core.reshape(())
             # from the whole tensor, including what compression discarded
-            error = float((target - _outer_sum(factors)).norm() / norm)
+            rows = reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
+            error = float((target - rows.sum(1).reshape(target.shape)).norm() / norm)
             best = min(best, error)
             if error <= rtol:
                 norms = torch.stack([factor.norm(dim=0) for factor in factors]).prod(0)
@@ -210,14 +195,14 @@ class _Search:
             case 2:
                 left, values, right = torch.linalg.svd(core, full_matrices=False)
                 return left[:, :rank] * values[:rank], right[:rank].mT
-        return fit_cp(core, rank, rtol, self.starts, self.max_steps, generator).factors
+        return fit_cp(core, rank, rtol, self.starts, self.max_steps, generator)[0]
 
 
 def _cuts(order: int) -> list[Node]:
     """Single modes, and the cuts that bound the rank; none for a vector."""
     cuts: list[Node] = [(n,) for n in range(order)] if order > 1 else []
     for size in range(2, order // 2 + 1):
-        if order <= ALL_CUTS:
+        if order <= 8:  # all cuts, 127 at most
             groups = list(combinations(range(order), size))
         else:
             groups = [tuple(sorted((first + n) % order for n in range(size))) for first in range(order)]
@@ -227,11 +212,9 @@ def _cuts(order: int) -> list[Node]:
 
 
 def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[Tensor], Tensor]:
-    """Orthonormal bases of the modes (D_n, r_n) and the core (r_1, ..., r_N): a higher-order SVD.
-
-    The core has the CP rank of the tensor; what is discarded is far below the relative distance.
-    """
+    """Higher-order SVD: bases of the modes (D_n, r_n), and the core (r_1, ..., r_N), which has the tensor's CP rank."""
     bases, core = list[Tensor](), target
+    # far below the relative distance
     discarded = max(1e-2 * rtol, 1e-15) / target.ndim**0.5
     for n in range(target.ndim):
         rows = target.movedim(n, 0).reshape(target.shape[n], -1)
@@ -240,9 +223,3 @@ def _compress(target: Tensor, spectra: NodeSpectra, rtol: float) -> tuple[list[T
         bases.append(basis)
         core = torch.tensordot(core, basis, dims=([0], [0]))
     return bases, core
-
-
-def _outer_sum(factors: list[Tensor]) -> Tensor:
-    """The sum of the components' outer products."""
-    rows = reduce(lambda a, b: (a[:, None] * b).flatten(0, 1), factors)
-    return rows.sum(1).reshape([len(factor) for factor in factors])

@@ -16,8 +16,6 @@ from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
-_CORNER = 16  # rows and columns on which rounding is estimated: a sixteenth of the work at the default size
-
 
 class VarianceComponents(NamedTuple):
     """Unbiased variance components of a function of two blocks, possibly below zero."""
@@ -86,9 +84,9 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     with x, x' independent samples of block I and y, y' of block J. Outputs belong to block J's side of the operator, as
     in the K x LC matrix, but pairs are of different samples: two outputs of one sample are not independent.
 
-    Without ``centred`` these are the means over all pairs of different rows and of different columns. With it, the mean
-    of f and what either block explains alone are first subtracted; as the sample's means replace the population's, the
-    sums over equal and different indices are mixed, and unmixed again exactly (ours).
+    These are means over all pairs of different rows and of different columns. With ``centred``, the mean of f and what
+    either block explains alone are first subtracted; as the sample's means replace the population's, the sums over
+    equal and different indices are mixed, and unmixed again exactly (ours).
 
     Args:
         matrix: Values ``(K, L)`` or ``(K, L, C)`` at independent samples of block I (rows) and of block J (columns).
@@ -227,17 +225,13 @@ class CutShare:
     r"""Share of the output's variance that crosses a cut, with its error and spectrum; ``float()`` is the share.
 
     Args:
-        share: Crossing over all variance, between 0 and 1 up to the error of sampling.
-        standard_error: Of the share, over the choice of images.
-        crossing: Variance that neither block explains alone, summed over the outputs.
-        inside, outside: Variance due to block I, and to block J, alone.
+        share, standard_error: Crossing over all variance, 0 to 1 up to sampling, and its error over choices of images.
+        crossing, inside, outside: Variance that neither block explains alone, and due to block I, and J, alone.
         participation_ratio: Number of products of functions of either block that make up the crossing part, estimated
             as in :func:`pair_moments`. NaN if the crossing part may be rounding, or if the images are too few.
-        spectrum: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU; root mean
-            squares over repetitions.
-        noise: Level below which values of the spectrum may be rounding.
-        size: Images per block, K = L.
-        repetitions: Number of tables.
+        spectrum, noise: Singular values of the crossing part, over the root of K L, descending ``(R,)``, on the CPU,
+            root mean squares over repetitions; and the level below which they may be rounding.
+        size, repetitions: Images per block, K = L, and number of tables.
     """
 
     share: float
@@ -286,9 +280,8 @@ def cut_share(
     mathematical models and their Monte Carlo estimates", Sobol', 2001). Variances are the :func:`variance_components`
     of a :func:`two_way_table`, summed over outputs.
 
-    The standard error is that of a jackknife over rows and over columns; with repetitions, the larger of this and of
-    their spread, divided by the root of the number of repetitions that have images of their own (ours). Outputs that do
-    not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of 0.
+    Outputs that do not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of
+    0. Where the standard error comes from is in docs/measuring.md.
 
     Args:
         model: Module, or function of networks in evaluation mode: ``(n, C, H, W)`` to ``(n,)`` or ``(n, outputs)``.
@@ -297,12 +290,10 @@ def cut_share(
         size: Images K for either block, at least 4; None: 64, or half of all images.
         repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
-        evaluation: How the network is evaluated, ``size ** 2`` times for every repetition and at most 256 times for the
-            noise; None: the default.
+        evaluation: How the network is evaluated, ``size ** 2`` times per repetition and up to 256 times for the noise.
 
     Raises:
-        ValueError: A size below 4 or above half of the images, no repetitions, images, mask and model that do not fit
-            together, or outputs that are not finite.
+        ValueError: Numbers out of range, images, mask and model that do not fit together, or outputs not finite.
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
@@ -351,7 +342,7 @@ def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> 
 def _noise(network: SplicedNetwork, table: Tensor, seed: int) -> list[float]:
     """Singular values that rounding can give to the crossing part, and to the table less its mean."""
     size = len(table)
-    corner = min(_CORNER, size)
+    corner = min(16, size)  # rows and columns: a sixteenth of the work at the default size
     moved = _table(network, 0, size, corner, corner, rounding_seed=seed) - table[:corner, :corner]
     scale = table.square().sum(2).mean().sqrt()
     # the outputs themselves are rounded, and so is the decomposition

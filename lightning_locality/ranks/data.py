@@ -27,15 +27,10 @@ _MAX_ENTRIES = 2**24  # of a chunk of Gramians: 128 MiB
 
 
 def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
-    r"""The tree of an image's quadrants, their quadrants and so on; the modes are the pixels, row by row.
+    """The tree of an image's quadrants, their quadrants and so on; the modes are the pixels, row by row.
 
-    Args:
-        height: Of the image, in pixels; an odd side has its larger half at the end, a single pixel is not halved.
-        width: As the height.
-        levels: Number of levels of quadrants; the pixels are the children of the last ones.
-
-    Raises:
-        ValueError: If the image has fewer than two pixels or ``levels`` is below 1.
+    An odd side has its larger half at the end, a single pixel is not halved. After ``levels`` levels of quadrants, the
+    pixels are the children of the last ones. Fewer than two pixels, or no levels, raise a ValueError.
 
     Example:
         >>> pixel_tree(2, 4, levels=1).interior[:-1]
@@ -85,12 +80,9 @@ def _checked_samples(samples: Tensor, tree: ModeTree | None, theta: float) -> tu
 def sample_gramians(
     modes: Tensor, tree: ModeTree, levels: int | None, theta: float
 ) -> Iterator[tuple[Node, Tensor, Tensor]]:
-    r"""Every measured node, parents first, with the Gramians ``(M, M)`` of its own modes and of all others.
+    """Every measured node, parents first, with the Gramians ``(M, M)`` of its own modes and of all others.
 
-    .. math:: (G_A)_{mm'} = \prod_{n \in A} \cos \pi\theta (x_n^m - x_n^{m'})
-
-    One sweep up and one down. Diagonals are 1: an entry that underflows is 0 in comparison, and no logarithm is needed.
-    The samples are ``(N, C, M)``; the embedding of a mode is the tensor product of its channels' embeddings.
+    One sweep up and one down, for samples ``(N, C, M)``. Diagonals are 1: an entry that underflows is 0 in comparison.
     """
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
@@ -153,24 +145,22 @@ def data_spectra(
         (G_A)_{mm'} = \prod_{n \in A} \cos \pi\theta (x_n^m - x_n^{m'})
 
     Source: "What Makes Data Suitable for a Locally Connected Neural Network? A Necessary and Sufficient Condition
-    Based on Quantum Entanglement" (Alexander, De La Vega, Razin, Cohen, 2023). The published program reads the first
-    features of a large part repeatedly; here every feature counts once. Several channels of a pixel are one mode with
-    the tensor product of their embeddings (ours). Time is O(M^2) per feature and O(M^3) per node, memory 16 M^2 bytes
-    per node; the paper uses a thousand samples.
+    Based on Quantum Entanglement" (Alexander, De La Vega, Razin, Cohen, 2023). Several channels of a pixel are one mode
+    with the tensor product of their embeddings (ours). Time is O(M^2) per feature and O(M^3) per node, memory 16 M^2
+    bytes per node; the paper uses a thousand samples.
 
     Args:
         samples: Features ``(M, N)``, or images ``(M, C, H, W)`` whose modes are the pixels, row by row; floating,
             scaled to a range or standard deviation of about 1.
         labels: ``(M,)``: bool, 0 and 1, or -1 and 1; or classes, with ``positive``.
-        tree: Over the modes; None: :class:`ModeTree.perfect <lightning_locality.tensors.mode_tree.ModeTree>` for
-            features, :func:`pixel_tree` for images.
+        tree: Over the modes; None: the perfect binary tree for features, :func:`pixel_tree` for images.
         theta: Angle of the embedding per unit of the samples, in half turns.
         levels: Number of levels measured below the root; None: as many as have at most 32 nodes, and at least one.
         positive: The class to tell from the rest.
 
     Returns:
-        For every node but the root, larger nodes first, its singular values above rounding, descending. Their
-        tolerance is the square root of a Gramian's rounding: about 1e-7.
+        For every node but the root, larger nodes first, its singular values above rounding: about 1e-7, the square
+        root of that of a Gramian.
 
     Raises:
         ValueError: If an argument is of another kind, shape or range, or if samples are not finite.
@@ -220,16 +210,9 @@ def data_entanglement(
     necessary and sufficient for a locally connected (tree) network to fit the data. Order 1 is the paper's; order 2,
     whose exponential is the participation ratio, needs no decomposition and is never above order 1.
 
-    Before comparing two numbers, note (measured; ours):
-
-    - Small angles ``theta`` give nearly 0, large ones make samples orthogonal and give ln M for any data. Compare at
-      one angle, well below ln M.
-    - It depends on M, and at most angles on noise more than on structure: independent white noise then scores
-      highest, although the tensor of its whole population is a product. :func:`data_alignment` does not.
-    - Natural images have only slightly less of it than the same images with their pixels permuted.
-
     The arguments and errors are those of :func:`data_spectra`, and ``order``: 1 for the entropy of the spectrum, 2 for
     the Rényi-2 entropy. The result is 0 for a product and for data that cancel, and at most ln min(M, dimensions).
+    Numbers can be compared at one angle and one M only: see docs/measuring.md.
 
     Example:
         >>> samples = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -268,14 +251,9 @@ def data_alignment(
     Sources: "Feature Selection via Dependence Maximization" (Song, Smola, Gretton, Bedo, Borgwardt, 2012); alignment
     "Similarity of Neural Network Representations Revisited" (Kornblith, Norouzi, Lee, Hinton, 2019).
 
-    It measures how much one side of the samples tells about the other, and needs no labels. White noise, which has the
-    highest :func:`data_entanglement`, has 0 up to sampling error at every angle; natural images are below the same
-    images with their pixels permuted. It falls as samples become orthogonal, at large ``theta`` or in many modes
-    (measured; ours). Time and memory are O(M^2) per node. The arguments are those of :func:`data_spectra`; the result
-    is between -1 and 1, and 0 if one side is constant.
-
-    Raises:
-        ValueError: As in :func:`data_spectra`, or if there are fewer than 4 samples.
+    It measures how much one side of the samples tells about the other, and needs no labels. Time and memory are O(M^2)
+    per node. The arguments and errors are those of :func:`data_spectra`, with at least 4 samples; the result is between
+    -1 and 1, and 0 if one side is constant.
 
     Example:
         >>> x = torch.linspace(0.0, 1.0, 8)

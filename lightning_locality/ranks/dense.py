@@ -30,8 +30,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
         cuts: A tree, meaning all its nodes but the root, or groups of modes, counted from 0.
 
     Raises:
-        ValueError: If the tensor is complex, empty or not finite, if the tree has another order, or if a group holds
-            a mode that does not exist or a mode twice, or holds all modes or none.
+        ValueError: If the tensor is complex, empty or not finite, or if the cuts do not fit it.
 
     Example:
         >>> tensor = torch.zeros(2, 2, 2)
@@ -43,9 +42,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
 
 
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
-    """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, one batched decomposition per cut.
-
-    The tensors are for example the checkpoints of a run; ``cuts`` counts the modes from 0 after the first dimension.
+    """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, by one decomposition per cut.
 
     Example:
         >>> stack = torch.stack([torch.eye(3), torch.ones(3, 3)])

@@ -29,8 +29,8 @@ def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn
 
     Args:
         model: The network to be measured.
-        dtype: Floating type of weights and buffers inside; None: the model's own. If the type changes, a copy is
-            yielded, as it is for tensors made in inference mode, which cannot be differentiated through.
+        dtype: Of weights and buffers inside; None: the model's own. A copy is yielded if it changes, or if the model
+            has tensors made in inference mode, which cannot be differentiated through.
 
     Example:
         >>> layer = torch.nn.BatchNorm1d(1).float()
@@ -109,8 +109,7 @@ class Evaluation:
     """How a network is evaluated at thousands of inputs.
 
     Args:
-        chunk: Rows per call, halved when memory runs out; None: by the number and the size of the rows and the kind of
-            device. Another chunk changes results by rounding only.
+        chunk: Rows per call, halved when memory runs out; None: by number, size and device. It changes rounding only.
         dtype: Type of weights and images during the evaluation; None: the model's own, or float32 for 16-bit models,
             whose rounding would drown what is measured. If it differs from the model's, a copy is evaluated.
         progress: Called after every chunk with the number of rows done and the number of all rows.
@@ -142,11 +141,8 @@ class Evaluation:
         """Evaluate a function of row numbers at 0, ..., count - 1: ``(count, ...)`` in float64 on ``device``.
 
         The function takes row numbers ``(n,)``, int64 on ``device``, and gives real numbers ``(n, ...)``; the value of
-        a row must not depend on the other rows of the call. ``numbers``, its size, bounds the default chunk.
-
-        Raises:
-            ValueError: No rows, results of another shape, or results that are not finite.
-            MemoryError: A single row does not fit.
+        a row must not depend on the other rows of the call. ``numbers``, its size, bounds the default chunk. Raises a
+        MemoryError if a single row does not fit.
         """
         if count < 1:
             raise ValueError(f"count must be at least one row, got {count}")

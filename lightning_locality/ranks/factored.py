@@ -18,11 +18,7 @@ from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra, singular_val
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node
 from lightning_locality.tensors.contraction import NodeGroup, node_groups
 
-# binary logarithm of a norm up to which even small singular values are float64 numbers
-MOST_BITS = 865.0
-
-# matrices (n, ...), and the binary logarithms (n,) of their divisors
-Scaled = tuple[Tensor, Tensor]
+Scaled = tuple[Tensor, Tensor]  # matrices (n, ...), and the binary logarithms (n,) of their divisors
 
 
 @final
@@ -43,14 +39,7 @@ class FactoredTree:
     def gather(self, group: NodeGroup, outputs: Sequence[Scaled]) -> list[Scaled]:
         """Outputs of earlier groups ``(n', rows, R)``, for every child ``(n, rows, R)``, padded to equal rows."""
         matrices, logs = zip(*outputs, strict=True)
-        if group.aligned:
-            gathered = group.gather(matrices)
-        else:
-            gathered = [
-                _concatenate([matrices[k] for k in sources]).index_select(0, group.get_buffer(f"places_{child}"))
-                for child, sources in enumerate(group.sources_of_child)
-            ]
-        return list(zip(gathered, group.gather(logs), strict=True))
+        return list(zip(group.gather(matrices, _concatenate), group.gather(logs), strict=True))
 
 
 def factored(model: HierarchicalTensorFactorization | CP, tree: ModeTree | None = None) -> FactoredTree:
@@ -107,11 +96,6 @@ def scaled(values: Tensor) -> Scaled:
     return values * torch.exp2(-exponents).reshape(-1, *[1] * (values.ndim - 1)), exponents
 
 
-def child_sources(group: NodeGroup) -> list[tuple[int, ...]]:
-    """For every child of a group's nodes, the groups that these children belong to."""
-    return [group.sources] * len(group.sizes) if group.aligned else group.sources_of_child
-
-
 def _concatenate(outputs: Sequence[Tensor]) -> Tensor:
     """Join batches of matrices ``(n, rows, ...)``, padding them with rows of zeros to equal numbers of rows."""
     if len(outputs) == 1:
@@ -130,7 +114,7 @@ class Inheritance:
 
     def give(self, group: NodeGroup, child: int, values: Tensor) -> None:
         """Give ``(n, rows, ...)`` to one child, counted from 0, of every node of a group."""
-        sources, start = child_sources(group)[child], 0
+        sources, start = group.sources_of_child[child], 0
         if group.aligned:
             places = torch.arange(child, self._lengths[sources[0]], len(group.sizes), device=values.device)
         else:
@@ -173,7 +157,7 @@ class GroupSpectra:
         # logarithms of the numbers of rows, which a float may not hold
         self._sizes: list[float] = []
         for group in form.groups:
-            children = [self._sizes[first] for first, *_ in child_sources(group)]
+            children = [self._sizes[first] for first, *_ in group.sources_of_child]
             self._sizes.append(math.log(group.size) if group.leaf else sum(children))
 
     def add(self, k: int, matrices: Tensor, logs: Tensor, spread: Tensor) -> None:
@@ -207,7 +191,8 @@ def assemble(found: Sequence[ScaledSpectra], order: Sequence[Node], rounding: fl
     _, values, logs, _ = found[0]
     norm, shift = float(values[0].norm()), float(logs[0])
     bits = shift + math.log2(norm) if norm > 0 else 0.0
-    far = abs(bits) > MOST_BITS
+    # beyond, small singular values are no float64 numbers
+    far = abs(bits) > 865.0
     by_node: dict[Node, Tensor] = {}
     condition: dict[Node, float] = {}
     for nodes, values, logs, spread in found:

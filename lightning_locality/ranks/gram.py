@@ -17,9 +17,6 @@ from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheri
 from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors.mode_tree import Node
 
-# half of the digits: values below it, times the condition, are indistinguishable from zero (ours)
-GRAM_ROUNDING = 10 * torch.finfo(torch.float64).eps ** 0.5
-
 T = TypeVar("T")
 
 
@@ -99,8 +96,7 @@ def gram_spectra(form: FactoredTree) -> NodeSpectra:
         Y^\top Y = D B_\nu D, \quad D_{rr} = (G_{rr} / B_{rr})^{1/4}
 
     by square roots, so that digits are lost only if one side carries the small values alone, and with equal
-    diagonals, so that the lengths of the columns do not matter (ours). Values below about
-    :math:`\sqrt{2^{-52}}\, \kappa_\nu \sigma_1` are not to be trusted.
+    diagonals, so that the lengths of the columns do not matter (ours).
     """
     sweep, spectra = gram_sweep(form), GroupSpectra(form)
     for k, ((gram, log), (back, more)) in enumerate(zip(sweep.inside[:-1], sweep.outside[:-1], strict=True)):
@@ -113,7 +109,8 @@ def gram_spectra(form: FactoredTree) -> NodeSpectra:
         left = _root(inverse[:, :, None] * gram * inverse[:, None, :])
         right = _root(factors[:, :, None] * back * factors[:, None, :])
         spectra.add(k, left @ right.mT, 0.5 * (log + more), (inner.sqrt() * outer.sqrt()).sum(1))
-    return spectra.spectra(GRAM_ROUNDING)
+    # half of the digits: values below it, times the condition and the largest, are indistinguishable from zero (ours)
+    return spectra.spectra(10 * torch.finfo(torch.float64).eps ** 0.5)
 
 
 def gram_ratios(form: FactoredTree) -> dict[Node, Tensor]:

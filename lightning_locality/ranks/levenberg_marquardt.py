@@ -7,21 +7,9 @@ __all__: list[str] = []
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-# a fit is abandoned if within PATIENCE steps no start has reduced its error to PROGRESS times the error before
-PATIENCE, PROGRESS = 25, 0.97
-
-
-class CPFit(NamedTuple):
-    """The closest of several fits: factors ``(D_n, R)``, distance relative to the tensor's norm, and steps taken."""
-
-    factors: tuple[Tensor, ...]
-    error: float
-    steps: int
 
 
 def fit_cp(
@@ -31,7 +19,7 @@ def fit_cp(
     starts: int = 8,
     max_steps: int = 500,
     generator: torch.Generator | None = None,
-) -> CPFit:
+) -> tuple[tuple[Tensor, ...], float, int]:
     r"""Fit a sum of rank-one tensors by Levenberg-Marquardt, until one of the starts is close enough.
 
     .. math:: \min_{A_1, \dots, A_N} \Bigl\lVert \mathcal{T} - \sum_{r=1}^R A_{1,:r} \otimes \dots \otimes A_{N,:r}
@@ -40,24 +28,28 @@ def fit_cp(
     The damping follows the ratio of gain and prediction: "Methods for non-linear least squares problems" (Madsen,
     Nielsen, Tingleff, 2004). With :math:`P = R \sum_n D_n`, a step takes :math:`P^3 / 3` operations and
     :math:`16 P^2` bytes per start. In float64 on the tensor's device; the starts are sampled by a generator on the CPU
-    (None: seed 0). Steps end early once no start improves; the closest fit is returned, close enough or not.
+    (None: seed 0). Steps end early once no start improves. Returns the closest fit, close enough or not: its factors
+    ``(D_n, R)``, its distance relative to the tensor's norm, and the steps taken.
     """
-    if tensor.ndim < 2:
-        raise ValueError(f"tensor must be of order 2 or more, got shape {tuple(tensor.shape)}")
     if min(starts, max_steps) < 1:
         raise ValueError(f"starts and max_steps must be at least 1, got {starts} and {max_steps}")
     target = tensor.detach().double()
     norm = target.norm()
     target = target / norm
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    factors = _start(target, rank, starts, generator)
+    factors = []
+    for size in tensor.shape:
+        # normal vectors, scaled so that the norm of the sum is about that of the target, 1
+        normal = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
+        factors.append(normal.to(target.device) / (size**0.5 * rank ** (0.5 / target.ndim)))
     residual = target - _sum(factors)
     error = residual.flatten(1).norm(dim=1)
     damping, growth = torch.full_like(error, 1e-2), torch.full_like(error, 2.0)
     checkpoint, step = error, 0
     while step < max_steps and error.min() > rtol:
-        if step and step % PATIENCE == 0:
-            if not (error < PROGRESS * checkpoint).any():
+        if step and step % 25 == 0:
+            # too little progress of all starts since the last check
+            if not (error < 0.97 * checkpoint).any():
                 break
             checkpoint = error
         step += 1
@@ -83,16 +75,7 @@ def fit_cp(
         error = torch.where(better, new_error, error)
     best = int(error.argmin())
     share = norm ** (1 / target.ndim)
-    return CPFit(tuple(share * factor[best] for factor in factors), float(error[best]), step)
-
-
-def _start(target: Tensor, rank: int, starts: int, generator: torch.Generator) -> list[Tensor]:
-    """Normal vectors, scaled so that the norm of the sum is about that of the target, 1."""
-    factors = []
-    for size in target.shape:
-        normal = torch.randn(starts, size, rank, generator=generator, dtype=torch.float64, device="cpu")
-        factors.append(normal.to(target.device) / (size**0.5 * rank ** (0.5 / target.ndim)))
-    return factors
+    return tuple(share * factor[best] for factor in factors), float(error[best]), step
 
 
 def _sum(factors: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,15 @@
-"""Boolean masks that cut images of ``height`` x ``width`` pixels into two blocks, or into many."""
+"""Boolean masks that cut images of ``height`` x ``width`` pixels into two blocks, or into many.
+
+All raise a ValueError if the image has too few pixels for that cut.
+
+Example:
+    >>> for mask in (halves(2, 4), checkerboard(2, 4, size=1), blocks(2, 4, 1, 4)[1], quad_tree(2, 4, levels=1)["1/3"]):
+    ...     print(mask.int().tolist())
+    [[1, 1, 0, 0], [1, 1, 0, 0]]
+    [[1, 0, 1, 0], [0, 1, 0, 1]]
+    [[0, 1, 0, 0], [0, 1, 0, 0]]
+    [[0, 0, 0, 0], [0, 0, 1, 1]]
+"""
 
 from __future__ import annotations
 
@@ -12,13 +23,6 @@ def halves(height: int, width: int, axis: int = 1) -> Tensor:
     """The left half of an image, or the top one along axis 0, as a mask ``(H, W)`` that is True in block I.
 
     For an odd number of rows or columns it is the smaller one.
-
-    Raises:
-        ValueError: Another axis, or one along which there is only one pixel.
-
-    Example:
-        >>> halves(2, 4).int().tolist()
-        [[1, 1, 0, 0], [1, 1, 0, 0]]
     """
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 (top and bottom) or 1 (left and right), got {axis}")
@@ -34,13 +38,6 @@ def checkerboard(height: int, width: int, size: int) -> Tensor:
     """Squares of ``size`` pixels and alternating colour as a mask ``(H, W)``, True in block I with the top left one.
 
     Those at the right and the lower edge may be cut off.
-
-    Raises:
-        ValueError: Squares below one pixel or as large as the image.
-
-    Example:
-        >>> checkerboard(2, 4, size=1).int().tolist()
-        [[1, 0, 1, 0], [0, 1, 0, 1]]
     """
     _check_size(height, width)
     if not 1 <= size < max(height, width):
@@ -53,13 +50,6 @@ def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
     """A grid of P = ``rows`` x ``columns`` rectangles, row by row, as masks ``(P, H, W)``.
 
     They are as equal as the pixels allow; every pixel is True in one of them.
-
-    Raises:
-        ValueError: More rectangles than pixels along an axis, or none.
-
-    Example:
-        >>> (blocks(2, 3, 1, 3) * torch.arange(3)[:, None, None]).sum(0).tolist()
-        [[0, 1, 2], [0, 1, 2]]
     """
     _check_size(height, width)
     for name, number, size in (("rows", rows, height), ("columns", columns, width)):
@@ -74,13 +64,6 @@ def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
 
     Level l has 4^l of them, as masks ``(H, W)`` by name: ``"1/0"`` to ``"1/3"`` are the quadrants row by row, ``"2/0"``
     to ``"2/15"`` theirs, row by row over the whole image, and so on.
-
-    Raises:
-        ValueError: No levels, or parts smaller than a pixel.
-
-    Example:
-        >>> {name: part.int().tolist() for name, part in quad_tree(2, 2, levels=1).items()}["1/1"]
-        [[0, 1], [0, 0]]
     """
     _check_size(height, width)
     if levels < 1 or 2**levels > min(height, width):
@@ -96,9 +79,6 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
     They are ``"left"`` against right and ``"top"`` against bottom, ``"quadrants"`` (the diagonal ones against the
     others), and ``"checkerboard N"``, N pixels wide: powers of two up to a quarter of the longer side and up to the
     shorter side. Those for which the image has too few pixels are left out.
-
-    Raises:
-        ValueError: An image of one pixel.
 
     Example:
         >>> list(standard_cuts(16, 16))

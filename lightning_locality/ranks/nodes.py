@@ -25,17 +25,13 @@ Tree = ModeTree | Iterable[Node]
 
 @torch.no_grad()
 def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, method: Method = "qr") -> NodeSpectra:
-    r"""Singular values of the matricisations of a tensor at the nodes of a tree.
-
-    .. math:: \sigma \left( [\![ \mathcal{W}; \nu ]\!] \right), \qquad [\![ \mathcal{W}; \nu ]\!]
-        \in \mathbb{R}^{\prod_{n \in \nu} D_n \times \prod_{n \notin \nu} D_n}
+    """Singular values of the matricisations of a tensor at the nodes of a tree, as :func:`dense_spectra` defines them.
 
     The ranks of these matrices are the hierarchical tensor rank of "Implicit Regularization in Hierarchical Tensor
     Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022). Those of a factorisation are
     computed exactly and without the tensor, in float64 on the weights' device, at a cost linear in the order. Values
     below a node's tolerance are indistinguishable from rounding: 100 times that of float64, times the condition of
-    the factored form there (ours); for a tensor, see :func:`dense_spectra`. Values that the widths of the
-    factorisation make zero may be left out by one method and not by the other.
+    the factored form there (ours). Values that the widths make zero may be left out by one method and not by the other.
 
     Args:
         subject: A factorisation, or a tensor.
@@ -46,8 +42,7 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
             hierarchical factorisations and CP over a tree only.
 
     Raises:
-        ValueError: If the tree has another order or nodes that the factorisation does not give, if weights or entries
-            are not finite, or if the method does not fit.
+        ValueError: If the tree or the method does not fit, or if weights or entries are not finite.
 
     Example:
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4096), shape=2, widths=3, init_scale=1.0)
@@ -84,11 +79,8 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
     small multiple of :math:`2^{-52} \kappa_\nu^4` with the condition that :func:`node_spectra` gives.
 
     Args:
-        model: A factorisation.
+        model: A factorisation, of which every node has a scalar between 1 and the rank.
         tree: As in :func:`node_spectra`, and so are the errors.
-
-    Returns:
-        Node -> scalar between 1 and the rank.
 
     Example:
         >>> model = HierarchicalTensorFactorization(ModeTree.perfect(4), shape=3, widths=3, init_scale=1.0)

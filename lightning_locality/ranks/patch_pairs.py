@@ -78,27 +78,21 @@ class PatchGrid:
 class InteractionProfile:
     """Strength of interaction of image patches against their distance, made by ``interaction_profile``.
 
-    Tensors are float64 on the CPU unless said otherwise, with D distances and m patches. Unknown values are NaN: the
-    shares, radii and mean distance of a network that is additive over the patches, bands without bootstraps, the
-    input-gradient change with the exact method.
+    Tensors are on the CPU, with D distances and m patches. Unknown values are NaN: the shares, radii and mean distance
+    of a network that is additive over the patches, bands without bootstraps, the gradient change of the exact method.
 
     Args:
-        distance: Chebyshev distance of the positions of two patches, in pixels ``(D,)``.
-        strength: Mean normalised interaction of the pairs at a distance ``(D,)``, 0 none. With the exact method at most
-            1, up to sampling; the linear one may exceed it if the network is far from affine in a patch.
-        low, high: Ends of its 95 % band over samples ``(D,)``.
+        distance, pairs: Chebyshev distance of two patches' positions, in pixels, and number of such pairs ``(D,)``.
+        strength, low, high: Mean normalised interaction of the pairs at a distance and the ends of its 95 % band over
+            samples ``(D,)``. By the exact method at most 1, up to sampling; the linear one may exceed it if the network
+            is far from affine in a patch.
         share, cumulative: Share of all interaction that is at, and up to, a distance ``(D,)``.
-        uniform: What ``cumulative`` would be if all pairs interacted equally ``(D,)``.
+        uniform, uniform_mean_distance: ``cumulative`` and ``mean_distance`` if all pairs interacted equally.
         gradient_change: Mean change of direction of a patch's input gradient ``(D,)``: 0 none, 1 orthogonal.
-        pairs: Number of pairs at a distance, int64 ``(D,)``.
-        mean_distance: Of the interaction, in pixels.
-        mean_distance_low, mean_distance_high: Ends of its 95 % band over samples.
+        mean_distance, mean_distance_low, mean_distance_high: Of the interaction, in pixels, and its 95 % band.
         r50, r90: Smallest distances, in pixels, up to which half and nine tenths of the interaction lie.
-        uniform_mean_distance: Mean distance if all pairs interacted equally, in pixels.
-        patch: Side of a patch, in pixels.
-        grid: Rows and columns of patches.
-        method: How it was measured.
-        samples: Number of images, each with a donor.
+        patch, grid: Side of a patch, in pixels, and rows and columns of patches.
+        method, samples: How it was measured, and on how many images, each with a donor.
         matrix: Interaction of patches A and B ``(m, m)``, patches row by row; NaN for pairs that were left out. The
             diagonal holds a patch's total effect.
     """
@@ -126,12 +120,11 @@ class InteractionProfile:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Plot strength and its band against distance on ``axes``, or on those of a new ``axes.figure``."""
+        from matplotlib.figure import Figure
+
         from lightning_locality.plotting.ranks import plot_profile
 
-        if axes is None:
-            from matplotlib.figure import Figure
-
-            axes = Figure(layout="constrained").subplots()
+        axes = Figure(layout="constrained").subplots() if axes is None else axes
         plot_profile(axes, self)
         return axes
 
@@ -145,10 +138,8 @@ class InteractionProfile:
         types = {field.name: field.type for field in fields(cls)}
         missing, unknown = sorted(set(types) - set(values)), sorted(set(values) - set(types))
         if missing or unknown:
-            raise ValueError(
-                f"values are not of an InteractionProfile: missing {missing}, unknown {unknown}; pass what to_dict() "
-                "gave"
-            )
+            wrong = f"missing {missing}, unknown {unknown}"
+            raise ValueError(f"values are not of an InteractionProfile: {wrong}; pass what to_dict() gave")
         restored: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
         restored["grid"] = tuple(values["grid"])
         for name in (name for name, kind in types.items() if kind == "Tensor"):

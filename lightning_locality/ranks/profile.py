@@ -20,7 +20,6 @@ from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
 from lightning_locality.ranks.splice import Network, SplicedNetwork, splice, spliced
 
-_SAMPLES = 64  # default number of samples, if there are as many images
 _ROUNDING = 20  # units in the last place by which a network's output may be off (ours)
 _KEPT = 2**24  # float64 numbers kept from samples that are measured together: 128 MiB
 
@@ -52,12 +51,10 @@ def interaction_profile(
         \qquad (L_{AB} + L_{BA}) / 2
 
     for Y: equal to it for a network that is affine in every patch, and n (1 + m) forward and backward passes for all
-    pairs, while "exact" takes n (1 + m + P) forward passes. Of a saturated classifier, whose gradient says little about
-    replacing a patch, the linear strength is that of steep places: trust "exact", with a sample of the pairs if they
-    are many. "linear" also gives the change of direction of the input gradient,
-    :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which the anti-locality term acts on
-    ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks", Razin,
-    Maman, Cohen, 2022). It is not a measure of interaction: it does not see products of a function of A and one of B.
+    pairs, while "exact" takes n (1 + m + P) forward passes (docs/measuring.md: which one to trust). "linear" also gives
+    the change of direction of the input gradient, :math:`1 - \mathbb{E} |\cos(\nabla_A f(x), \nabla_A f(x^B))|`, which
+    the anti-locality term acts on ("Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional
+    Neural Networks", Razin, Maman, Cohen, 2022).
 
     For several outputs the mean is taken; "linear" samples a direction for every sample, uniform on the unit sphere
     (unbiased for the mean). Interactions and effects within the rounding of the network's type are set to zero (ours),
@@ -66,10 +63,8 @@ def interaction_profile(
     Args:
         model: Module, or function of networks in evaluation mode; differentiable by the images for "linear".
         images: ``(N, C, H, W)``, on any device.
-        patch: Side of the patches, in pixels, that divides H and W. None: of the sides that give 2 to 64 patches the
-            one nearest to a seventh of the shorter side.
-        samples: How many of the images are taken, 2 to N. None: all, but at most 64. Each has a donor, another image;
-            if N is at least twice as large, no donor is a sample.
+        patch: Side of the patches, in pixels, that divides H and W; None: about a seventh of the shorter side.
+        samples: Images taken, 2 to N; None: all, up to 64. Each has a donor: another image, no sample if N allows.
         method: "linear", or "exact" for networks that cannot be differentiated by their input.
         pairs_per_distance: With "exact", how many pairs stand for all at a distance; None: all.
         seed: Of the samples, donors, directions, sampled pairs and bands.
@@ -96,7 +91,7 @@ def interaction_profile(
         raise ValueError(f"bootstraps must be 0 or more, got {bootstraps}")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images must be floating-point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
-    samples = min(len(images), _SAMPLES) if samples is None else samples
+    samples = min(len(images), 64) if samples is None else samples
     if not 2 <= samples <= len(images):
         raise ValueError(
             f"samples must be 2 to the number of images, got {samples} of {len(images)}: give more images or fewer "
@@ -221,12 +216,11 @@ class _Measurement:
         """Gradient ``(n, C, H, W)`` by the images, along every sample's direction of outputs, and outputs; float64."""
         refusal = "model cannot be differentiated by its images: give method='exact', which needs outputs alone"
         with torch.enable_grad():
-            leaf = x.requires_grad_()
-            outputs = self.source.outputs(leaf)
+            outputs = self.source.outputs(x.requires_grad_())
             if not outputs.requires_grad:
                 raise ValueError(refusal)
             try:
-                (gradient,) = torch.autograd.grad((outputs * self.directions[samples].to(outputs)).sum(), leaf)
+                (gradient,) = torch.autograd.grad((outputs * self.directions[samples].to(outputs)).sum(), x)
             except RuntimeError as error:
                 if "implemented" not in str(error) and "not have been used" not in str(error):
                     raise

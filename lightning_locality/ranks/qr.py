@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheritance, Scaled, child_sources, scaled
+from lightning_locality.ranks.factored import FactoredTree, GroupSpectra, Inheritance, Scaled, scaled
 from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
 
 # float64 numbers of an intermediate, of which a decomposition keeps about three: 4 MB, which a processor's cache
 # holds, and 256 MB for a GPU, which needs many matrices at once
 MOST_NUMBERS, MOST_NUMBERS_ON_GPU = 2**19, 2**25
-
-# width from which halving the columns of products of triangles pays (a rough figure)
-SPLIT_FROM = 24
+SPLIT_FROM = 24  # width from which halving the columns of products of triangles pays (a rough figure)
 
 
 def qr_spectra(form: FactoredTree) -> NodeSpectra:
@@ -70,7 +68,7 @@ def qr_spectra(form: FactoredTree) -> NodeSpectra:
         for child, (left, right) in enumerate(_complements(end, children)):
             log, norms = left[1] + right[1], left[0].norm(dim=1) * right[0].norm(dim=1)
             sizes.give(group, child, torch.cat([log[:, None], norms], 1).unsqueeze(1))
-            short = [_short(form, source) for source in child_sources(group)[child]]
+            short = [_short(form, source) for source in group.sources_of_child[child]]
             if any(short):
                 talls.give(group, child, _khatri_rao_triangle(left[0], right[0], children[child][0].mT))
             if not all(short):

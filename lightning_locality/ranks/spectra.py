@@ -1,4 +1,16 @@
-"""Singular values of the matricisations of a tensor at the nodes of a tree."""
+"""Singular values of the matricisations of a tensor at the nodes of a tree, and what they say about its ranks.
+
+Example:
+    >>> spectrum = torch.tensor([2.0, 1.0, 1e-20])
+    >>> numerical_rank(spectrum).item(), epsilon_rank(spectrum, epsilon=0.5).item()
+    (2, 1)
+    >>> for measure in (effective_rank, entanglement_entropy, participation_ratio, stable_rank):
+    ...     print(measure.__name__, round(measure(spectrum).item(), 3))
+    effective_rank 1.89
+    entanglement_entropy 0.5
+    participation_ratio 1.471
+    stable_rank 1.25
+"""
 
 from __future__ import annotations
 
@@ -35,10 +47,6 @@ def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:
 
     Raises:
         ValueError: If a value is not finite, which an integer could not show.
-
-    Example:
-        >>> numerical_rank(torch.tensor([3.0, 1e-3, 1e-20])).item()
-        2
     """
     values = _finite(spectrum).double()
     fraction = torch.as_tensor(rtol, dtype=torch.float64, device=values.device)
@@ -56,10 +64,6 @@ def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
 
     Raises:
         ValueError: If a value is not finite or the distance is negative.
-
-    Example:
-        >>> epsilon_rank(torch.tensor([4.0, 3.0, 0.1]), epsilon=0.1).item()
-        2
     """
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, a distance relative to the norm, got {epsilon}")
@@ -70,20 +74,13 @@ def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
 
 
 def effective_rank(spectrum: Tensor) -> Tensor:
-    r"""Exponential of the entropy of the normalised singular values; 0 for a spectrum of zeros.
+    r"""Exponential of the entropy of normalised singular values ``(..., R)``: from 1 to R, or 0 for all zeros.
 
     .. math:: \operatorname{erank}(\sigma) = \exp \Bigl( -\sum_r p_r \ln p_r \Bigr), \qquad
         p_r = \sigma_r / \sum_{r'} \sigma_{r'}
 
     Source: "The effective rank: a measure of effective dimensionality" (Roy, Vetterli, 2007). Values below the
     rounding of a float64 decomposition, :math:`100 \cdot 2^{-52} \sigma_1`, do not count (ours).
-
-    Args:
-        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
-
-    Example:
-        >>> effective_rank(torch.tensor([5.0, 5.0, 0.0])).round(decimals=6)
-        tensor(2., dtype=torch.float64)
     """
     values = _scaled(spectrum)
     shares, total = _shares(torch.where(values <= ROUNDING, 0.0, values))
@@ -91,19 +88,12 @@ def effective_rank(spectrum: Tensor) -> Tensor:
 
 
 def entanglement_entropy(spectrum: Tensor) -> Tensor:
-    r"""Entropy of the normalised squares of the singular values, in nats; 0 for a spectrum of zeros.
+    r"""Entropy of the normalised squares of singular values ``(..., R)``, in nats: from 0 to ln R.
 
     .. math:: S = -\sum_r q_r \ln q_r, \qquad q_r = \sigma_r^2 / \sum_{r'} \sigma_{r'}^2
 
     For a matricisation this is the quantum entanglement of its two groups of modes: "What Makes Data Suitable for a
     Locally Connected Neural Network?" (Alexander, De La Vega, Razin, Cohen, 2023).
-
-    Args:
-        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 0 and ln R.
-
-    Example:
-        >>> entanglement_entropy(torch.tensor([2.0, 2.0])).exp().round(decimals=6)
-        tensor(2., dtype=torch.float64)
     """
     shares, _ = _shares(_scaled(spectrum).square())
     entropy: Tensor = torch.special.entr(shares).sum(-1)
@@ -111,37 +101,20 @@ def entanglement_entropy(spectrum: Tensor) -> Tensor:
 
 
 def participation_ratio(spectrum: Tensor) -> Tensor:
-    r"""Inverse sum of squares of the normalised squares (exponential of the Rényi-2 entropy); 0 for zeros.
+    r"""Exponential of the Rényi-2 entropy of normalised squares of ``(..., R)``: from 1 to R, or 0 for all zeros.
 
     .. math:: \operatorname{PR} = \Bigl( \sum_r \sigma_r^2 \Bigr)^2 \Big/ \sum_r \sigma_r^4
-
-    Args:
-        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
-
-    Example:
-        >>> participation_ratio(torch.tensor([1.0, 1.0, 1.0, 0.0])).item()
-        3.0
     """
     shares, total = _shares(_scaled(spectrum).square())
     return torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, shares.square().sum(-1)))
 
 
 def stable_rank(spectrum: Tensor) -> Tensor:
-    r"""Squared Frobenius norm over squared spectral norm; 0 for a spectrum of zeros.
+    r"""Squared Frobenius norm over squared spectral norm of ``(..., R)``: from 1 to R, or 0 for all zeros.
 
     .. math:: \sum_r \sigma_r^2 / \sigma_1^2
-
-    Args:
-        spectrum: Singular values ``(..., R)``; the result is ``(...)``, between 1 and R.
-
-    Example:
-        >>> stable_rank(torch.tensor([2.0, 1.0])).item()
-        1.25
     """
     return _scaled(spectrum).square().sum(-1)
-
-
-_QUANTITIES = (effective_rank, participation_ratio, stable_rank, entanglement_entropy)
 
 
 def _finite(spectrum: Tensor) -> Tensor:
@@ -230,8 +203,9 @@ class NodeSpectra(Mapping[Node, Tensor]):
         ``entanglement_entropy`` is in nats; ``largest`` is divided by ``exp(log_scale)``.
         """
         ranks, rows = self.ranks(), dict[Node, dict[str, str | float]]()
+        measures = (effective_rank, participation_ratio, stable_rank, entanglement_entropy)
         for nodes, values in self._stacked():
-            columns = {function.__name__: function(values).tolist() for function in _QUANTITIES}
+            columns = {function.__name__: function(values).tolist() for function in measures}
             columns["largest"] = values.amax(-1).tolist()
             for node, *numbers in zip(nodes, *columns.values(), strict=True):
                 rows[node] = {"node": node_name(node), "rank": ranks[node], "tolerance": self.tolerance[node]}

@@ -20,8 +20,7 @@ Network = nn.Module | Callable[[Tensor], Tensor]
 def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
     """Put images together from blocks of images ``(K, C, H, W)``.
 
-    ``labels`` ``(H, W)`` are the block, 0 to P - 1, that a pixel is in; ``choices`` ``(n, P)`` the image that a block
-    is taken from.
+    ``labels`` ``(H, W)``, 0 to P - 1, are the blocks of the pixels, ``choices`` ``(n, P)`` the images of the blocks.
     """
     source = choices[:, labels.flatten()]
     channels = [channel.flatten(1).gather(0, source) for channel in images.unbind(1)]
@@ -39,23 +38,17 @@ def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluati
         raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
     if not len(images):
         raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
-    model = model if isinstance(model, nn.Module) else _Function(model)
+    if not isinstance(model, nn.Module):
+        function, owner, model = model, getattr(model, "__self__", None), nn.Module()
+        model.forward = function
+        if isinstance(owner, nn.Module):
+            model.owner = owner
     # no inference mode: hidden state that a network keeps for its next call must be fit for training
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
         tensors = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point()]
         dtype = tensors[0].dtype if tensors else evaluation.dtype or images.dtype
         device = tensors[0].device if tensors else images.device
         yield SplicedNetwork(network, images.to(device, dtype), labels.to(device), evaluation)
-
-
-@final
-class _Function(nn.Module):
-    """A function as a module; if it is a method of a module, with that module's state."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        owner = getattr(function, "__self__", None)
-        self.forward, self.owner = function, owner if isinstance(owner, nn.Module) else None
 
 
 @final

@@ -110,10 +110,6 @@ def _check_images(x: Tensor) -> None:
         raise ValueError(f"x must be floating-point images (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
 
 
-# a compiled module has one of these: wrapped, compiled in place, or unwrapped by Lightning
-_COMPILED = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
-
-
 def _check_differentiable_twice(model: Model, x: Tensor) -> None:
     _check_images(x)
     if not torch.is_grad_enabled():
@@ -125,7 +121,9 @@ def _check_differentiable_twice(model: Model, x: Tensor) -> None:
             raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
         if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
             raise ValueError("FSDP cannot be differentiated twice: use DDP")
-        if any(getattr(module, name, None) is not None for name in _COMPILED):
+        # of a module that is wrapped, compiled in place, or unwrapped by Lightning
+        compiled = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
+        if any(getattr(module, name, None) is not None for name in compiled):
             raise ValueError(
                 f"{type(module).__name__} is compiled and cannot be differentiated twice: give the penalty the module "
                 "from before torch.compile, with the same weights, and use the compiled one for the loss alone"
@@ -143,8 +141,8 @@ def _with_output(
     donated: Tensor,
     output: Output | None,
     *,
-    fast: bool,
-    update_statistics: tuple[bool, bool],
+    fast: bool = False,
+    update_statistics: tuple[bool, bool] = (False, False),
     create_graph: bool = True,
 ) -> tuple[Any, Tensor]:
     """The model's output on ``x`` and the mean absolute cosine; ``update_statistics`` of the passes on x and on x'."""
@@ -221,8 +219,7 @@ def input_gradient_change(
         output: f as a function of the model's output and y, one number per sample.
         update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation (as
             published); that on x, which repeats the caller's, never does.
-        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding; False:
-            torch's own.
+        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
 
     Raises:
         ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
@@ -250,9 +247,10 @@ class AntiLocality(nn.Module):
     r"""The anti-locality term of a loss: input-gradient change with patches and donors sampled at every call.
 
     ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, with one forward pass less,
-    ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits and source are those of
-    :func:`input_gradient_change`. Samples depend only on ``seed`` and the number of previous calls; they are the same
-    on every device and rank, and continue from where they were when a state dict is loaded.
+    ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits, errors and source are those of
+    :func:`input_gradient_change`; a batch of one sample is a ValueError, too. Samples depend only on ``seed`` and the
+    number of previous calls; they are the same on every device and rank, and continue from where they were when a
+    state dict is loaded.
 
     Args:
         patches: Rule by which I and J are sampled.
@@ -263,9 +261,6 @@ class AntiLocality(nn.Module):
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
-
-    Raises:
-        ValueError: A batch of one sample; see also :func:`input_gradient_change`.
     """
 
     def __init__(
@@ -315,8 +310,7 @@ class AntiLocality(nn.Module):
             # clones: tensors made in inference mode cannot be differentiated
             x, y = x.detach().clone(), None if y is None else y.detach().clone()
             pair, donated = self._draw(x, generator, "measurement")
-            options: dict[str, Any] = {"fast": False, "update_statistics": (False, False), "create_graph": False}
-            return _with_output(model, x, y, pair, donated, self.output, **options)[1].detach()
+            return _with_output(model, x, y, pair, donated, self.output, create_graph=False)[1].detach()
 
     def _training(
         self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, update_first: bool

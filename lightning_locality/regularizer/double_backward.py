@@ -9,7 +9,7 @@ __all__: list[str] = []
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
     """Geometry: stride, padding, dilation, whether transposed, padding of the output, groups."""
-    out: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
-    return out
+    return cast("Tensor", torch.ops.aten.convolution(x, weight, bias, *geometry))
 
 
 def _convolve_backward(
@@ -38,16 +37,10 @@ def _convolve_backward(
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Any,
-        mode: FastDoubleBackward,
-        is_input: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, mode: FastDoubleBackward, leaf: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.mode, ctx.is_input = geometry, mode, is_input
+        ctx.geometry, ctx.mode, ctx.leaf = geometry, mode, leaf
         return _convolve(x, weight, bias, geometry)
 
     @staticmethod
@@ -55,7 +48,7 @@ class _Convolution(Function):
         x, weight = ctx.saved_tensors
         (need_x, need_weight, need_bias), last = ctx.needs_input_grad[:3], not ctx.mode.only_inputs
         # the network's input is our own leaf: its gradient is not read after the input gradients are taken
-        mask = (need_x and not (last and ctx.is_input), need_weight and last, need_bias and last)
+        mask = (need_x and not (last and ctx.leaf), need_weight and last, need_bias and last)
         return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
 
 
@@ -101,8 +94,7 @@ class _BatchNorm(Function):
         )
         ctx.save_for_backward(x, weight, mean, rstd, reserve)
         ctx.kind, ctx.eps = kind, eps
-        normalized: Tensor = out
-        return normalized
+        return cast("Tensor", out)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,13 +103,12 @@ class _BatchNorm(Function):
         return (*(gradient if need else None for gradient, need in needed), None)
 
 
-def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> Any:
     """Input gradient, and the sums of ``g x_hat`` and ``g`` per channel."""
     x, weight, mean, rstd, reserve = saved
-    out: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._batch_norm_impl_index_backward(
+    return torch.ops.aten._batch_norm_impl_index_backward(
         kind, x, g, weight, None, None, mean, rstd, True, eps, [True, True, True], reserve
     )
-    return out
 
 
 class _BatchNormBackward(Function):
@@ -228,8 +219,7 @@ class FastDoubleBackward(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(device)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            out: Tensor = _Convolution.apply(input, weight, bias, geometry, self, is_input)
-        return out
+            return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, self, is_input))
 
 
 def _batch_norm(
@@ -246,8 +236,7 @@ def _batch_norm(
     several = input.dim() >= 2 and input.numel() > input.shape[1]
     if not (training and several and weight is not None and _are_plain(input, weight, bias)):
         return None
-    out: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps))
-    return out
+    return cast("Tensor", _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps)))
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:

@@ -37,16 +37,16 @@ class PatchPair(NamedTuple):
 
 
 class AbstractPatches(ABC):
-    """A rule that samples where gradients are compared (I) and what is replaced (J)."""
+    """A rule that samples where gradients are compared (I) and what is replaced (J).
+
+    The rules raise ValueError for sizes or distances that are negative, descending or do not fit the image.
+    """
 
     @abstractmethod
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
-        """Sample one pair for the batch, or one per sample.
+        """Sample one pair for the batch, or one per sample, from samples and their donors, both ``(B, C, H, W)``.
 
-        Args:
-            x: Samples ``(B, C, H, W)``.
-            donated: The donor of every sample ``(B, C, H, W)``.
-            generator: CPU generator; the pair is a function of its state and, for content rules, of the images.
+        The pair is a function of the state of the CPU generator and, for content rules, of the images.
         """
 
 
@@ -183,8 +183,7 @@ def _with_room(content: Tensor, reach: int) -> Tensor:
 class GivenPatches(AbstractPatches):
     """I and J are two different boxes of a given list, at random (a fair coin for two boxes).
 
-    Source: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
-    (Razin, Maman, Cohen, 2022), the IsSameClass experiment: the boxes are the two images.
+    Source: Razin, Maman, Cohen (2022, see :func:`input_gradient_change`), IsSameClass: the boxes are the two images.
 
     Args:
         boxes: Two or more disjoint boxes ``(top, left, height, width)`` in pixels; None: those of the data, which the
@@ -230,17 +229,13 @@ class GivenPatches(AbstractPatches):
 class UniformPatches(AbstractPatches):
     """I uniform over the positions of a square box, J uniform over those at least ``distance`` away from I.
 
-    Positions of I that leave no room for J are excluded. Source: "Implicit Regularization in Hierarchical Tensor
-    Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen, 2022), the Pathfinder experiment
-    (size 2, distance 0: disjoint, one pair per batch).
+    Positions of I that leave no room for J are excluded. Source: Razin, Maman, Cohen (2022, see
+    :func:`input_gradient_change`), Pathfinder (size 2, distance 0: disjoint, one pair per batch).
 
     Args:
         size: Side of the boxes, in pixels.
         distance: Minimum gap between I and J, in pixels; 0 is disjoint.
         per_sample: Sample a pair for every sample instead of one for the batch.
-
-    Raises:
-        ValueError: Sizes or distances that are negative or do not fit the image.
     """
 
     def __init__(self, size: int = 2, distance: int = 0, per_sample: bool = False) -> None:
@@ -261,9 +256,6 @@ class AdjacentPatches(AbstractPatches):
     Args:
         size: Side of the boxes, in pixels.
         per_sample: Sample a pair for every sample instead of one for the batch.
-
-    Raises:
-        ValueError: A size that is negative or does not fit the image twice.
     """
 
     def __init__(self, size: int = 2, per_sample: bool = False) -> None:
@@ -285,9 +277,6 @@ class RandomPatches(AbstractPatches):
         distances: Smallest and largest minimum gap between I and J, in pixels; None: the largest that fits the
             image with the sampled size.
         per_sample: Sample a pair for every sample instead of one for the batch.
-
-    Raises:
-        ValueError: Ranges that are descending, negative or do not fit the image.
     """
 
     def __init__(
@@ -298,14 +287,12 @@ class RandomPatches(AbstractPatches):
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
         """One pair, or one per sample."""
-        height, width = x.shape[-2:]
-        smallest, largest = self.sizes
+        (smallest, largest), (low, high) = self.sizes, self.distances
         assert largest is not None
-        low, high = self.distances
-        _check_fit(largest, low if high is None else high, height, width)
+        _check_fit(largest, low if high is None else high, *x.shape[-2:])
         number = len(x) if self.per_sample else 1
         size = _uniform_integers(smallest, largest, number, generator)
-        fitting = max(height, width) - 2 * size
+        fitting = max(x.shape[-2:]) - 2 * size
         distance = _uniform_integers(low, fitting if high is None else high, number, generator)
         return _uniform_pair(x, size, distance, generator)
 
@@ -320,9 +307,6 @@ class ContentPatches(AbstractPatches):
     Args:
         size: Side of the boxes, in pixels.
         distance: Minimum gap between I and J, in pixels; 0 is disjoint.
-
-    Raises:
-        ValueError: Sizes or distances that are negative or do not fit the image.
     """
 
     def __init__(self, size: int = 2, distance: int = 0) -> None:
@@ -350,9 +334,6 @@ class FarField(AbstractPatches):
         size: Side of J, in pixels; about that of an object.
         distance: Minimum gap between J and a pixel of I, in pixels: a number, or a range to sample it from, in which
             None is the largest that leaves room for a box as wide as J on the far side, ``max(H, W) - 2 size``.
-
-    Raises:
-        ValueError: Sizes or distances that are negative or do not fit the image.
     """
 
     def __init__(self, size: int = 14, distance: int | tuple[int, int | None] = (0, None)) -> None:

@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torch.optim import SGD
-from torchmetrics import Accuracy, MeanMetric, Metric
+from torchmetrics import Accuracy, MeanMetric
 
 from lightning_locality.networks import adapt
 from lightning_locality.regularizer.anti_locality import AntiLocality
@@ -26,15 +26,7 @@ class NonFiniteLossError(ValueError):
 
 
 def check_state_dict(model: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Check that a checkpoint matches a model, and report the first difference instead of a page of keys.
-
-    Args:
-        model: The model that the state is to be loaded into.
-        stored: State dict of the checkpoint.
-
-    Raises:
-        ValueError: The names or shapes of the tensors differ.
-    """
+    """Raise ValueError if a state dict does not fit a model, with the first difference instead of a page of keys."""
     own, others = (
         {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
         for state in (model.state_dict(), stored)
@@ -50,9 +42,9 @@ def check_state_dict(model: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def from_command_line() -> bool:
-    """Return whether the module being constructed gets plain values, from which a checkpoint rebuilds its objects.
+    """Whether the module under construction gets plain values, from which a checkpoint rebuilds its objects.
 
-    Constructed in Python, it gets the objects themselves, which the caller has to pass again with a checkpoint.
+    In Python it gets the objects themselves, which the caller has to pass again with a checkpoint.
     """
     return _given_hyperparameters.get() is not None
 
@@ -65,17 +57,15 @@ _OBJECTS = ["network", "penalty", "optimizer", "scheduler", "augmentation"]
 class Classification(LightningModule):
     r"""Classify images, with a term against locality: loss + weight * R.
 
-    The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise. R is the
-    value of the penalty. The defaults are those of the experiments of
-    *Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks*
-    (Razin, Maman, Cohen, 2022): SGD with learning rate 0.01 and momentum 0.9, no schedule, no weight decay.
+    The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise, R the value of the
+    penalty. The defaults are those of *Implicit Regularization in Hierarchical Tensor Factorization and Deep
+    Convolutional Neural Networks* (Razin, Maman, Cohen, 2022): SGD, learning rate 0.01, momentum 0.9, no schedule.
 
     Every epoch logs ``train/loss``, ``train/accuracy``, ``train/regularizer`` and the same under ``val/`` and
     ``test/``; ``loss`` is the classification loss alone.
 
     Args:
-        network: Any module that takes images ``(B, C, H, W)`` and ends in a linear layer; its first layer and
-            its head are adapted to the data.
+        network: Takes images ``(B, C, H, W)`` and ends in a linear layer; first layer and head are adapted to the data.
         penalty: The term against locality; None for none.
         weight: Weight of the term in the loss, 0 or more. At 0 the term is measured but not minimised.
         warmup_epochs: Epochs over which the weight rises linearly from 0 (an addition of ours; 0 as published).
@@ -86,7 +76,7 @@ class Classification(LightningModule):
         measured_batches: Batches per epoch and stage on which R is measured when it is not minimised (validation,
             test, and training at weight 0); 0 for none.
         channels_last: Keep images and weights in the channels-last memory format, which is faster on recent GPUs.
-        augmentation: Called with the images ``(B, C, H, W)`` of every training batch, on their device: for example
+        augmentation: Called with the images ``(B, C, H, W)`` of every training batch, such as
             :class:`~lightning_locality.transforms.RandomShift`, or a transform of torchvision (which changes all
             images of a batch alike); None, as published, for none.
 
@@ -154,7 +144,7 @@ class Classification(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         num_classes = self.num_classes or getattr(data, "num_classes", None)
         shape = getattr(data, "image_shape", None)
-        in_channels = self.in_channels or (shape[0] if shape is not None else None)
+        in_channels = self.in_channels or (shape[0] if shape else None)
         if num_classes is None or in_channels is None:
             raise ValueError(
                 f"num_classes={num_classes} and in_channels={in_channels} are not known: the data module has no "
@@ -167,8 +157,7 @@ class Classification(LightningModule):
         patches = self.penalty.patches if self.penalty is not None else None
         if isinstance(patches, GivenPatches) and patches.boxes is None:
             data = getattr(self.trainer, "datamodule", None)
-            boxes = getattr(data, "boxes", None)
-            if boxes is None:
+            if (boxes := getattr(data, "boxes", None)) is None:
                 raise ValueError(
                     f"GivenPatches has no boxes and the data module {type(data).__name__} names none: pass "
                     "boxes=[(top, left, height, width), ...] or take another rule such as FarField"
@@ -202,9 +191,6 @@ class Classification(LightningModule):
             return F.binary_cross_entropy_with_logits(logits.squeeze(1), y.to(logits.dtype))
         return F.cross_entropy(logits, y)
 
-    def _labels(self, logits: Tensor) -> Tensor:
-        return (logits.squeeze(1) > 0).long() if self.num_classes == 2 else logits.argmax(dim=1)
-
     def _current_weight(self) -> float:
         if not self.warmup_epochs:
             return self.weight
@@ -212,20 +198,18 @@ class Classification(LightningModule):
         return self.weight * min(1.0, (self.trainer.global_step + 1) / steps)
 
     def _record(self, stage: Stage, logits: Tensor, y: Tensor, loss: Tensor) -> None:
-        metrics = self._metrics(stage)
-        metrics["loss"].update(loss.detach().expand(len(y)))
-        metrics["accuracy"].update(self._labels(logits.detach()), y)
-        shown = stage != "test"
-        for name in ("loss", "accuracy"):
-            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True, prog_bar=shown)
+        logits = logits.detach()
+        labels = (logits.squeeze(1) > 0).long() if self.num_classes == 2 else logits.argmax(dim=1)
+        self._update(stage, "loss", stage != "test", loss.detach().expand(len(y)))
+        self._update(stage, "accuracy", stage != "test", labels, y)
 
     def _record_penalty(self, stage: Stage, value: Tensor, samples: int) -> None:
-        metric = self._metrics(stage)["regularizer"]
-        metric.update(value.detach().expand(samples))
-        self.log(f"{stage}/regularizer", metric, on_step=False, on_epoch=True, prog_bar=stage == "train")
+        self._update(stage, "regularizer", stage == "train", value.detach().expand(samples))
 
-    def _metrics(self, stage: Stage) -> dict[str, Metric]:
-        return self.metrics[f"{stage}_metrics"]  # type: ignore[return-value]
+    def _update(self, stage: Stage, name: str, shown: bool, *values: Tensor) -> None:
+        metric: Any = self.metrics[f"{stage}_metrics"][name]  # type: ignore[index]
+        metric.update(*values)
+        self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=shown)
 
     def _measure(self, stage: Stage, x: Tensor, y: Tensor, batch_idx: int) -> None:
         """Measure R without minimising it, with random numbers of its own, so that measuring changes nothing."""
@@ -247,8 +231,7 @@ class Classification(LightningModule):
         x = x.contiguous(memory_format=self.memory_format)
         if self.penalty is None or self.weight == 0:
             logits = self(x)
-            loss = self._loss(logits, y)
-            objective = loss
+            objective = loss = self._loss(logits, y)
             self._measure("train", x, y, batch_idx)
         elif len(x) < 2:
             raise ValueError(
@@ -270,14 +253,6 @@ class Classification(LightningModule):
         if finite.device.type == "cpu" or (batch_idx + 1) % _STEPS_BETWEEN_CHECKS == 0:
             self._raise_unless_finite()
 
-    def on_validation_start(self) -> None:
-        """Raise before weights that a non-finite loss has reached are saved."""
-        self._raise_unless_finite()
-
-    def on_train_epoch_end(self) -> None:
-        """Raise before weights that a non-finite loss has reached are saved."""
-        self._raise_unless_finite()
-
     def _raise_unless_finite(self) -> None:
         if self._finite is None or bool(self._finite):
             return
@@ -286,6 +261,9 @@ class Classification(LightningModule):
             f"lower the learning rate, the weight of the term (now {self._current_weight():g}) or set "
             "gradient_clip_val; earlier checkpoints and metrics are kept"
         )
+
+    # before weights that a non-finite loss has reached are saved
+    on_validation_start = on_train_epoch_end = _raise_unless_finite
 
     def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
@@ -303,8 +281,7 @@ class Classification(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return class probabilities ``(B, num_classes)`` of a batch."""
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        logits: Tensor = self(x)
+        logits: Tensor = self(batch[0] if isinstance(batch, (tuple, list)) else batch)
         if self.num_classes != 2:
             return logits.softmax(dim=1)
         positive = logits.sigmoid()

@@ -113,8 +113,7 @@ class Recovery(LightningModule):
             Measurements, loss=self.loss, test_clamp=test_clamp, chunk=batch_size, top=top, groups=groups,
             effective_ranks=effective_ranks, cuts=cuts or [], watch=watch or [],
         )  # fmt: skip
-        self.iteration = self._first_iteration = 0
-        self.below = 0
+        self.iteration = self._first_iteration = self.below = 0
         self.row: dict[str, float] = {}
         self._batch: RecoveryBatch | None = None
 
@@ -147,19 +146,14 @@ class Recovery(LightningModule):
                 "the checkpoint does not fit this model: it is not of a recovery run; load it with the config.yaml of "
                 "the run that wrote it"
             )
-        progress = checkpoint["recovery"]
-        self.iteration, self.below, self.row = progress["iteration"], progress["below"], dict(progress["row"])
+        self.iteration, self.below, self.row = (checkpoint["recovery"][key] for key in ("iteration", "below", "row"))
 
     def on_fit_start(self) -> None:
         """Forget the problem of an earlier fit, and count iterations from here."""
         self._batch, self._first_iteration = None, self.iteration
 
     def summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the last measurement, and the counts of the run, for ``summary.json``.
-
-        Args:
-            seconds: Duration of this fit.
-        """
+        """Return the last measurement, and the counts of this fit of that many seconds, for ``summary.json``."""
         done = self.iteration - self._first_iteration
         return self.row, {"iterations": self.iteration, "iterations_per_second": round(done / seconds, 2)}
 
@@ -173,9 +167,9 @@ class Recovery(LightningModule):
         end = min(self.iteration + self.steps, self.max_iterations)
         if self.iteration == 0:
             self._measure()
+        flow = isinstance(optimizer.optimizer, GradientFlow)
         while self.iteration < end and not self._done():
             to_measurement = self.measure_every - self.iteration % self.measure_every
-            flow = isinstance(optimizer.optimizer, GradientFlow)
             count = 1 if flow else min(end - self.iteration, to_measurement)
             self.inner_loop.run(self.iteration, count)
             self.iteration += count

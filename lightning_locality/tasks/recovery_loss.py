@@ -7,6 +7,7 @@ __all__: list[str] = []
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -31,12 +32,10 @@ _MASKED_PER_OBSERVATION = 32
 @final
 @dataclass(frozen=True)
 class Loss:
-    """Sum or mean over observations of a function of the residual r.
+    """Loss of the residuals r of all observations.
 
-    Args:
-        name: ``"mse"`` mean of r^2, ``"half_sse"`` half of the sum of r^2, ``"l1"`` mean of abs(r), ``"huber"`` mean
-            of r^2 / 2 for abs(r) below ``delta`` and of delta (abs(r) - delta / 2) above.
-        delta: Threshold of the Huber loss.
+    ``mse``: mean of r^2; ``half_sse``: half of the sum of r^2; ``l1``: mean of abs(r); ``huber``: mean of r^2 / 2 for
+    abs(r) below ``delta``, and of delta (abs(r) - delta / 2) above.
     """
 
     name: LossName = "mse"
@@ -48,26 +47,18 @@ class Loss:
 
     def slope(self, residual: Tensor) -> Tensor:
         """Return the derivative of a term by its prediction, up to the factor."""
-        match self.name:
-            case "l1":
-                return residual.sign()
-            case "huber":
-                return residual.clamp(-self.delta, self.delta)
-            case _:
-                return residual
+        if self.name == "l1":
+            return residual.sign()
+        return residual.clamp(-self.delta, self.delta) if self.name == "huber" else residual
 
     def terms(self, residual: Tensor) -> Tensor:
         """Return the terms whose sum (half_sse) or mean is the loss."""
-        match self.name:
-            case "l1":
-                return residual.abs()
-            case "huber":
-                size = residual.abs()
-                return torch.where(size < self.delta, 0.5 * size * size, self.delta * (size - 0.5 * self.delta))
-            case "half_sse":
-                return 0.5 * residual * residual
-            case _:
-                return residual * residual
+        if self.name == "l1":
+            return residual.abs()
+        if self.name == "huber":
+            size = residual.abs()
+            return torch.where(size < self.delta, 0.5 * size * size, self.delta * (size - 0.5 * self.delta))
+        return 0.5 * residual * residual if self.name == "half_sse" else residual * residual
 
     def total(self, residual: Tensor, clamp: float | None = None) -> Tensor:
         """Return the loss in float64, its terms bounded by ``clamp``."""
@@ -89,12 +80,11 @@ class TrainingSet:
         if len(self.values) == 0:
             raise ValueError("there are no observations: a batch needs at least 1")
         if isinstance(observations, Entries):
-            indices = observations.indices.to(weight.device)
-            self.indices: Tensor | None = indices
-            _check_indices(indices, self.values, model.shape)
+            self.indices: Tensor | None = observations.indices.to(weight.device)
+            _check_indices(self.indices, self.values, model.shape)
             if math.prod(model.shape) <= LARGEST_DENSE:
                 self.flat = torch.zeros(len(self.values), dtype=torch.int64, device=weight.device)
-                for size, index in zip(model.shape, indices.unbind(1), strict=True):
+                for size, index in zip(model.shape, self.indices.unbind(1), strict=True):
                     self.flat = self.flat * size + index.long()
         else:
             self.indices = None
@@ -168,19 +158,10 @@ class Objective:
                 self._slope = zeros
         self._order: tuple[int, Tensor] = (-1, torch.zeros(0))
 
-    def gradients(self, iteration: int) -> Sequence[Tensor]:
-        """Return the gradient by the weights, on the observations of an iteration."""
-        return self._evaluate(iteration, with_value=False)[0]
-
-    def gradients_and_value(self, iteration: int) -> tuple[Sequence[Tensor], Tensor]:
-        """Return gradient and loss."""
-        gradients, value = self._evaluate(iteration, with_value=True)
-        assert value is not None
-        return gradients, value
-
-    def _evaluate(self, iteration: int, with_value: bool) -> tuple[Sequence[Tensor], Tensor | None]:
-        value = None
+    def evaluate(self, iteration: int, with_value: bool = False) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return the gradient by the weights, on the observations of an iteration, and the loss if requested."""
         if self._mask is not None:
+            value = None
             tensor, pullback = self.model.with_pullback()
             residual = tensor - self._target
             slope = self.loss.slope(residual) * self._mask
@@ -193,18 +174,17 @@ class Objective:
             assert flat is not None
             tensor, pullback = self.model.with_pullback()
             residual = tensor.reshape(-1)[flat] - self.observed.values
-            part = self.loss.slope(residual) * self.loss.factor(len(residual))
+            slope = self.loss.slope(residual) * self.loss.factor(len(residual))
             if self._repeated:
-                self._slope.zero_().index_add_(0, flat, part)
+                self._slope.zero_().index_add_(0, flat, slope)
             else:
-                self._slope.index_copy_(0, flat, part)
+                self._slope.index_copy_(0, flat, slope)
             return pullback(self._slope.view(tensor.shape)), self.loss.total(residual) if with_value else None
         rows = self._rows(iteration)
         prediction = self.observed.predict(rows)
         residual = prediction.detach() - (self.observed.values if rows is _ALL else self.observed.values[rows])
         slope = self.loss.slope(residual) * self.loss.factor(len(residual))
-        if with_value:
-            value = self.loss.total(residual)
+        value = self.loss.total(residual) if with_value else None
         return torch.autograd.grad(prediction, self.weights, slope), value
 
     def _rows(self, iteration: int) -> Tensor | slice:
@@ -229,7 +209,7 @@ class InnerLoop:
     """Iterations of gradient and step, and nothing else.
 
     On CUDA, ``unroll`` iterations are recorded once as a CUDA graph and replayed: one launch for all of them instead of
-    some hundred for each. If the optimiser cannot be recorded, this is reported and iterations run one by one.
+    some hundred for each. If the optimiser cannot be recorded, iterations run one by one.
     """
 
     def __init__(self, objective: Objective, optimizer: Optimizer, graph: Graph, unroll: int) -> None:
@@ -244,44 +224,39 @@ class InnerLoop:
         end = iteration + count
         if self.graphed and count >= self.unroll:
             if self._graph is None:
-                # the first iteration sets up state (of the optimiser, of cuBLAS) that recording needs
-                self._warm_up(iteration)
-                iteration += 1
                 self._record(iteration)
+                iteration += 1
             while self._graph is not None and iteration + self.unroll <= end:
                 self._graph.replay()
                 iteration += self.unroll
         self._one_by_one(iteration, end)
 
     def _one_by_one(self, start: int, end: int) -> None:
-        optimizer, gradients, weights = self.optimizer, self.objective.gradients, self.objective.weights
-        if isinstance(optimizer, _WITH_CLOSURE):
-            for iteration in range(start, end):
-                optimizer.step(lambda iteration=iteration: self._closure(iteration))  # type: ignore[misc]
-            return
+        with_closure = isinstance(self.optimizer, _WITH_CLOSURE)
         for iteration in range(start, end):
-            for weight, gradient in zip(weights, gradients(iteration), strict=True):
-                weight.grad = gradient
-            optimizer.step()
+            if with_closure:
+                self.optimizer.step(partial(self._backward, iteration, with_value=True))
+            else:
+                self._backward(iteration)
+                self.optimizer.step()
 
-    def _closure(self, iteration: int) -> Tensor:
-        gradients, value = self.objective.gradients_and_value(iteration)
+    def _backward(self, iteration: int, with_value: bool = False) -> Any:
+        gradients, value = self.objective.evaluate(iteration, with_value)
         for weight, gradient in zip(self.objective.weights, gradients, strict=True):
             weight.grad = gradient
         return value
 
-    def _warm_up(self, iteration: int) -> None:
+    def _record(self, iteration: int) -> None:
+        """Run one iteration, which sets up state (of the optimiser, of cuBLAS) that recording needs, and record."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._one_by_one(iteration, iteration + 1)
         torch.cuda.current_stream().wait_stream(stream)
-
-    def _record(self, iteration: int) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._one_by_one(iteration, iteration + self.unroll)
+                self._one_by_one(iteration + 1, iteration + 1 + self.unroll)
             self._graph = graph
         except RuntimeError as error:
             self.graphed = False

@@ -60,11 +60,8 @@ class Measurements:
         self.cuts = self._all_cuts(effective_ranks, cuts) if self.dense else []
         for entry in watch:
             if len(entry) != model.order or any(not 0 <= i < n for i, n in zip(entry, model.shape, strict=True)):
-                raise ValueError(
-                    f"watch asks for the entry {list(entry)}, which a tensor of {model.shape} does not have"
-                )
-        self.watch = [tuple(entry) for entry in watch]
-        self._watched = torch.tensor(self.watch, dtype=torch.int64).to(train.values.device) if watch else None
+                raise ValueError(f"watch: a tensor of {model.shape} has no entry {list(entry)}")
+        self._watched = torch.tensor(watch, dtype=torch.int64).to(train.values.device) if watch else None
 
     def _all_cuts(self, own: bool, more: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         order = self.model.order
@@ -86,26 +83,21 @@ class Measurements:
         if self.test is not None:
             row["test/loss"] = float(self.loss.total(self.test.residual(tensor, self.chunk), self.test_clamp))
         if tensor is not None and self.target is not None:
-            row["reconstruction_error"] = self._error(tensor)
+            distance = float((tensor.double() - self.target).norm())
+            exact = 0.0 if distance == 0 else math.inf
+            row["reconstruction_error"] = distance / self.target_norm if self.target_norm else exact
         row["norm"] = float(self.model.norm())
         row |= {name: float(value) for name, value in self.model.scalars().items()}
         magnitudes = dict(list(self.model.magnitudes().items())[-self.groups :])
         for name, values in magnitudes.items():
             row |= {f"{name}/{k}": value for k, value in enumerate(values[: self.top].tolist(), start=1)}
         if tensor is not None and self.cuts:
-            for cut, spectrum in self._spectra(tensor, magnitudes).items():
-                row[f"effective rank/{'-'.join(map(str, cut))}"] = float(effective_rank(spectrum))
+            spectra = self._spectra(tensor, magnitudes)
+            row |= {f"effective rank/{_joined(cut)}": float(effective_rank(values)) for cut, values in spectra.items()}
         if self._watched is not None:
-            watched = zip(self.watch, self.model.entries(self._watched).tolist(), strict=True)
-            row |= {f"entry/{'-'.join(map(str, entry))}": value for entry, value in watched}
+            watched = zip(self._watched.tolist(), self.model.entries(self._watched).tolist(), strict=True)
+            row |= {f"entry/{_joined(entry)}": value for entry, value in watched}
         return row
-
-    def _error(self, tensor: Tensor) -> float:
-        assert self.target is not None
-        distance = float((tensor.double() - self.target).norm())
-        if self.target_norm == 0:
-            return 0.0 if distance == 0 else math.inf
-        return distance / self.target_norm
 
     def _spectra(self, tensor: Tensor, magnitudes: dict[str, Tensor]) -> Mapping[tuple[int, ...], Tensor]:
         if not bool(torch.isfinite(tensor).all()):
@@ -113,3 +105,7 @@ class Measurements:
         # a matrix factorisation has its singular values among the magnitudes
         values = magnitudes.get("singular value")
         return dense_spectra(tensor, self.cuts) if values is None else dict.fromkeys(self.cuts, values)
+
+
+def _joined(modes: Sequence[int]) -> str:
+    return "-".join(map(str, modes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, cast
 
@@ -45,7 +45,8 @@ class NodeGroup(nn.Module):
         # the children of consecutive nodes are consecutive in one group: nothing has to be moved
         places = [place for _, place in sources]
         self.aligned = len(self.sources) == 1 and places == list(range(lengths[self.sources[0]]))
-        self.sources_of_child: list[tuple[int, ...]] = []
+        # the groups that hold the first children of all nodes, the second ones and so on
+        self.sources_of_child = [self.sources] * len(sizes) if self.aligned else []
         for child in range(0 if self.leaf or self.aligned else len(sizes)):
             of_child = sources[child :: len(sizes)]
             groups = tuple(sorted({group for group, _ in of_child}))
@@ -58,14 +59,14 @@ class NodeGroup(nn.Module):
         """The weights ``(n, R_node or D, R_parent)``."""
         return cast(Tensor, self.chain().expand(len(self.nodes), -1, -1))
 
-    def gather(self, outputs: Outputs) -> list[Tensor]:
-        """Gather outputs ``(n', ...)`` of earlier groups for the children: one ``(n, ...)`` per child."""
+    def gather(self, outputs: Outputs, join: Callable[[list[Tensor]], Tensor] = torch.cat) -> list[Tensor]:
+        """Gather outputs ``(n', ...)`` of earlier groups, joined if several: one ``(n, ...)`` per child."""
         if self.aligned:
             output = outputs[self.sources[0]]
             return list(output.reshape(len(self.nodes), len(self.sizes), *output.shape[1:]).unbind(1))
         gathered = []
         for child, groups in enumerate(self.sources_of_child):
-            joined = outputs[groups[0]] if len(groups) == 1 else torch.cat([outputs[group] for group in groups])
+            joined = outputs[groups[0]] if len(groups) == 1 else join([outputs[group] for group in groups])
             gathered.append(joined.index_select(0, self.get_buffer(f"places_{child}")))
         return gathered
 

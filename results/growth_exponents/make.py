@@ -16,7 +16,7 @@ differentiation; and along a gradient flow from small weights, with the derivati
 
     python results/growth_exponents/make.py --out results/growth_exponents
 
-The script writes growth_exponents.csv, its figure, and the curves, which `lightning-locality figure growth` draws.
+The script writes growth_exponents.csv, its figure, and growth_curves.csv; with --redraw it draws the latter again.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from lightning_locality.plotting import growth
-from lightning_locality.plotting.recovery import CURVES
-from lightning_locality.plotting.style import save_figure
+from lightning_locality.plotting.style import STYLE, line_style, panels, save_figure
 from lightning_locality.tensors import CP, Chain
 
 Quantity = Literal["component norm", "norm of the vectors"]
 Curve = tuple[NDArray[Any], NDArray[Any]]
 
 SIZE, COMPONENTS = 3, 2
+COLUMNS = ["order", "matrices", "quantity", "source", "size", "rate"]
 
 
 def model_of(order: int, matrices: int, scale: float, seed: int) -> CP:
@@ -167,6 +168,52 @@ def cases(orders: Sequence[int], depths: Sequence[int]) -> Iterator[tuple[int, i
         yield from ((3, matrices, quantity) for matrices in depths)
 
 
+def growth_fits(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the predicted exponent of every curve and the fitted one, by least squares in logarithms."""
+    rows = []
+    case: Any
+    for case, own in curves.groupby(COLUMNS[:4], sort=False):
+        size, rate = (np.log(own[name].to_numpy(copy=True)) for name in ("size", "rate"))
+        rows.append([*case, predicted(*case[:3]), np.polyfit(size, rate, 1)[0]])
+    return pd.DataFrame(rows, columns=[*COLUMNS[:4], "predicted", "fitted"])
+
+
+def predicted(order: int, matrices: int, quantity: str) -> float:
+    """Return the exponent of the growth law of a CP factorisation with ``matrices`` matrices before every vector."""
+    if quantity == "component norm":
+        return 2 - 2 / (order * (matrices + 1))
+    return matrices + 2 - 2 / order
+
+
+@rc_context(STYLE)
+def draw(curves: pd.DataFrame) -> Figure:
+    """Draw growth rates against size: the gradient flow as dots, the predicted laws as lines."""
+    plain, quantity = curves["matrices"] == 0, curves["quantity"]
+    norms, flow = quantity == "component norm", curves["source"] == "flow"
+    cases_of = {
+        "CP: $\\sigma^{2-2/N}$": norms & plain,
+        "deep CP: $\\sigma^{2-2/(N(k+1))}$": norms & (~plain | (curves["order"] == 3)),
+        "deep CP: $\\tau^{k+2-2/N}$": quantity == "norm of the vectors",
+    }
+    figure, grid = panels(3, "text", 2.3)
+    for axes, (title, chosen) in zip(grid, cases_of.items(), strict=True):
+        cases = curves[chosen & flow].sort_values("matrices", kind="stable").groupby(COLUMNS[:3], sort=False)
+        for position, (_, own) in enumerate(cases):
+            order, matrices, kind = own.iloc[0][COLUMNS[:3]]
+            look = line_style(position)
+            factor = order * (matrices + 1) if kind == "component norm" else order
+            label = f"N = {order}" if title.startswith("CP") else f"k = {matrices}"
+            law = factor * own["size"] ** predicted(order, matrices, kind)
+            axes.plot(own["size"], own["rate"], look["marker"], color=look["color"], markersize=2.5, label=label)
+            axes.plot(own["size"], law, color=look["color"], linewidth=0.8)
+        symbol = "\\tau" if "tau" in title else "\\sigma"
+        axes.set(xscale="log", yscale="log", xlabel=f"${symbol}$", ylabel=f"$\\dot{{{symbol}}} / \\gamma$")
+        axes.set_title(title, fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
     """Fit, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,19 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--matrices", type=int, nargs="+", default=[0, 1, 2, 3], help="k of deep CP of order 3")
     parser.add_argument("--points", type=int, default=30, help="points per fit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--redraw", action="store_true", help="draw and fit growth_curves.csv instead of measuring")
     options = parser.parse_args(arguments)
-    tables = []
-    for case in dict.fromkeys(cases(options.orders, options.matrices)):
-        for source, measure in (("points", at_points), ("flow", along_flow)):
-            sizes, rates = measure(*case, options.points, options.seed)
-            places = dict(zip(CURVES, (*case, source), strict=False))
-            tables.append(pd.DataFrame({**places, "size": sizes, "rate": rates}))
-    curves = pd.concat(tables, ignore_index=True)
-    figure, fits = growth(curves, width="text")
-    options.out.mkdir(parents=True, exist_ok=True)
+    stored = options.out / "growth_curves.csv"
+    if options.redraw:
+        curves = pd.read_csv(stored)
+    else:
+        tables = []
+        for case in dict.fromkeys(cases(options.orders, options.matrices)):
+            for source, measure in (("points", at_points), ("flow", along_flow)):
+                sizes, rates = measure(*case, options.points, options.seed)
+                places = dict(zip(COLUMNS, (*case, source), strict=False))
+                tables.append(pd.DataFrame({**places, "size": sizes, "rate": rates}))
+        curves = pd.concat(tables, ignore_index=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        curves.to_csv(stored, index=False, lineterminator="\r\n")
+    fits = growth_fits(curves)
     fits.to_csv(options.out / "growth_exponents.csv", index=False, lineterminator="\r\n")
-    curves.to_csv(options.out / "growth_curves.csv", index=False, lineterminator="\r\n")
-    save_figure(figure, options.out / "growth_exponents")
+    save_figure(draw(curves), options.out / "growth_exponents")
     print(f"{'N':>2} {'k':>2}  {'quantity':<20} {'source':<7} {'predicted':>10} {'fitted':>14}")
     for fit in fits.itertuples():
         print(

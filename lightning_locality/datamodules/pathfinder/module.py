@@ -8,17 +8,15 @@ import dataclasses
 import logging
 import shlex
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_locality.datamodules.base import AbstractImageDataModule, Split
+from lightning_locality.datamodules.base import SPLITS, STAGES, AbstractImageDataModule, Split
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
-
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 _log = logging.getLogger(__name__)
 
@@ -28,12 +26,11 @@ class Pathfinder(AbstractImageDataModule):
 
     The task of "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks"
     (Razin, Maman, Cohen, 2022), after "Learning long-range spatial dependencies with horizontal gated recurrent units"
-    (Linsley, Kim, Veerabadran, Windolf, Serre, 2018), by the published process without the faults of its first program:
-    the last dash of a curve could be touched, a first dash was tested one pixel off, and test pictures were used for
-    validation. ``prepare_data`` generates what is missing under ``root``/pathfinder (0.2 to 0.4 ms per picture and
-    core) and, with a warning, what is incomplete or altered. A picture depends on ``seed``, its split and its number
-    alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard deviation of the training
-    split; labels are int64.
+    (Linsley, Kim, Veerabadran, Windolf, Serre, 2018), by the published process without the faults of its first program
+    (see data/README.md). ``prepare_data`` generates what is missing under ``root``/pathfinder (0.2 to 0.4 ms per
+    picture and core) and, with a warning, what is incomplete or altered. A picture depends on ``seed``, its split and
+    its number alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard deviation of
+    the training split; labels are int64.
 
     Args:
         path_length: Dashes per curve; published: 3, 5, 7 and 9. None: that of ``curves``, by default 9.
@@ -45,8 +42,7 @@ class Pathfinder(AbstractImageDataModule):
         batch_size: Samples per step and process.
         workers: Number of processes that generate pictures; None: one per usable core.
         curves: All other parameters of the pictures; None: as published.
-        validation_is_test: True, as published: validate on the test pictures (which makes a score selected by
-            validation worthless). False: on separate pictures.
+        validation_is_test: Validate on the test pictures (published; a score selected by validation is then worthless).
         drop_last: Leave out the last, smaller training batch of an epoch.
 
     Raises:
@@ -85,24 +81,20 @@ class Pathfinder(AbstractImageDataModule):
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, or None for one per usable core, got {workers}")
         self.root, self.workers, self.validation_is_test = Path(root), workers, validation_is_test
+        self.image_shape = (1, self.curves.size, self.curves.size)
         self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """One channel, ``size`` rows and columns."""
-        return 1, self.curves.size, self.curves.size
 
     def size(self, split: Split) -> int:
         """Number of pictures of a split."""
-        return self._counts[self._source(split)]
+        return self._counts[self.origin(split)]
 
     def store(self, split: Split) -> PictureStore:
         """The stored pictures of a split."""
-        return PictureStore(self.root / "pathfinder", self.curves, self.seed, self._source(split), self.size(split))
+        return PictureStore(self.root / "pathfinder", self.curves, self.seed, self.origin(split), self.size(split))
 
     def prepare_data(self) -> None:
         """Generate the splits that are missing or not intact."""
-        for split in dict.fromkeys(map(self._source, SPLITS)):
+        for split in dict.fromkeys(map(self.origin, SPLITS)):
             store = self.store(split)
             try:
                 store.load()
@@ -114,11 +106,10 @@ class Pathfinder(AbstractImageDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Map the pictures of the splits that the stage needs; every stage reads the training split's statistics."""
-        splits: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
         store = self.store("train")
         try:
             self._mean, self._std, _ = store.header()
-            for split in splits.get(stage, ("test",) if stage else SPLITS):
+            for split in STAGES[stage]:
                 store = self.store(split)
                 if split not in self._loaded:
                     images, labels = map(torch.from_numpy, store.load())
@@ -139,9 +130,6 @@ class Pathfinder(AbstractImageDataModule):
         scaled = images.unsqueeze(1).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
         return scaled, labels.to(torch.int64)
 
-    def _source(self, split: Split) -> Split:
-        return "test" if split == "validation" and self.validation_is_test else split
-
     def _command(self) -> str:
         """The command line that generates the pictures of this module."""
         options: dict[str, Any] = self._counts | {"seed": self.seed, "root": self.root}
@@ -157,29 +145,14 @@ def _former(store: PictureStore) -> str:
     return f" ({former} has the format of version 0.1, which is no longer read: delete it)" if former.exists() else ""
 
 
-def make_pathfinder(
-    path_length: int | None = None,
-    train: int = 10_000,
-    validation: int = 2_000,
-    test: int = 10_000,
-    seed: int = 0,
-    root: str | Path = "data",
-    workers: int | None = None,
-    curves: PathfinderCurves | None = None,
-) -> dict[Split, Path]:
+def make_pathfinder(**options: Any) -> dict[Split, Path]:
     """Generate the Pathfinder pictures of all splits ahead of a run; print and return the folder of each.
 
     Args:
-        path_length: Dashes per curve; published: 3, 5, 7 and 9. None: that of ``curves``, by default 9.
-        train: Number of training pictures.
-        validation: Number of validation pictures.
-        test: Number of test pictures.
-        seed: Seed of the pictures.
-        root: Folder of the data.
-        workers: Number of processes that generate pictures; None: one per usable core.
-        curves: All other parameters of the pictures; None: as published.
+        options: ``path_length``, numbers, ``seed``, ``root``, ``workers`` and ``curves`` of :class:`Pathfinder`.
     """
-    module = Pathfinder(path_length, train, validation, test, seed, root, workers=workers, curves=curves)
+    # what is fixed here is no option of the command
+    module = Pathfinder(**options, batch_size=64, validation_is_test=False, drop_last=False)
     module.prepare_data()
     folders = {split: module.store(split).folder for split in SPLITS}
     for split, folder in folders.items():

@@ -21,10 +21,8 @@ class PathfinderCurves:
 
     A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the previous
     one, with gaps of twice ``margin``. Both target curves are always drawn. Label 1: the discs lie on the two ends of
-    one curve; label 0: on the start of one curve and the end of the other. The defaults are those of "Implicit
-    Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural Networks" (Razin, Maman, Cohen,
-    2022), after "Learning long-range spatial dependencies with horizontal gated recurrent units" (Linsley, Kim,
-    Veerabadran, Windolf, Serre, 2018).
+    one curve; label 0: on the start of one curve and the end of the other. The defaults are those of the experiment
+    cited in :class:`Pathfinder`.
 
     Args:
         path_length: Dashes per target curve, at least 2; published: 3, 5, 7 and 9.
@@ -36,8 +34,7 @@ class PathfinderCurves:
         paddle_length: Length of a dash in pixels.
         paddle_thickness: Thickness of a dash in pixels.
         margin: Distance in pixels that a dash keeps free around itself; the gap in a curve is twice as long.
-        continuity: Straightness of the curves. The next dash turns by an angle t with probability proportional to
-            cos(min(continuity t, pi/2))^2.
+        continuity: The next dash turns by an angle t with probability proportional to cos(min(continuity t, pi/2))^2.
         contrast: Brightness of a dash before the picture is divided by its maximum; that of the discs is 1.
         antialias: Factor by which dashes and discs are drawn larger and then reduced.
         marker_radius: Radius of the two discs in pixels.
@@ -46,8 +43,7 @@ class PathfinderCurves:
         distractor_length: Dashes per distractor; None: as published, path_length / 3, rounded down, at least 1.
         distractor_retries: Number of times a distractor that does not fit is tried again before it is left out.
         stop_with_availability: Add no more distractors once less than this share of the picture is free.
-        balanced: False, as published: the label is a fair coin for each picture. True: exactly one of the pictures
-            2k and 2k + 1 has label 1.
+        balanced: Exactly one of the pictures 2k and 2k + 1 has label 1. Published: a fair coin for each picture.
 
     Raises:
         ValueError: A parameter is out of range, or a curve cannot start in so small a window.

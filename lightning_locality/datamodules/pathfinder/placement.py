@@ -155,11 +155,6 @@ class _Grids:
             free &= self.grids[row, 0][window] <= FREE
         return self.tables.flat(np.argwhere(free) + self.border)
 
-    def is_full(self, row: int) -> bool:
-        """Whether too little of grid 0 is free for another distractor."""
-        free = int(np.count_nonzero(self.grids[row, 0] <= FREE))
-        return free / self.curves.window**2 < self.curves.stop_with_availability
-
     def grow(
         self, rows: Integers, grid: Integers, joint: Integers, stroke: Integers
     ) -> tuple[Flags, Integers, Integers, Integers]:
@@ -296,7 +291,8 @@ class _Batch:
         while rows.size:
             fresh = rows[(self.placed[rows] == 0) & (self.misses[rows] == 0)]
             if may_fill:
-                full = np.array([self.grids.is_full(row) for row in fresh], dtype=bool)
+                free = np.array([np.count_nonzero(self.grids.grids[row, 0] <= FREE) for row in fresh], dtype=np.int64)
+                full = free / curves.window**2 < curves.stop_with_availability
                 self.number[fresh[full]] = curves.distractor_count
                 rows, fresh = rows[self.number[rows] < curves.distractor_count], fresh[~full]
             self.heading[fresh] = self.random.below(fresh, DEGREES)
@@ -305,7 +301,11 @@ class _Batch:
             found = self._extend(growing, np.zeros_like(growing), self._slot(growing, self.placed[growing]))
             self.placed[growing[found]] += 1
             self._give_up(growing[~found])
-            self._finish(rows[self.placed[rows] == length])
+            complete = rows[self.placed[rows] == length]
+            for dash, grid in product(range(length), (0, 1)):
+                slot = self._slot(complete, dash)
+                self.grids.cover(complete, grid, self.at[complete, slot], self.stroke[complete, slot])
+            self._next(complete)
             rows = rows[self.number[rows] < curves.distractor_count]
 
     def _slot(self, rows: Integers, dash: Integers | int) -> Integers:
@@ -340,14 +340,6 @@ class _Batch:
         self.placed[rows], self.misses[rows] = 0, 0
         self._next(rows[self.tries[rows] > self.curves.distractor_retries])
 
-    def _finish(self, rows: Integers) -> None:
-        """Cover the completed distractors in both grids."""
-        for dash, grid in product(range(self.curves.paddles_per_distractor), (0, 1)):
-            slot = self._slot(rows, dash)
-            self.grids.cover(rows, grid, self.at[rows, slot], self.stroke[rows, slot])
-        self._next(rows)
-
     def _next(self, rows: Integers) -> None:
-        """Continue with the next distractor."""
         self.number[rows] += 1
         self.tries[rows], self.placed[rows], self.misses[rows] = 0, 0, 0

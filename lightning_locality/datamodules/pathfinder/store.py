@@ -42,9 +42,7 @@ class CorruptStoreError(ValueError):
 class PictureStore:
     """A folder in ``root`` with ``images.npy``, ``labels.npy`` and ``pathfinder.json``, complete or absent.
 
-    The JSON file holds everything that the pictures depend on, their mean and standard deviation, and the SHA-256 of
-    the other files. The folder is written under a temporary name and renamed: if several processes generate the same
-    pictures at once, those of the first remain. No lock is needed, which some network file systems lack.
+    data/README.md describes the files and why no lock is needed.
     """
 
     root: Path

@@ -12,18 +12,14 @@ import yaml
 from matplotlib.axes import Axes
 
 from lightning_locality import plotting
-from lightning_locality.datamodules import unbounded
 from lightning_locality.plotting.recovery import (
     component_curves,
     curve_summary,
-    growth_fits,
-    lower_bound,
     magnitude_groups,
     number_of_components,
-    predicted,
-    read_curves,
 )
 from lightning_locality.results import read_runs
+from lightning_locality.tensors.deep_matrix import lower_bound
 
 
 def frame(rows: list[dict[str, float]]) -> pd.DataFrame:
@@ -111,22 +107,15 @@ def test_value_against_loss_decreasing_to_the_right_with_its_bound(tmp_path: Pat
     np.testing.assert_allclose(lines(axes)[:2], [[[10.0**-i, 2.0**i] for i in range(4)]] * 2)
     x, y = axes.lines[2].get_data()
     assert (x.min(), x.max()) == pytest.approx((1e-3, 1))
-    np.testing.assert_array_equal(y, lower_bound(x, 1.0, 1.0, 0.0, larger=False))
+    bound = lower_bound(x, 1.0, 1.0, 0.0)
+    np.testing.assert_array_equal(y, np.where(bound > 0, bound, np.nan))
+    assert np.isnan(y).any()
     left, right = axes.get_xlim()
     assert left > right
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b", "lower bound"]
     assert axes.lines[2].get_color() == "black"
     found = numbers[numbers["run"] == "a"].set_index("quantity")["value"]
     assert found["|entry/0-0| at loss 0.01"] == pytest.approx(4, rel=1e-12)
-
-
-def test_the_bound_is_that_of_the_data_module() -> None:
-    losses = np.geomspace(1e-6, 20, 300)
-    for z, z_prime, eps, larger in ((1, 1, 0, False), (-2, 0.5, 0.1, False), (1, 1, 0, True), (10, -10, 0.01, True)):
-        wanted = np.array([unbounded.lower_bound(loss, z, z_prime, eps, larger=larger) for loss in losses.tolist()])
-        found = lower_bound(losses, z, z_prime, eps, larger)
-        np.testing.assert_allclose(np.nan_to_num(found), wanted, rtol=1e-12)
-        assert 0 < (wanted == 0).sum() < len(losses)
 
 
 def test_bounds_of_several_problems_have_the_colours_of_their_runs(tmp_path: Path) -> None:
@@ -210,27 +199,3 @@ def test_curve_summary() -> None:
     for loss in (1e-1, 1e-2, 1e-3, 1e-4):
         assert found[f"|entry/0-0| at loss {loss:g}"] == pytest.approx(math.sqrt(1 / (2 * loss)), rel=1e-9)
         assert found[f"sign of the determinant at loss {loss:g}"] == -1
-
-
-def test_growth_is_drawn_from_the_curves(tmp_path: Path) -> None:
-    sizes = np.geomspace(0.01, 1, 12)
-    laws = {(2, 0, "component norm"): 1.0, (3, 1, "component norm"): 5 / 3, (3, 1, "norm of the vectors"): 7 / 3}
-    tables = [
-        pd.DataFrame({"order": n, "matrices": k, "quantity": q, "source": s, "size": sizes, "rate": sizes**p})
-        for (n, k, q), p in laws.items()
-        for s in ("points", "flow")
-    ]
-    pd.concat(tables).to_csv(tmp_path / "growth_curves.csv", index=False)
-    curves = read_curves([tmp_path])
-    figure, numbers = plotting.growth(curves, width="text")
-    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2]
-    for row in numbers.itertuples():
-        exponent = laws[row.order, row.matrices, row.quantity]
-        assert row.predicted == predicted(row.order, row.matrices, row.quantity) == pytest.approx(exponent, rel=1e-14)
-        assert row.fitted == pytest.approx(exponent, rel=1e-10)
-    pd.testing.assert_frame_equal(growth_fits(curves), numbers)
-    (tmp_path / "other.csv").write_text("a\n1\n")
-    with pytest.raises(ValueError, match="holds no growth curves"):
-        read_curves([tmp_path / "other.csv"])
-    with pytest.raises(ValueError, match=r"there is no .*: `python results/growth_exponents/make.py --out"):
-        read_curves([tmp_path / "nothing"])

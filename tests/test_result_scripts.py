@@ -54,6 +54,23 @@ def test_growth_exponents_at_balanced_points(
     np.testing.assert_allclose(rates, factor * sizes**exponent, rtol=1e-6)
 
 
+def test_growth_is_fitted_and_drawn(growth: ModuleType) -> None:
+    sizes = np.geomspace(0.01, 1, 12)
+    laws = {(2, 0, "component norm"): 1.0, (3, 1, "component norm"): 5 / 3, (3, 1, "norm of the vectors"): 7 / 3}
+    tables = [
+        pd.DataFrame({"order": n, "matrices": k, "quantity": q, "source": s, "size": sizes, "rate": sizes**p})
+        for (n, k, q), p in laws.items()
+        for s in ("points", "flow")
+    ]
+    curves = pd.concat(tables)
+    assert [len(axes.lines) for axes in growth.draw(curves).axes] == [2, 2, 2]
+    for row in growth.growth_fits(curves).itertuples():
+        exponent = laws[row.order, row.matrices, row.quantity]
+        assert row.predicted == growth.predicted(row.order, row.matrices, row.quantity)
+        assert row.predicted == pytest.approx(exponent, rel=1e-14)
+        assert row.fitted == pytest.approx(exponent, rel=1e-10)
+
+
 def test_growth_script_fits_writes_and_draws(growth: ModuleType, tmp_path: Path) -> None:
     fits = growth.main([f"--out={tmp_path}", "--orders", "3", "--matrices", "1", "--points", "5"])
     with (tmp_path / "growth_exponents.csv").open() as file:

@@ -16,7 +16,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from numpy.typing import NDArray
 
 from lightning_locality.plotting import style
 from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, shown
@@ -289,16 +288,6 @@ def _problem(run: Path) -> _Problem | None:
     return data["z"], data["z_prime"], data["eps"], data["rows"] > 2
 
 
-def lower_bound(losses: NDArray[Any], z: float, z_prime: float, eps: float, larger: bool) -> NDArray[Any]:
-    """Return what :func:`lightning_locality.datamodules.unbounded.lower_bound` derives, NaN where there is no bound."""
-    off = np.sqrt(2 * losses)
-    off = np.where(off < 1, off, np.nan) if larger else off
-    through = off**2 / (2 * (1 - off)) if larger else 0.0
-    off = off + through
-    bound = (abs(z) - off) * (abs(z_prime) - off) / (abs(eps) + off) - through
-    return np.where((off < min(abs(z), abs(z_prime))) & (bound > 0), bound, np.nan)
-
-
 def _draw_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapping[Path, pd.Series]) -> None:
     """Draw the entry of every run, and the bound of each problem: in black if all runs share it."""
     axes.set(xscale="log", yscale="log")
@@ -315,10 +304,13 @@ def _draw_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapp
             bounds[problem] = color
     low, high = axes.get_ylim()
     if losses and bounds:
+        from lightning_locality.tensors.deep_matrix import lower_bound  # here because torch takes a second
+
         at = np.geomspace(min(losses), max(losses), 400)
         shared = runs["problem"].nunique(dropna=False) == 1
         for problem, color in bounds.items():
-            bound = lower_bound(at, *problem)
+            bound = lower_bound(at, *problem[:3], larger=problem[3])
+            bound = np.where(bound > 0, bound, np.nan)
             axes.plot(at, bound, color="black" if shared else color, linewidth=0.8, linestyle=":")
         axes.plot([], [], color="black" if shared else "0.4", linewidth=0.8, linestyle=":", label="lower bound")
     # the bound starts at zero, far below the runs

@@ -1,6 +1,6 @@
 """Figures: each kind is a function of ``read_runs(...)`` that returns a figure and the numbers in it."""
 
-import lazy_loader  # type: ignore[import-untyped]
+import lazy_loader
 
 # on first use: seaborn takes most of a second to import
 __getattr__, __dir__, __all__ = lazy_loader.attach(

@@ -40,7 +40,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
 from recovery_cases import Case, cases, sizes
 
-from lightning_locality.callbacks.history import MetricsFile
+from lightning_locality.callbacks.resume import MetricsFile
 from lightning_locality.datamodules.tensor_recovery import AbstractRecoveryDataModule
 from lightning_locality.tasks.recovery import Recovery
 from lightning_locality.tensors import Entries

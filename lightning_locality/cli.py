@@ -54,9 +54,9 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             given = ["--dry_run=true" if arg in ("--dry-run", "--dry_run") else arg for arg in args]
             auto_cli(sweep, args=given, as_positional=True, prog=prog)
         case "figure":
-            from lightning_locality.plotting.command import draw_figure
+            from lightning_locality.plotting.command import plot_figure
 
-            draw_figure(args)
+            plot_figure(args)
         case "rank":
             from jsonargparse import auto_cli
 

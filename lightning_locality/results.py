@@ -1,4 +1,4 @@
-"""Runs and sweeps as pandas frames: the only reader of run directories."""
+"""Read run directories as pandas frames, write ``results.csv``; the only reader of run directories."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed, nn
 
 import lightning_locality
-from lightning_locality.callbacks.history import MetricsFile, Stopwatch, use_atomic_checkpoints
+from lightning_locality.callbacks.resume import MetricsFile, Stopwatch, use_atomic_checkpoints
 from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.datamodules.base import AbstractImageDataModule
 from lightning_locality.plotting.recovery import component_curves, magnitude_groups

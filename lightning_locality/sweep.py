@@ -97,7 +97,7 @@ def sweep(
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-    from lightning_locality.plotting.command import draw_sweep_figure  # here because matplotlib takes a second
+    from lightning_locality.plotting.command import plot_sweep_figure  # here because matplotlib takes a second
 
     labels = {run.folder: run.labels for run in runs}
     with FileLock(plan.folder / ".lock"):  # another sweep of this folder may end at the same time
@@ -108,7 +108,7 @@ def sweep(
         wide.print(_result_table(frame))
         for folder, log in failed.items():
             console.print(f"failed: {folder.name}\n{log}")
-        picture = draw_sweep_figure(plan.figure, frame, plan.folder)
+        picture = plot_sweep_figure(plan.figure, frame, plan.folder)
     files = f"results.csv, {picture.name}" if picture else "results.csv"
     console.print(f"In {plan.folder}: {files}, and a folder for every run, with its own figures (figures/*.png).")
     if failed:

@@ -27,7 +27,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_locality.callbacks.history import AtomicCheckpointIO, use_atomic_checkpoints
+from lightning_locality.callbacks.resume import AtomicCheckpointIO, use_atomic_checkpoints
 from lightning_locality.cli import main
 from lightning_locality.datamodules.base import AbstractImageDataModule, IndexLoader, Split
 from lightning_locality.regularizer.anti_locality import AntiLocality, input_gradient_change

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from lightning_locality import plotting
 from lightning_locality.cli import main
-from lightning_locality.plotting.command import check_figure, draw_sweep_figure
+from lightning_locality.plotting.command import check_figure, plot_sweep_figure
 from lightning_locality.plotting.style import save_figure
 from lightning_locality.results import read_runs
 
@@ -391,14 +391,14 @@ def test_a_sweep_draws_the_same_chart(tmp_path: Path, drawn: list[Figure]) -> No
     }
     figure = {"kind": "accuracy", "x": "distance", "group": ["weight"], "labels": {"weight": "λ"}}
     check_figure(figure, ["variant", "distance", "weight", "seed"])
-    assert draw_sweep_figure(figure, read_runs(list(labels), labels), tmp_path) is None
+    assert plot_sweep_figure(figure, read_runs(list(labels), labels), tmp_path) is None
     for folder in list(labels)[:-1]:
         folder.mkdir()
         (folder / "metrics.csv").write_text("epoch,train/accuracy\n0,0.5\n1,0.75\n")
         accuracy = 0.5 + 0.1 * labels[folder]["seed"]
         (folder / "summary.json").write_text(json.dumps({"metrics": {"test/accuracy": accuracy}, "seconds": 7}))
     runs = read_runs(list(labels), labels)
-    assert draw_sweep_figure(figure, runs, tmp_path) == tmp_path / "accuracy.png"
+    assert plot_sweep_figure(figure, runs, tmp_path) == tmp_path / "accuracy.png"
     found = pd.read_csv(tmp_path / "accuracy.csv")[["weight", "distance", "mean", "n", "runs"]]
     assert found.to_numpy().tolist() == [
         [0, 0, 0.55, 2, 2],
@@ -406,11 +406,11 @@ def test_a_sweep_draws_the_same_chart(tmp_path: Path, drawn: list[Figure]) -> No
         [1, 0, 0.55, 2, 2],
         [1, 80, 0.5, 1, 2],
     ]
-    draw_sweep_figure({"kind": "xy", "x": "distance", "y": "seconds"}, runs, tmp_path)
+    plot_sweep_figure({"kind": "xy", "x": "distance", "y": "seconds"}, runs, tmp_path)
     assert set(pd.read_csv(tmp_path / "xy.csv")["mean"]) == {7}
     # by default against the epoch, if there is no distance
     plain = {folder: {"variant": f"v{own['seed']}"} for folder, own in labels.items()}
-    assert draw_sweep_figure(None, read_runs(list(plain), plain), tmp_path) == tmp_path / "accuracy.png"
+    assert plot_sweep_figure(None, read_runs(list(plain), plain), tmp_path) == tmp_path / "accuracy.png"
     assert [len(axes.lines) for axes in drawn[-1].axes] == [7 + 1, 1]
     found = pd.read_csv(tmp_path / "accuracy.csv")
     assert list(found) == ["run", "variant", "epoch", "train/accuracy"]
@@ -421,9 +421,9 @@ def test_a_sweep_of_runs_without_accuracies_has_no_default_figure(tmp_path: Path
     (tmp_path / "a").mkdir()
     for metric in ("train/loss", "test/accuracy"):  # without a metrics.csv, too, there are no accuracies by epoch
         (tmp_path / "a" / "summary.json").write_text(json.dumps({"metrics": {metric: 1.0}}))
-        assert draw_sweep_figure(None, read_runs([tmp_path]), tmp_path) is None
+        assert plot_sweep_figure(None, read_runs([tmp_path]), tmp_path) is None
     with pytest.raises(ValueError, match="no run directory with accuracies by epoch"):
-        draw_sweep_figure({"kind": "accuracy"}, read_runs([tmp_path]), tmp_path)
+        plot_sweep_figure({"kind": "accuracy"}, read_runs([tmp_path]), tmp_path)
 
 
 def test_the_figure_of_a_sweep_is_checked_before_its_runs() -> None:

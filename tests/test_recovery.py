@@ -14,7 +14,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_locality.callbacks.history import MetricsFile
+from lightning_locality.callbacks.resume import MetricsFile
 from lightning_locality.datamodules.tensor_recovery import RepeatedBatch
 from lightning_locality.optim import GradientFlow, GroupRMSprop
 from lightning_locality.tasks.classification import NonFiniteLossError

@@ -20,7 +20,7 @@ import torch
 import yaml
 from pytorch_lightning import LightningModule
 
-from lightning_locality.callbacks.history import MetricsFile, Stopwatch
+from lightning_locality.callbacks.resume import MetricsFile, Stopwatch
 from lightning_locality.cli import main
 from lightning_locality.tasks.classification import Classification
 

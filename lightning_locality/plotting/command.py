@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_figure", "draw_figure", "draw_sweep_figure"]
+__all__: list[str] = []
 
 import inspect
 import json
@@ -29,7 +29,7 @@ _PRINTED = 60  # rows of the printed table
 _OWN = ({"mean", "std", "n", "runs"}, {"run", "quantity", "value"}, {"run", "epoch"})
 
 
-def draw_figure(args: Sequence[str]) -> None:
+def plot_figure(args: Sequence[str]) -> None:
     """Draw a figure of finished runs into a PDF and a PNG file, with its numbers in a CSV file next to them.
 
     Args:
@@ -101,7 +101,7 @@ def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
             find_columns(known_columns, options.get(option), f"figure {kind!r}: {option}")
 
 
-def draw_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:
+def plot_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:
     """Draw the figure of a sweep into ``FOLDER/KIND.pdf`` and ``.png``, with its numbers in ``KIND.csv``.
 
     Args:

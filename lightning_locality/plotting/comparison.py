@@ -124,7 +124,7 @@ def xy(
         grid[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     for axes, title in zip(grid, titles, strict=True):
         own, joined = drawn[drawn["title"] == title], numeric and not points
-        style.draw_lines(axes, own, lines, statistic, spread, joined=joined, orient=along)
+        style.plot_lines(axes, own, lines, statistic, spread, joined=joined, orient=along)
         if level is not None:
             draw_level = axes.axhline if numeric else axes.axvline
             draw_level(scale * level, zorder=0, label=_value("chance", labels), **_DOTTED)
@@ -249,7 +249,7 @@ def depth(runs: pd.DataFrame, x: str = "depth", group: str = "variant", width: W
     ranks = [name for name in runs.columns if name.startswith("effective rank/")]
     more = {"effective rank": runs[ranks].mean(axis=1), "number of components": number_of_components(runs)}
     figure, axes = style.panels(3, width, 1.8)
-    numbers = _draw_ends(axes, runs.assign(**more), x, (*more, "reconstruction_error"), group, "median", "range")
+    numbers = _plot_ends(axes, runs.assign(**more), x, (*more, "reconstruction_error"), group, "median", "range")
     style.legend_below(figure)
     return figure, numbers
 
@@ -277,7 +277,7 @@ def rank(
     figure = Figure(figsize=(WIDTHS[width], 1.8 * values.nunique()), layout="constrained")
     for axes, source in zip(figure.subplots(values.nunique(), 2, squeeze=False), ordered(values), strict=True):
         own = runs[values == source]
-        table = _draw_ends(axes, own, "rank", ("train/loss", "test/loss"), group, "mean", "std", scale, trivial)
+        table = _plot_ends(axes, own, "rank", ("train/loss", "test/loss"), group, "mean", "std", scale, trivial)
         tables.append(table)
         for name in sources:
             table.insert(1, name, source)
@@ -305,14 +305,14 @@ def observations(
     """
     names = ["reconstruction_error", *([ranks] if ranks in runs else [])]
     figure, axes = style.panels(len(names), width, 2.1)
-    numbers = _draw_ends(axes, runs, x, names, group, "median", "quartiles")
+    numbers = _plot_ends(axes, runs, x, names, group, "median", "quartiles")
     if len(names) > 1:
         axes[1].set_ylabel("estimated CP rank")
     style.legend_below(figure)
     return figure, numbers
 
 
-def _draw_ends(
+def _plot_ends(
     axes: Sequence[Axes],
     runs: pd.DataFrame,
     x: str,
@@ -333,7 +333,7 @@ def _draw_ends(
     tables = []
     for panel, name in zip(axes, quantities, strict=True):
         if name in runs:
-            style.draw_lines(panel, data.assign(y=scale * data[name]), lines, statistic, spread, band=True)
+            style.plot_lines(panel, data.assign(y=scale * data[name]), lines, statistic, spread, band=True)
             tables.append(aggregate(runs, [group, x], name))
             tables[-1].insert(0, "quantity", name)
         if level is not None:

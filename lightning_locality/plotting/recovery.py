@@ -1,4 +1,4 @@
-"""Figures of recovery runs: what grows and when, an unobserved entry against the loss."""
+"""Figures of recovery runs: staircases of what grows and when; an unobserved entry against the loss."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def dynamics(
     loss: bool = True,
     width: Width = "column",
 ) -> Drawn:
-    """What grows, reconstruction error and loss against the iteration, a column per run.
+    """Staircases: what grows, reconstruction error and loss against the iteration, a column per run.
 
     One run: a panel per group and one for the error. Several runs: a column for each, its first group above and
     its error below, as in *Implicit Regularization in Tensor Factorization* (Razin, Maman, Cohen, 2021) and
@@ -270,7 +270,7 @@ def value(
     titles = table["title"].unique()
     figure, grid = style.panels(len(titles), width or ("column" if len(titles) == 1 else "text"), 2.1)
     for axes, title in zip(grid, titles, strict=True):
-        _draw_values(axes, table[table["title"] == title], table["label"].unique().tolist(), curves)
+        _plot_values(axes, table[table["title"] == title], table["label"].unique().tolist(), curves)
         axes.set(xlabel="loss", ylabel=f"|entry ({entry.replace('-', ', ')})|")
         axes.set_title(title, fontsize=8)
     style.legend_below(figure)
@@ -288,7 +288,7 @@ def _problem(run: Path) -> _Problem | None:
     return data["z"], data["z_prime"], data["eps"], data["rows"] > 2
 
 
-def _draw_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapping[Path, pd.Series]) -> None:
+def _plot_values(axes: Axes, runs: pd.DataFrame, labels: list[str], curves: Mapping[Path, pd.Series]) -> None:
     """Draw the entry of every run, and the bound of each problem: in black if all runs share it."""
     axes.set(xscale="log", yscale="log")
     bounds: dict[_Problem, str] = {}

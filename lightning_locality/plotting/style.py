@@ -94,7 +94,7 @@ def panels(number: int, width: Width, height: float, share: bool = False) -> tup
     return figure, grid[:number]
 
 
-def draw_lines(
+def plot_lines(
     axes: Axes,
     data: pd.DataFrame,
     lines: Sequence[str],

@@ -1,4 +1,4 @@
-"""Spectra of a factored tensor from triangular factors, carried up and down its tree."""
+"""The QR sweep: spectra of a factored tensor from triangular factors, carried up and down its tree."""
 
 from __future__ import annotations
 

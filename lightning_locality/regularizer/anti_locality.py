@@ -1,4 +1,4 @@
-"""The anti-locality regulariser: input gradients at one patch must depend on the content of another patch.
+"""The anti-locality regulariser R = mean |cos(df/dx_I, df/dx'_I)|: gradients at patch I must depend on patch J.
 
 Legend: B batch, C channels, H height, W width, K classes.
 """

@@ -1,4 +1,4 @@
-"""The history of a run: metrics, seconds and checkpoints that survive being killed and resumed."""
+"""What happens on resume: metrics, seconds and checkpoints of a run that has been killed or stopped."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def rank(
     plan = [one for name, run in runs.items() for one in measurements(name, run, settings, folder / "parts")]
     # without a terminal rich would wrap the table at 80 columns
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    missing = [one for one in plan if one.result() is None]
+    # equal checkpoints under two labels share a result
+    missing = list({one.path: one for one in plan if one.result() is None}.values())
     try:
         _measure_all(missing, workers, Evaluation(chunk, torch.float64 if float64 else None), console)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ COUNTS = ("epochs", "iterations", "seconds")
 @contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
     """Open a text file that replaces ``path`` only once it has been written completely."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.part")
     # no translation of line ends: csv writes its own
     with temporary.open("w", newline="") as file:
         yield file
@@ -98,7 +98,9 @@ def _read_path(path: Path) -> list[_Run]:
         return [_read_run(path)]
     if not path.is_dir():
         raise ValueError(f"there is no file or folder {path}")
-    listed = _read_table(path / "results.csv") if (path / "results.csv").is_file() else []
+    table = path / "results.csv"
+    # a sweep without finished runs leaves an empty table
+    listed = _read_table(table) if table.is_file() and table.read_text().strip() else []
     folders = {child.name: child for child in sorted(path.iterdir()) if _is_run(child)}
     if not listed and not folders:
         raise ValueError(f"{path} has neither a results.csv nor run directories: give the folder of a sweep, or a CSV")
@@ -115,7 +117,10 @@ def _is_run(folder: Path) -> bool:
 def _read_table(path: Path) -> list[_Run]:
     """Read a CSV file; the columns before the counts are the labels."""
     # spreadsheets begin a file with a byte order mark; "None" may be the name of a variant
-    table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=["", "nan"])
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=["", "nan"])
+    except pd.errors.EmptyDataError:
+        table = pd.DataFrame()
     if table.empty:
         raise ValueError(f"{path} has no rows: no run has finished")
     names = list(table)

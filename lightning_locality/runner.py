@@ -45,6 +45,8 @@ from lightning_locality.regularizer.patches import AbstractPatches
 from lightning_locality.results import atomic_write, flatten, history, last_metrics, read_settings, write_json
 
 _PROGRAM = "lightning-locality"
+# not Any, by which jsonargparse would read a variant "off" as False and "1e-3" as a number
+_Labels = dict[str, str | bool | int | float | list | dict | None]  # type: ignore[type-arg]
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 _TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
@@ -113,7 +115,7 @@ class LocalityCLI(LightningCLI):
         labels = "Labels copied to summary.json, by which tables and figures group runs."
         parser.add_argument("--run_dir", type=str | None, default=None, help=run_dir)
         parser.add_argument("--test_after_fit", type=Literal["no", "last", "best"], default="no", help=test)
-        parser.add_argument("--labels", type=dict[str, Any] | None, default=None, help=labels)
+        parser.add_argument("--labels", type=_Labels | None, default=None, help=labels)
 
     def _parse_ckpt_path(self) -> None:
         """Keep what was typed and warn if the checkpoint differs; Lightning would take the checkpoint's settings."""
@@ -207,7 +209,7 @@ class LocalityCLI(LightningCLI):
             return
         scores = _floats(self.trainer.callback_metrics)
         counts: dict[str, float] = {"epochs": self.trainer.current_epoch}
-        own_summary = getattr(self.model, "summary", None)
+        own_summary = getattr(self.model, "run_summary", None)
         if own_summary is not None:
             metrics, more = own_summary(time.time() - self.fit_started)
             scores, counts = scores | metrics, counts | more

@@ -87,7 +87,8 @@ def sweep(
             started = f"{run.folder.name} was started with other settings ({changes})"
             console.print(f"{started} and {now}: remove its folder to run it anew")
     workers = _slurm(plan) if plan.cluster == "slurm" else _this_machine(plan)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminated like interrupted
+    # terminated like interrupted, and interrupted even in the background of a script, which ignores it
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with workers as submit:
             failed = _run_all(runs, submit, console, _POLL[plan.cluster])
@@ -96,7 +97,8 @@ def sweep(
         console.print(f"interrupted: {done} of {len(runs)} runs are finished; re-run the same command to resume")
         raise SystemExit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     from lightning_locality.plotting.command import plot_sweep_figure  # here because matplotlib takes a second
 
     labels = {run.folder: run.labels for run in runs}
@@ -213,6 +215,11 @@ def _slurm(plan: SweepFile) -> Iterator[Submit]:
     options = {"job_name": plan.folder.name, **plan.slurm}
     if plan.devices_per_run > 1 and not options.keys() & {"gpus_per_node", "gpus_per_task", "gres"}:
         options["gpus_per_node"] = plan.devices_per_run
+    # submitit's own names, which its executor for SLURM takes in SLURM's words
+    if "timeout_min" in options:
+        options["time"] = options.pop("timeout_min")
+    if "mem_gb" in options:
+        options["mem"] = f"{options.pop('mem_gb')}GB"
     try:
         executor = submitit.SlurmExecutor(plan.folder / "log", max_num_timeout=_REQUEUES)
         executor.update_parameters(**options)

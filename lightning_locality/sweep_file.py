@@ -122,7 +122,9 @@ class SweepFile:
             from lightning_locality.plotting.command import check_figure  # here because matplotlib takes a second
 
             try:
-                check_figure(self.figure, ["variant", *self._axes])
+                grid = [option.strip() for options in self.grid for option in options.split(",")]
+                own = [name for variant in self.variants.values() for name in (variant or {}).get("set") or {}]
+                check_figure(self.figure, list(dict.fromkeys(["variant", *self._axes, *grid, *self.set, *own])))
             except ValueError as error:
                 self._refuse(str(error))
 

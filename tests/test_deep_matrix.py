@@ -182,3 +182,8 @@ def test_bad_arguments() -> None:
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             DeepMatrix(**arguments)
+
+
+def test_unknown_sign_of_the_determinant() -> None:
+    with pytest.raises(ValueError, match="determinant must be 'positive', 'negative' or None, got 'zz'"):
+        DeepMatrix((2, 2), determinant="zz")  # type: ignore[arg-type]

@@ -49,7 +49,9 @@ def test_type_checkers_see_the_names() -> None:
 
 def test_former_modules_lead_to_the_face() -> None:
     """Class paths in checkpoints and configurations of version 0.1."""
-    assert importlib.import_module("lightning_locality.patches").FarField is FarField
+    patches = importlib.import_module("lightning_locality.patches")
+    assert patches.FarField is FarField
+    assert patches.AbstractPatches is FarField.__base__
     for former, name in (
         ("datamodules.same_class", "SameClass"),
         ("datamodules.recovery", "TensorRecovery"),
@@ -57,6 +59,9 @@ def test_former_modules_lead_to_the_face() -> None:
         ("tasks.rank_monitor", "RankMonitor"),
         ("optim.group_rmsprop", "GroupRMSprop"),
         ("circuit", "ConvolutionalArithmeticCircuit"),
+        ("augmentation", "RandomShift"),
+        ("datamodules.two_by_two", "UnboundedCompletion"),
+        ("tasks.anti_locality_callback", "AntiLocalityCallback"),
     ):
         module = importlib.import_module(f"lightning_locality.{former}")
         assert getattr(module, name) is getattr(lightning_locality, name)

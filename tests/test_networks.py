@@ -71,3 +71,8 @@ def test_errors() -> None:
         SmallResNet(widths=(4, 4), strides=(1,))
     with pytest.raises(ValueError, match="at least 1"):
         SmallResNet(in_channels=0)
+
+
+def test_a_bare_layer_cannot_be_adapted() -> None:
+    with pytest.raises(ValueError, match="Conv2d is itself the layer to replace"):
+        adapt(torch.nn.Conv2d(2, 2, 1), 1, 1)

@@ -199,3 +199,8 @@ def test_curve_summary() -> None:
     for loss in (1e-1, 1e-2, 1e-3, 1e-4):
         assert found[f"|entry/0-0| at loss {loss:g}"] == pytest.approx(math.sqrt(1 / (2 * loss)), rel=1e-9)
         assert found[f"sign of the determinant at loss {loss:g}"] == -1
+
+
+def test_runs_without_a_time_are_drawn_against_the_iteration() -> None:
+    figure = component_curves({"flow": TREE, "descent": CP}, x="time")
+    assert [axes.get_xlabel() for axes in figure.axes][:2] == ["time", "iteration"]

@@ -226,3 +226,11 @@ def test_the_last_metrics_are_kept_even_if_they_are_not_numbers(tmp_path: Path) 
     found = last_metrics(tmp_path)
     assert math.isnan(found["a"])
     assert found["b"] == 2
+
+
+def test_an_empty_table_of_a_sweep_hides_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", summary(0.5))
+    (tmp_path / "results.csv").write_text("\r\n")
+    assert list(read_runs([tmp_path])["run"]) == ["a"]
+    with pytest.raises(ValueError, match=r"results\.csv has no rows"):
+        read_runs([tmp_path / "results.csv"])

@@ -389,3 +389,38 @@ def test_any_module_with_the_callback(tmp_path: Path) -> None:
     # what a run would find in its checkpoint that had ended before the last row
     last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["callbacks"]["MetricsFile"]
     assert last == {"rows": 1, "next": rows[-1]}
+
+
+def test_labels_keep_their_types(tmp_path: Path) -> None:
+    """A variant may be called off, 1 or 1e-3: table and figures group by these texts."""
+    labels = {"variant": "off", "a": "1", "b": "1e-3", "c": "far: plain", "d": 3, "e": 0.5, "f": True, "g": None}
+    labels["h"] = ["1", 2]
+    matrix = f"--config={CONFIGS / 'recovery' / 'matrix.yaml'}"
+    few = ("--model.max_iterations=50", "--model.steps=25", "--model.measure_every=25")
+    main(["fit", matrix, *few, f"--run_dir={tmp_path / 'run'}", f"--labels={json.dumps(labels)}"])
+    assert summary_of(tmp_path / "run")["labels"] == labels
+    # continued twice into another folder: each time the rows that follow the checkpoint, once
+    for _ in range(2):
+        more = f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}"
+        with pytest.warns(UserWarning, match="max_iterations: the checkpoint"):
+            main(["fit", matrix, *few[1:], "--model.max_iterations=100", f"--run_dir={tmp_path / 'more'}", more])
+        iterations = [int(row["iteration"]) for row in rows_of(tmp_path / "more")]
+        assert iterations == sorted(set(iterations))
+        assert iterations[-1] == 100
+
+
+def test_the_row_of_an_epoch_is_kept_if_a_module_logs_for_itself(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    file._epoch_ends = True
+    file.log_metrics({"own": 1.0}, step=3)
+    assert file._epoch_ends
+    file.log_metrics({"train/loss": 0.5, "epoch": 0}, step=3)
+    assert not file._epoch_ends
+
+
+def test_a_checkpoint_of_the_last_version_brings_the_row_of_its_epoch(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss,val/loss\n0,3,0.5,0.75\n1,7,,0.25\n")
+    kept = {"epoch": 1, "step": 7, "train/loss": 0.125, "val/loss": 0.25}
+    file, checkpoint = MetricsFile(tmp_path), {"global_step": 8, "callbacks": {"KeptRow": {"row": kept}}}
+    file.on_load_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
+    assert file._stored == {"steps": 8, "rows": 2, "next": {"epoch": 1, "step": 7, "train/loss": 0.125}}

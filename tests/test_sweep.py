@@ -622,3 +622,13 @@ def test_slurm_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], reques
         assert expected in capsys.readouterr().err
         if expected == "srun":
             request.getfixturevalue("slurm")
+
+
+@pytest.mark.parametrize("x", ["distance", "data.distance", "weight", "data.canvas"])
+def test_a_figure_may_use_options_by_either_name_and_settings_by_their_full_one(tmp_path: Path, x: str) -> None:
+    grid = {"data.distance": [0, 8]}
+    variants = {"a": {"set": {"model.weight": 0}}, "b": {"set": {"model.weight": 3}}}
+    figure = {"kind": "xy", "x": x, "y": "test/accuracy"}
+    assert len(SweepFile.read(write(tmp_path / "a.yaml", grid=grid, variants=variants, figure=figure)).runs()) == 4
+    with pytest.raises(ValueError, match="distanse"):
+        SweepFile.read(write(tmp_path / "b.yaml", grid=grid, figure={**figure, "x": "distanse"}))

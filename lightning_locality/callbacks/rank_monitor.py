@@ -152,7 +152,7 @@ class RankMonitor(Callback):
             return
         what = self._subject(pl_module)
         values = _nodes(pl_module) if what == "nodes" else self._distances(what, trainer, pl_module)
-        iteration = getattr(pl_module, "iteration", None)
+        iteration = getattr(pl_module, "iteration", None) if _factorization(pl_module) is not None else None
         logged = bool(trainer.loggers) and not isinstance(iteration, int)
         if isinstance(iteration, int):
             # a module that counts iterations of its own, as Recovery: its rows are those of an iteration

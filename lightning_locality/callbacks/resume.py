@@ -38,6 +38,7 @@ class MetricsFile(Logger, Callback):
         self._columns: list[str] = []
         self._rows = 0
         self._epoch_ends = False
+        self._stored: dict[str, Any] = {}
 
     @property
     def name(self) -> None:
@@ -55,7 +56,8 @@ class MetricsFile(Logger, Callback):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append a row."""
-        self._epoch_ends = False
+        # a module may log for itself at the end of an epoch; Lightning's own row names the epoch
+        self._epoch_ends = self._epoch_ends and "epoch" not in metrics
         self._append({**_scalars(metrics), "step": step})
 
     @rank_zero_only
@@ -98,19 +100,25 @@ class MetricsFile(Logger, Callback):
         checkpoint["callbacks"][self.state_key] = {"rows": self._rows, "next": row}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what the checkpoint says; one of version 0.1 does not hold the number of its rows."""
-        self._stored: dict[str, Any] = checkpoint["callbacks"].get(self.state_key, {})
-        if not self._stored:
-            recovery = checkpoint.get("recovery")
-            steps = recovery["row"].get("iteration", 0) + 1 if recovery else checkpoint["global_step"]
-            self._stored = {"rows": sum(int(row["step"]) < steps for row in self._read()), "next": {}}
+        """Take what the checkpoint says; one of version 0.1 holds the row of its epoch, but no number of rows."""
+        recovery = checkpoint.get("recovery")
+        steps = recovery["row"].get("iteration", 0) + 1 if recovery else checkpoint["global_step"]
+        self._stored = {**checkpoint["callbacks"].get(self.state_key, {}), "steps": steps}
+        if "rows" not in self._stored:
+            kept = checkpoint["callbacks"].get("KeptRow", {}).get("row", {})
+            rows = [row for row in self._read() if int(row["step"]) < steps]
+            known = {name for row in rows if row.get("epoch") == str(kept.get("epoch")) for name in row if row[name]}
+            missing = {name: value for name, value in kept.items() if name not in known}
+            place = {name: kept[name] for name in ("epoch", "step") if missing}
+            self._stored |= {"rows": len(rows), "next": {**missing, **place}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the file of a resumed run back to the rows of its checkpoint; another folder starts a file of its own."""
-        if not trainer.ckpt_path or not trainer.is_global_zero:
+        if not self._stored or not trainer.is_global_zero:
             return
-        rows = self._read()[: self._stored["rows"]]
-        if self._stored["next"] and (rows or Path(trainer.ckpt_path).parent.resolve() == self.folder.resolve()):
+        # later steps: the folder holds an earlier continuation of the checkpoint
+        rows = [row for row in self._read()[: self._stored["rows"]] if int(row["step"] or 0) <= self._stored["steps"]]
+        if self._stored["next"] and (rows or Path(str(trainer.ckpt_path)).parent.resolve() == self.folder.resolve()):
             rows.append(self._stored["next"])
         if rows or self.path.is_file():
             self._write(rows)

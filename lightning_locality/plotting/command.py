@@ -98,7 +98,10 @@ def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
         x = options.get("x") if option == "x" else None
         # metrics and counts are known only after the runs
         if x is None or not (kind == "components" or x == "epoch" or "/" in x or x in _RESULTS):
-            find_columns(known_columns, options.get(option), f"figure {kind!r}: {option}")
+            names = options.get(option)
+            # full names may be settings of the configuration files
+            own = [name for name in ([names] if isinstance(names, str) else names or ()) if "." not in name]
+            find_columns(known_columns, own, f"figure {kind!r}: {option}")
 
 
 def plot_sweep_figure(figure: Mapping[str, Any] | None, runs: pd.DataFrame, folder: Path) -> Path | None:

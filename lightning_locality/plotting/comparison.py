@@ -223,7 +223,7 @@ def _against_epoch(runs: pd.DataFrame, group: Sequence[str] | str | None) -> Dra
         if columns := [name for name in own.columns if name in ("train/accuracy", "val/accuracy")]:
             histories.setdefault(", ".join(shown(row[name]) for name in groups), []).append(own)
             # epochs count from one, as on the axis
-            table = own[columns].rename(index=lambda epoch: epoch + 1).reset_index()
+            table = own[columns].dropna(how="all").rename(index=lambda epoch: epoch + 1).reset_index()
             tables.append(pd.DataFrame({name: row[name] for name in ("run", *groups)}, index=table.index).join(table))
     if not histories:
         known = [name for name in runs.columns if name not in runs.attrs.get("settings", ())]
@@ -271,6 +271,8 @@ def rank(
         width: 3.35 or 6.9 inches.
     """
     settings = runs.attrs.get("settings", ())
+    if not any(_last(name) == "rank" and name not in settings for name in runs.columns):
+        raise ValueError("there is no column 'rank': the rank of the CP factorisation was not varied in these runs")
     sources = [name for name in runs.columns if _last(name) == "source" and name not in settings][:1]
     values = runs[sources[0]] if sources else pd.Series("", index=runs.index)
     tables = []

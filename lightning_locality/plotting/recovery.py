@@ -200,7 +200,8 @@ def component_curves(
         for axes in row_axes[len(row) :]:
             axes.axis("off")
         for axes, (title, rows, group) in zip(row_axes, row, strict=False):
-            rows = rows.reset_index().set_index(x)
+            rows, along = rows.reset_index(), x if x in rows else "iteration"  # only gradient flow has a time
+            rows = rows.set_index(along)
             if group in curves:
                 # the loss instead of the error if the target is unknown
                 name = group if group in rows else _LOSS
@@ -212,7 +213,7 @@ def component_curves(
                     axes.plot(rows[name].dropna(), color=color, linewidth=1.0, zorder=3 - 0.01 * position)
                 axes.set(ylabel=_label(group), ylim=(0, None))
             axes.set_title(title, fontsize=8)
-            axes.set_xlabel(x)
+            axes.set_xlabel(along)
             axes.locator_params(axis="x", nbins=3)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure

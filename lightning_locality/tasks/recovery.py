@@ -152,7 +152,7 @@ class Recovery(LightningModule):
         """Forget the problem of an earlier fit, and count iterations from here."""
         self._batch, self._first_iteration = None, self.iteration
 
-    def summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    def run_summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
         """Return the last measurement, and the counts of this fit of that many seconds, for ``summary.json``."""
         done = self.iteration - self._first_iteration
         return self.row, {"iterations": self.iteration, "iterations_per_second": round(done / seconds, 2)}

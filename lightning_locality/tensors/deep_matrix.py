@@ -69,6 +69,8 @@ class DeepMatrix(Factorization):
         (self.degree,) = per_mode("depth", depth, 1)
         inner = per_mode("hidden", min(self.shape) if hidden is None else hidden, self.degree - 1)
         square = self.shape[0] == self.shape[1] and min(inner, default=self.shape[0]) >= self.shape[0]
+        if determinant not in (None, "positive", "negative"):
+            raise ValueError(f"determinant must be 'positive', 'negative' or None, got {determinant!r}")
         if not square and (determinant is not None or init == "identity"):
             needs = "a square matrix and hidden widths of at least its size"
             raise ValueError(f"determinant and init='identity' need {needs}, got shape {self.shape} and hidden {inner}")

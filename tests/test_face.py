@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 import time
@@ -38,6 +39,10 @@ def test_every_name_is_there_and_completes() -> None:
         value = getattr(lightning_locality, name)
         assert value.__module__.startswith("lightning_locality.")
         assert value.__doc__
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert lightning_locality.__version__ == importlib.metadata.version("lightning-locality")
 
 
 def test_type_checkers_see_the_names() -> None:

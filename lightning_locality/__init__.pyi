@@ -15,12 +15,17 @@ from .optim import GradientFlow, GroupRMSprop
 from .ranks import (
     blocks,
     checkerboard,
+    contribution_norms,
     cp_rank,
     cut_share,
+    data_alignment,
+    data_entanglement,
     data_spectra,
     halves,
     interaction_profile,
     node_spectra,
+    participation_ratios,
+    standard_cuts,
 )
 from .regularizer import (
     AdjacentPatches,
@@ -72,12 +77,17 @@ __all__ = [
     "UniformPatches",
     "blocks",
     "checkerboard",
+    "contribution_norms",
     "cp_rank",
     "cut_share",
+    "data_alignment",
+    "data_entanglement",
     "data_spectra",
     "halves",
     "input_gradient_change",
     "interaction_profile",
     "node_spectra",
+    "participation_ratios",
+    "standard_cuts",
 ]
 __version__: str

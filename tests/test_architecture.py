@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_layers import FILES, LIGHTNING_IN, MAY_IMPORT, PACKAGE
 
+import lightning_locality
 from lightning_locality import AntiLocality, SmallResNet
 from lightning_locality.networks import adapt
 
@@ -19,6 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 def test_tree_names_every_file() -> None:
     (tree,) = re.findall(r"```\nlightning_locality/\n(.*?)```", TEXT, re.DOTALL)
+    assert f"public face: {len(lightning_locality.__all__)} names" in tree
     shown: set[str] = set()
     folders: list[str] = []
     for line in tree.splitlines():

@@ -119,7 +119,7 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
     """
     kind = type(network).__name__
     convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
-    if isinstance(network, (nn.Conv2d, nn.Linear)):
+    if isinstance(network, nn.Conv2d):
         raise ValueError(f"network {kind} is itself the layer to replace: wrap it in nn.Sequential")
     if not convolutions:
         remedy = "pass a network that already takes them, and omit num_classes and in_channels"

@@ -191,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Reading]:
         profiles[kind] = profile
 
     options.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(readings).to_csv(options.out / "known_distances.csv", index=False, lineterminator="\r\n")
+    # as objects: whole numbers stay whole
+    table = pd.DataFrame(readings, dtype=object)
+    table.to_csv(options.out / "known_distances.csv", index=False, na_rep="nan", lineterminator="\r\n")
     save_figure(draw(reached, profiles), options.out / "known_distances")
     for r in readings:
         print(f"{r.network:<20} {r.quantity:<36} {r.measured:>9.4f} ± {r.error:.4f}   expected {r.expected:.4f}")

@@ -100,13 +100,12 @@ def _read_path(path: Path) -> list[_Run]:
         raise ValueError(f"there is no file or folder {path}")
     table = path / "results.csv"
     # a sweep without finished runs leaves an empty table
-    listed = _read_table(table) if table.is_file() and table.read_text().strip() else []
+    runs = _read_table(table, latest=True) if table.is_file() and table.read_text().strip() else []
     folders = {child.name: child for child in sorted(path.iterdir()) if _is_run(child)}
-    if not listed and not folders:
+    if not runs and not folders:
         raise ValueError(f"{path} has neither a results.csv nor run directories: give the folder of a sweep, or a CSV")
-    # the table has the order of the sweep, the directories the latest numbers
-    runs = [_read_run(folders.pop(run.name), run.labels) if run.name in folders else run for run in listed]
-    return runs + [_read_run(folder) for folder in folders.values()]
+    listed = {run.name for run in runs}
+    return runs + [_read_run(folder) for name, folder in folders.items() if name not in listed]
 
 
 def _is_run(folder: Path) -> bool:
@@ -114,8 +113,8 @@ def _is_run(folder: Path) -> bool:
     return any(os.path.isfile(folder / name) for name in ("summary.json", "metrics.csv", "config.yaml"))
 
 
-def _read_table(path: Path) -> list[_Run]:
-    """Read a CSV file; the columns before the counts are the labels."""
+def _read_table(path: Path, latest: bool = False) -> list[_Run]:
+    """Read a CSV file; columns before the counts are labels. ``latest``: numbers of the run directories, if there."""
     # spreadsheets begin a file with a byte order mark; "None" may be the name of a variant
     try:
         table = pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=["", "nan"])
@@ -131,8 +130,8 @@ def _read_table(path: Path) -> list[_Run]:
         name = Path(str(known.pop("run", ""))).name
         folder = path.parent / name if name and _is_run(path.parent / name) else None
         labels = {key: known.pop(key) for key in before if key in known}
-        settings = _read_run(folder).settings if folder else {}
-        runs.append(_Run(name, folder, True, labels, known, settings))
+        own = _read_run(folder, labels) if folder else _Run(name, None, True, labels, known, {})
+        runs.append(own if latest else replace(own, finished=True, labels=labels, results=known))
     return runs
 
 

@@ -103,6 +103,8 @@ class SweepFile:
         for name, (kind, shape) in _SHAPES.items():
             if (value := getattr(self, name)) and not isinstance(value, kind):
                 self._refuse(f"{name} must be {shape}, got {value!r}")
+        for name, own in self.variants.items():
+            _check_keys(own or {}, f"{self.path}: variant {str(name)!r}", ("configs", "set"))
         for option, values in self.grid.items():
             if not isinstance(values, list) or not values:
                 self._refuse(f"grid: {option} must be a list of values, as [0, 1], got {values!r}")
@@ -123,8 +125,8 @@ class SweepFile:
 
             try:
                 grid = [option.strip() for options in self.grid for option in options.split(",")]
-                own = [name for variant in self.variants.values() for name in (variant or {}).get("set") or {}]
-                check_figure(self.figure, list(dict.fromkeys(["variant", *self._axes, *grid, *self.set, *own])))
+                varied = [name for variant in self.variants.values() for name in (variant or {}).get("set") or {}]
+                check_figure(self.figure, list(dict.fromkeys(["variant", *self._axes, *grid, *self.set, *varied])))
             except ValueError as error:
                 self._refuse(str(error))
 
@@ -182,12 +184,10 @@ class SweepFile:
         return list(runs.values())
 
     def _run(self, labels: Mapping[str, Any], own: Mapping[str, Any], point: Mapping[str, Any]) -> Run:
-        where = f"variant {labels['variant']!r}"
-        _check_keys(own, f"{self.path}: {where}", ("configs", "set"))
         configs = [self.path.parent / name for name in (*self.configs, *(own.get("configs") or ()))]
         for config in configs:
             if not config.is_file():
-                self._refuse(f"{where} names {config}, which does not exist")
+                self._refuse(f"variant {labels['variant']!r} names {config}, which does not exist")
         devices = {"trainer.devices": self.devices_per_run} if self.devices_per_run > 1 else {}
         options = {**devices, **self.set, **(own.get("set") or {}), **point}
         if devices and (count := options["trainer.devices"]) != self.devices_per_run:

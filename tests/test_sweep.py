@@ -624,6 +624,12 @@ def test_slurm_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], reques
             request.getfixturevalue("slurm")
 
 
+def test_a_variant_that_is_no_mapping_is_named_before_its_figure(tmp_path: Path) -> None:
+    content = {"variants": {"a": 3}, "grid": {"seed": [0]}, "figure": {"kind": "xy", "x": "seed", "y": "test/accuracy"}}
+    with pytest.raises(ValueError, match="variant 'a': expected a mapping with keys out of configs, set, got 3"):
+        SweepFile.read(write(tmp_path / "a.yaml", **content))
+
+
 @pytest.mark.parametrize("x", ["distance", "data.distance", "weight", "data.canvas"])
 def test_a_figure_may_use_options_by_either_name_and_settings_by_their_full_one(tmp_path: Path, x: str) -> None:
     grid = {"data.distance": [0, 8]}

@@ -44,7 +44,7 @@ class RankMonitor(Callback):
         samples: Images for the profile; as many others are donors. None: 32, or as many as there are.
         patch: Side in pixels of the patches of the profile; None: chosen by the size of the images.
         size: Images on either side of a cut. None: 32, or half of all there are.
-        seed: Of the samples.
+        seed: Seed of the samples.
         images: ``(N, C, H, W)`` to measure on instead.
         chunk: Images per call of the network, halved when memory runs out; None: a default for their size.
         float64: Evaluate networks in float64, in a copy; factorisations always are.

@@ -1,4 +1,4 @@
-"""What happens on resume: metrics, seconds and checkpoints of a run that has been killed or stopped."""
+"""Resume a run that was killed or stopped: its metrics, its seconds, its checkpoints."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def select(runs: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
 
 
 def _equals(value: Any, text: str) -> bool:
-    # as it is shown or as Python writes it, or the same number
+    # the text shown, the text Python writes, or the same number
     return text in (shown(value), str(value)) or bool(value == pd.to_numeric(text, errors="coerce"))
 
 

@@ -165,7 +165,7 @@ def components(
     x: Literal["iteration", "time"] = "iteration",
     width: Width = "text",
 ) -> Drawn:
-    """What grows and the reconstruction error against the iteration: dynamics without the loss."""
+    """Staircases and reconstruction error against the iteration: dynamics without the loss."""
     return dynamics(runs, groups, top, x, loss=False, width=width)
 
 

@@ -1,4 +1,4 @@
-"""What all figures share: style, lines of means or medians with their spread, the legend below them, files."""
+"""Common style of all figures: lines of means or medians with their spread, legends, files."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def tree_separation(
         size: Rows and columns k of the submatrices; a node of few blocks may have fewer contents.
         joint: Take all blocks of a row, and of a column, from one image: nearly real images, with one seam. Otherwise
             every block is sampled independently, as in the grid tensor.
-        seed: Of the samples.
+        seed: Seed of the samples.
         evaluation: How the network is evaluated; None: the default.
 
     Raises:

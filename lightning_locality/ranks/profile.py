@@ -67,7 +67,7 @@ def interaction_profile(
         samples: Images taken, 2 to N; None: all, up to 64. Each has a donor: another image, no sample if N allows.
         method: "linear", or "exact" for networks that cannot be differentiated by their input.
         pairs_per_distance: With "exact", how many pairs stand for all at a distance; None: all.
-        seed: Of the samples, donors, directions, sampled pairs and bands.
+        seed: Seed of the samples, donors, directions, sampled pairs and bands.
         bootstraps: Resamples of the samples for the 95 % bands; 0 for none.
         evaluation: How the network is evaluated; None: the default.
 

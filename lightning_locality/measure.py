@@ -34,7 +34,7 @@ from lightning_locality.measurements import Measurement, Record, TrainedRun, loa
 from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
 from lightning_locality.plotting.style import save_figure
 from lightning_locality.ranks import Evaluation, InteractionProfile, NodeSpectra, measuring
-from lightning_locality.results import atomic_write, write_json
+from lightning_locality.results import atomic_write, gather, write_json
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
 # label of a checkpoint -> name of a measurement -> its record
@@ -131,16 +131,7 @@ def gathered(args: Sequence[str]) -> list[str]:
         >>> gathered(["--checkpoint", "a", "--out=x", "--checkpoint=b", "c"])
         ['--out=x', '--checkpoint=["a", "b", "c"]']
     """
-    values: dict[str, list[str]] = {}
-    others = current = list[str]()
-    for word in args:
-        name, equals, value = word.partition("=")
-        if name in ("--checkpoint", "--label", "--what"):
-            current = values.setdefault(name, [])
-            current += [value] if equals else []
-        else:
-            current = others if word.startswith("-") else current
-            current.append(word)
+    others, values = gather(args, ("--checkpoint", "--label", "--what").__contains__)
     return [*others, *(f"{name}={json.dumps(given)}" for name, given in values.items())]
 
 

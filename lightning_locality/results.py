@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ import pandas as pd
 import yaml
 
 COUNTS = ("epochs", "iterations", "seconds")
+IN_USE = 75  # exit status of a fit whose directory another process writes to: EX_TEMPFAIL, which Windows lacks
+PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"  # variable that announces a pipe from the sweep as standard input
 
 
 @contextmanager
@@ -283,6 +285,21 @@ def read_settings(run: Path) -> dict[str, Any]:
     # the pure Python loader takes ten times as long
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(path.read_text(), loader) or {} if path.is_file() else {}
+
+
+def gather(args: Sequence[str], several: Callable[[str], bool]) -> tuple[list[str], dict[str, list[str]]]:
+    """Split a command line into its other words and the values of each option that takes ``several``."""
+    values: dict[str, list[str]] = {}
+    others = current = list[str]()
+    for word in args:
+        name, equals, value = word.partition("=")
+        if several(name):
+            current = values.setdefault(name, [])
+            current += [value] if equals else []
+        else:
+            current = others if word.startswith("-") else current
+            current.append(word)
+    return others, values
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -42,7 +42,16 @@ from lightning_locality.plotting.style import save_figure
 from lightning_locality.plotting.training import example_inputs, training_curves
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.patches import AbstractPatches
-from lightning_locality.results import atomic_write, flatten, history, last_metrics, read_settings, write_json
+from lightning_locality.results import (
+    IN_USE,
+    PARENT_PIPE,
+    atomic_write,
+    flatten,
+    history,
+    last_metrics,
+    read_settings,
+    write_json,
+)
 
 _PROGRAM = "lightning-locality"
 # not Any, by which jsonargparse would read a variant "off" as False and "1e-3" as a number
@@ -51,9 +60,6 @@ _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 _TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _SHARED_DIR = "LIGHTNING_LOCALITY_RUN_DIR"
-_PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"
-_IN_USE = 75  # EX_TEMPFAIL of sysexits.h, which Windows lacks
-_EXAMPLES = 4
 _EXPECTED_WARNINGS = (
     ".*treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
     "Checkpoint directory .* exists and is not empty",  # it holds the configuration before the first checkpoint
@@ -168,7 +174,7 @@ class LocalityCLI(LightningCLI):
             self._held.enter_context(filelock.FileLock(self.run_dir / ".lock", timeout=0))
         except filelock.Timeout:
             print(f"{_PROGRAM}: run_dir {self.run_dir} is in use by another process", file=sys.stderr)
-            raise SystemExit(_IN_USE) from None
+            raise SystemExit(IN_USE) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the metrics file and the best and last checkpoints to the configured loggers and callbacks."""
@@ -305,7 +311,7 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
             save_figure(training_curves(history(folder)), folder / "figures" / "training")
     if not isinstance(data, AbstractImageDataModule):
         return
-    images, labels = data.batch("validation", torch.arange(min(_EXAMPLES, data.size("validation"))))
+    images, labels = data.batch("validation", torch.arange(min(4, data.size("validation"))))
     penalty, masks = getattr(model, "penalty", None), None
     if isinstance(penalty, AntiLocality) and len(images) > 1:
         i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(penalty.seed))
@@ -348,7 +354,7 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 def exit_with_parent() -> None:
     """End this process with its parent if that has announced a pipe to its standard input, as a sweep does."""
-    if os.environ.pop(_PARENT_PIPE, None) is None:
+    if os.environ.pop(PARENT_PIPE, None) is None:
         return
 
     def wait() -> None:

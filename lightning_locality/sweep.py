@@ -25,19 +25,16 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from lightning_locality.results import atomic_write, read_runs, write_results
+from lightning_locality.results import IN_USE, PARENT_PIPE, atomic_write, read_runs, write_results
 from lightning_locality.sweep_file import Cluster, Run, SweepFile
 
 Outcome = Literal["finished", "failed", "stopped", "held"]
 Submit = Callable[[Sequence[Run]], Sequence[Any]]  # returns something with done(), result() and exception() per run
 
 _POLL = {"local": 0.2, "slurm": 5.0}  # seconds between looks at the runs
-_COMMAND = (sys.executable, "-m", "lightning_locality")
-_HELD = 75  # EX_TEMPFAIL, the exit status of a fit whose directory another process writes to
 _PATIENCE = 10.0  # seconds that an interrupted run has to end by itself
 _REQUEUES = 50  # times that SLURM may requeue a job that has run out of time
 _LOG_LINES = 6
-_TABLE_WIDTH = 130
 # left by a run that was killed before its first checkpoint; they would stop the next attempt
 _TRACES = ("config*.yaml", "metrics.csv", "best.ckpt", "last.ckpt")
 # heading, column, factor and format of the closing table
@@ -105,7 +102,7 @@ def sweep(
     with FileLock(plan.folder / ".lock"):  # another sweep of this folder may end at the same time
         write_results(plan.folder / "results.csv", labels)
         # without a terminal rich would wrap the table at 80 columns
-        wide = Console(width=None if console.is_terminal else _TABLE_WIDTH)
+        wide = Console(width=None if console.is_terminal else 130)
         frame = read_runs(list(labels), labels)
         wide.print(_result_table(frame))
         for folder, log in failed.items():
@@ -266,10 +263,11 @@ def _fit(
                     return "finished"
                 resumed = _prepare(run)
             with (run.folder / "log.txt").open("ab") as log:
-                code = _call([*prefix, *_COMMAND, *run.arguments, *resumed], variables, log, stopped)
+                command = [*prefix, sys.executable, "-m", "lightning_locality", *run.arguments, *resumed]
+                code = _call(command, variables, log, stopped)
                 if code < 0:
                     log.write(f"ended by signal {-code} ({signal.strsignal(-code)})\n".encode())
-            return "finished" if run.finished else "held" if code == _HELD else "failed" if code else "stopped"
+            return "finished" if run.finished else "held" if code == IN_USE else "failed" if code else "stopped"
     except Timeout:
         return "held"
 
@@ -281,7 +279,7 @@ def _call(command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], 
     """
     # inside a job a run starts its own processes; SLURM's variables would keep Lightning from it
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
-    ours = {"PYTHONUNBUFFERED": "1", "LIGHTNING_LOCALITY_PARENT_PIPE": "1"}
+    ours = {"PYTHONUNBUFFERED": "1", PARENT_PIPE: "1"}
     process = subprocess.Popen(
         command, env={**inherited, **ours, **variables}, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
     )

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
 from lightning_locality.regularizer.anti_locality import AntiLocality
@@ -64,8 +64,7 @@ class AntiLocalityCallback(Callback):
         """Reject what cannot be differentiated twice, or not from outside the module."""
         if stage != "fit" or self.weight == 0:
             return
-        known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not known or isinstance(trainer.strategy, DeepSpeedStrategy):
+        if not has_whole_model(trainer.strategy):
             raise MisconfigurationException(
                 f"AntiLocalityCallback cannot differentiate twice under {type(trainer.strategy).__name__}: use "
                 "'ddp' or one device"
@@ -107,6 +106,11 @@ class AntiLocalityCallback(Callback):
     ) -> None:
         """Release the batch."""
         self._images = None
+
+
+def has_whole_model(strategy: Strategy) -> bool:
+    """Whether every device holds all weights; DeepSpeed, a subclass of DDP, shards them."""
+    return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
 
 
 def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor) -> None:

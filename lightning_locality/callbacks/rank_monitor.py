@@ -11,10 +11,11 @@ from typing import Any, Literal, final
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_locality.callbacks.anti_locality import has_whole_model
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.evaluation import Evaluation, measuring
 from lightning_locality.ranks.masks import standard_cuts
@@ -111,8 +112,7 @@ class RankMonitor(Callback):
         """Reject what cannot be measured before anything is trained."""
         if stage != "fit":
             return
-        known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if not known or isinstance(trainer.strategy, DeepSpeedStrategy):
+        if not has_whole_model(trainer.strategy):
             raise ValueError(
                 f"RankMonitor needs all weights on every device, which {type(trainer.strategy).__name__} does not "
                 "promise: use 'ddp' or one device"

@@ -16,7 +16,16 @@ from matplotlib.figure import Figure
 
 from lightning_locality import plotting
 from lightning_locality.plotting.style import Drawn, save_figure, shown
-from lightning_locality.results import COUNTS, atomic_write, find_column, find_columns, nearest, ordered, read_runs
+from lightning_locality.results import (
+    COUNTS,
+    atomic_write,
+    find_column,
+    find_columns,
+    gather,
+    nearest,
+    ordered,
+    read_runs,
+)
 
 KINDS: dict[str, Callable[..., Drawn]] = {
     name: getattr(plotting, name)
@@ -183,19 +192,8 @@ def _gather(args: Sequence[str]) -> list[str]:
     kinds = [KINDS[name] for name in ("xy", *args[:1]) if name in KINDS]
     types = {f"--{p.name}": str(p.annotation) for kind in kinds for p in inspect.signature(kind).parameters.values()}
     types["--where"] = "list["
-    found: dict[str, list[str]] = {}
-    others: list[str] = []
-    current: list[str] | None = None
-    for word in args:
-        name, equals, value = word.partition("=")
-        if any(kind in types.get(name, "") for kind in ("list[", "dict[")):
-            current = found.setdefault(name, [])
-            current += [value] if equals else []
-        elif current is not None and not word.startswith("-"):
-            current.append(word)
-        else:
-            current = None
-            others.append(f"{word}=true" if types.get(word) == "bool" else word)
+    words, found = gather(args, lambda name: any(kind in types.get(name, "") for kind in ("list[", "dict[")))
+    others = [f"{word}=true" if types.get(word) == "bool" else word for word in words]
     for name, values in found.items():
         content: Any = values
         if "dict[" in types[name]:

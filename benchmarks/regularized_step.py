@@ -5,12 +5,17 @@
 Sides, run in turn within every repeat, so that what else the machine does meets all of them alike:
 
 plain      classification loss alone
+plain_graph  replayed from CUDA graphs
 twin       the published way of doing the term, written here from its formula: the gradients at I are divided by their
            norms, x' is a clone with a slice replaced, torch's own second derivatives
 torch      AntiLocality.with_output with torch's own second derivatives (fast=False)
 ours       AntiLocality.with_output
+graph      ours replayed from CUDA graphs
+first      graph with the gradient at x' as a constant
 
-Before anything is timed, loss and all gradients of twin and ours are compared in float64 at a small size.
+The sides from graphs need CUDA. Before anything is timed, loss and all gradients of twin and ours are compared in
+float64 at a small size. On CUDA memory is what a step takes beyond what was allocated
+before it, and for graphs what their pool holds.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from hardware import device_name, own_high_water
 from torch import Tensor, nn
 
 from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.patches import Box, GivenPatches
 
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -86,12 +92,23 @@ def twin(i: Box, j: Box) -> Step:
     return step
 
 
+class PlainGraph:
+    """Classification loss alone, replayed."""
+
+    def __init__(self) -> None:
+        self.graphed = GraphedStep()
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Classification loss."""
+        return criterion(self.graphed(model, model, (x,)), y)
+
+
 class FixedPair(nn.Module):
     """AntiLocality on always the same pair, so that all sides do the same work."""
 
-    def __init__(self, i: Box, j: Box, fast: bool) -> None:
+    def __init__(self, i: Box, j: Box, **options: Any) -> None:
         super().__init__()
-        self.penalty = AntiLocality(GivenPatches([i, j]), fast=fast)
+        self.penalty = AntiLocality(GivenPatches([i, j]), **options)
         heads = (seed for seed in range(99) if torch.randperm(2, generator=self.draw(seed))[0] == 0)
         self.seed = next(heads)
 
@@ -113,7 +130,7 @@ def check() -> float:
     i, j = boxes(48, 64)
     model = network(3).double()
     worst, reference = 0.0, list[Tensor]()
-    for step in (twin(i, j), FixedPair(i, j, fast=True), FixedPair(i, j, fast=False)):
+    for step in (twin(i, j), FixedPair(i, j), FixedPair(i, j, fast=False)):
         copied = copy.deepcopy(model)
         loss = step(copied, x, y)
         loss.backward()
@@ -136,7 +153,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     parser.add_argument("--channels-last", action="store_true", help="memory format of model and images")
     parser.add_argument("--repeats", type=int, help="timed steps per side (default: 20 on CUDA, 5 otherwise)")
-    parser.add_argument("--sides", nargs="+", default=["plain", "twin", "torch", "ours"])
+    parser.add_argument("--sides", nargs="+", help="default: all that the device can do")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison in float64")
     parser.add_argument("--out", type=Path, help="JSON file; an existing one is replaced")
     parser.add_argument("--append", action="store_true", help="add to the list in --out instead")
@@ -155,8 +172,11 @@ def main() -> None:
     x, y, model = x.to(options.device), y.to(options.device), model.to(options.device)
     i, j = boxes(*options.shape[1:])
     known: dict[str, Step] = {"plain": plain, "twin": twin(i, j)}
-    known |= {"torch": FixedPair(i, j, fast=False), "ours": FixedPair(i, j, fast=True)}
-    sides = {name: (known[name], copy.deepcopy(model)) for name in options.sides}
+    known |= {"torch": FixedPair(i, j, fast=False), "ours": FixedPair(i, j)}
+    if cuda:
+        known |= {"plain_graph": PlainGraph(), "graph": FixedPair(i, j, cuda_graph=True)}
+        known["first"] = FixedPair(i, j, cuda_graph=True, sides="first")
+    sides = {name: (known[name], copy.deepcopy(model)) for name in options.sides or known}
     optimizers = {name: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for name, (_, m) in sides.items()}
 
     def run(name: str) -> tuple[float, float]:
@@ -164,6 +184,7 @@ def main() -> None:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            allocated = torch.cuda.memory_allocated()
         clock, processor = time.perf_counter(), time.process_time()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = step(own, x, y)
@@ -173,14 +194,17 @@ def main() -> None:
         if cuda:
             torch.cuda.synchronize()
             # a step is short there and the processor waits: the clock counts
-            return time.perf_counter() - clock, torch.cuda.max_memory_allocated() / 2**20
+            return time.perf_counter() - clock, (torch.cuda.max_memory_allocated() - allocated) / 2**20
         return time.process_time() - processor, own_high_water()
 
-    for name in sides:
-        for _ in range(3 if cuda else 1):
-            run(name)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     memory: dict[str, float] = dict.fromkeys(sides, 0.0)
+    for name in sides:
+        held = reserved() if cuda else 0.0
+        for _ in range(3 if cuda else 1):
+            run(name)
+        if cuda:
+            memory[name] = reserved() - held
     for _ in range(repeats):
         for name in sides:
             taken, peak = run(name)
@@ -215,16 +239,23 @@ def main() -> None:
         "sides": rows,
     }
     print(f"{result['device']}, {batch} x {options.shape}, {options.dtype}, torch {torch.__version__}")
-    print(f"{'side':8} {'seconds':>9} {'quartiles':>19} {'x plain':>8} {'x twin':>8} {'peak MiB':>9}")
+    print(f"{'side':11} {'seconds':>9} {'quartiles':>19} {'x plain':>8} {'x twin':>8} {'peak MiB':>9}")
     for name, row in rows.items():
         low, high = row["quartiles"]
         ratios = "".join(f" {row.get(f'ratio_to_{other}', 1.0):8.2f}" for other in ("plain", "twin"))
-        print(f"{name:8} {row['seconds']:9.4f} {low:9.4f} {high:9.4f}{ratios} {row['peak_mib']:9.0f}")
+        print(f"{name:11} {row['seconds']:9.4f} {low:9.4f} {high:9.4f}{ratios} {row['peak_mib']:9.0f}")
     if options.out:
         old = json.loads(options.out.read_text()) if options.append and options.out.exists() else []
         content = [*old, result] if options.append else result
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def reserved() -> float:
+    """What the allocator holds for good, in MiB."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 2**20
 
 
 def own_peak(name: str, options: argparse.Namespace, batch: int) -> float:

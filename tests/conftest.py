@@ -16,12 +16,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device the numerical tests run on")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("gpu") or "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("cuda")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("images") and not os.environ.get("LIGHTNING_LOCALITY_DATA"):
             item.add_marker(pytest.mark.skip(reason="LIGHTNING_LOCALITY_DATA is not set"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once which test has failed: of a run that is killed, too."""
+    if report.failed and (log := os.environ.get("FAILED_TESTS")) and not os.environ.get("PYTEST_XDIST_WORKER"):
+        message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "").partition("\n")[0]
+        with Path(log).open("a") as file:
+            file.write(f"{report.nodeid} {report.when}: {message}\n")
 
 
 @pytest.fixture

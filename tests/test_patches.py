@@ -264,6 +264,7 @@ def test_wrong_arguments() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_draws_do_not_wait_for_the_device() -> None:
     x = torch.randn(4, 1, 13, 17, device="cuda")
     for rule in RULES:

@@ -32,6 +32,7 @@ class AntiLocalityCallback(Callback):
             is ``weight``, not n times that.
         batch: Function that extracts images ``(B, C, H, W)`` and labels ``(B,)`` or None from a batch; None: a batch
             is a tuple or list that begins with both, or a mapping with "image" and "label" or "x" and "y".
+        cuda_graph: On a CUDA device, replay the term from CUDA graphs (see :class:`GraphedStep`).
 
     Raises:
         ValueError: Negative weight, a batch of unknown form, a model with SyncBatchNorm.
@@ -44,6 +45,7 @@ class AntiLocalityCallback(Callback):
         weight: float,
         every_n_batches: int = 1,
         batch: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         if not weight >= 0:
             raise ValueError(f"weight must be 0 or more, got {weight}")
@@ -51,6 +53,8 @@ class AntiLocalityCallback(Callback):
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         self.penalty, self.weight, self.every_n_batches, self.batch = penalty, float(weight), every_n_batches, batch
         self._images: tuple[Tensor, Tensor | None] | None = None
+        if cuda_graph:
+            penalty.cuda_graph = True
 
     def state_dict(self) -> dict[str, Any]:
         """State of the penalty's random numbers."""

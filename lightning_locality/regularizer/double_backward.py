@@ -9,6 +9,8 @@ __all__: list[str] = []
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast, final
 
 import torch
@@ -103,6 +105,11 @@ class _BatchNorm(Function):
         return (*(gradient if need else None for gradient, need in needed), None)
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> Any:
     """Input gradient, and the sums of ``g x_hat`` and ``g`` per channel."""
     x, weight, mean, rstd, reserve = saved
@@ -137,6 +144,11 @@ class _BatchNormBackward(Function):
             return (None,) * 8
         g, *saved, sum_gx, sum_g = ctx.saved_tensors
         x, weight, mean, rstd, _ = saved
+        if x.is_cuda and x.dtype is not torch.float64 and _has_triton():
+            from lightning_locality.regularizer.fused import batch_norm_double_backward
+
+            of_g, of_x, of_weight = batch_norm_double_backward(v, g, x, weight, mean, rstd, sum_gx, sum_g)
+            return of_g, of_x, of_weight, None, None, None, None, None
         # linear and symmetric in g: its derivative with respect to g applied to v is the same map of v
         grad_g, sum_vx, sum_v = _batch_norm_backward(v, saved, ctx.kind, ctx.eps)
         accumulate = torch.promote_types(x.dtype, torch.float32)
@@ -159,6 +171,37 @@ class _BatchNormBackward(Function):
         a, b, c, d = (number.reshape(-1, *[1] * (x.dim() - 2)) for number in (a, b, c, d))
         grad_x = torch.addcmul(d, x, a).addcmul_(v, b).addcmul_(g, c).to(x.dtype)
         return grad_g, grad_x, (inner * rstd).to(weight.dtype), None, None, None, None, None
+
+
+class _ReLU(Function):
+    """Torch's second derivative makes a tensor of zeros and adds it; here there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        out = torch.relu_(x) if inplace else torch.relu(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _ReLUBackward.apply(g, *ctx.saved_tensors), None
+
+
+class _ReLUBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(out)
+        return cast("Tensor", torch.ops.aten.threshold_backward(g, out, 0))
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return _ReLUBackward.apply(v, *ctx.saved_tensors), None
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    return cast("Tensor", _ReLU.apply(input, inplace)) if _are_plain(input) and input.requires_grad else None
 
 
 @final
@@ -194,6 +237,10 @@ class FastDoubleBackward(TorchFunctionMode):
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
         elif func is F.batch_norm:
             out = _batch_norm(*args, **kwargs)
+        elif func in (F.relu, torch.relu, Tensor.relu):
+            out = _relu(*args, **kwargs)
+        elif func in (torch.relu_, Tensor.relu_):
+            out = _relu(args[0] if args else kwargs["input"], inplace=True)
         return func(*args, **kwargs) if out is None else out
 
     def _convolution(

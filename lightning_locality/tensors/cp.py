@@ -38,7 +38,7 @@ class _BinaryProducts(torch.autograd.Function):
         # on a GPU the test would cost more than the work: the host would wait for the device
         on_host = not weights.is_cuda
         has_zero, has_negative = torch.stack([zero.any(), (weights < 0).any()]).tolist() if on_host else (True, True)
-        logs = torch.where(zero, 1.0, weights).abs().log() if has_zero else weights.abs().log()
+        logs = weights.masked_fill(zero, 1.0).abs().log() if has_zero else weights.abs().log()
         counted = [logs[:, 1] - logs[:, 0]]
         if has_negative:
             negative = (weights < 0).to(weights.dtype)

@@ -5,12 +5,14 @@
 #   bash benchmarks/gpu.sh --list      # what is done and what is pending
 #   SECONDS_PER_CALL=3600 bash benchmarks/gpu.sh
 #
-# A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run, a figure for rank_speed): commit
-# those. Unfinished runs live in runs/gpu. CIFAR-10, MNIST and Fashion-MNIST are taken from $LIGHTNING_LOCALITY_DATA, or from
-# benchmarks/inputs/{cifar10,mnist,fashion_mnist}.npz; items whose images are in neither are left out. To pack them:
-#   python benchmarks/pack_images.py --root DATA --out benchmarks/inputs/cifar10.npz
-#   python benchmarks/pack_images.py --root DATA --source mnist --train 90000 --test 20000 --out benchmarks/inputs/mnist.npz
-# ONLY=REGEX does the items whose names match. DEVICE=cpu TOY=1 runs at toy size, to test this script.
+# A finished item leaves benchmarks/results/gpu/ITEM.json (and .csv for a training run, a figure for rank_speed), a training
+# run that is not finished ITEM.unfinished.csv, its curves so far: commit those. Runs and their checkpoints live in
+# runs/gpu; another machine goes on from them if it gets that folder. One run at a time: a captured step keeps the GPU
+# busy to 97 %, so that two would only take turns; Pathfinder's pictures are drawn meanwhile.
+#
+# For a machine that cannot reach a package index, and for the image sets, pack both first (benchmarks/pack_for_gpu.sh).
+# Images come from $LIGHTNING_LOCALITY_DATA or benchmarks/inputs/{cifar10,mnist,fashion_mnist}.npz; items whose images are
+# in neither are left out. ONLY=REGEX does the items whose names match. DEVICE=cpu TOY=1 runs at toy size, to test this.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,13 +23,17 @@ results="${RESULTS:-benchmarks/results/gpu}"
 runs="${RUNS:-runs/gpu}"
 packed="benchmarks/inputs/cifar10.npz"
 mkdir -p "$results" "$runs"
+if [ "${1:-}" != --list ] && [ -d benchmarks/inputs/wheels ] && ! "$python" -c "import lightning_locality, jsonargparse, tensorly" 2>/dev/null; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$runs/site" benchmarks/inputs/wheels/*.whl || exit 1
+  export PYTHONPATH="$PWD/$runs/site:$PWD"
+fi
 
 toy_run=() toy_test=() toy_step=() toy_speed=() toy_ranks=() toy_binary=()
 if [ "${TOY:-0}" = 1 ]; then
   toy_run=(--trainer.max_epochs=2 --data.train=8 --data.validation=4 --data.test=4 --data.batch_size=4
     --model.network=SmallResNet)
   toy_test=(tests/test_networks.py)
-  toy_step=(--batch 2 --repeats 1 --shape 1 32 32)
+  toy_step=(--batch 2 --repeats 1)
   toy_speed=(--toy --steps-check 20 --seconds 0.01 --repeats 2)
   toy_ranks=(--toy --methods qr)
   # 8x8 digits, of which 60
@@ -68,21 +74,38 @@ once() {
   RESULT="$result" "$@" || { echo "FAILED   $item (status $?)"; pending=1; }
 }
 
+# numerics on the device, 12 processes, under a minute; each failure is written down as it happens
 tests() {
   local log="$runs/tests.log" status=0
-  timeout "$(left)" "$python" -m pytest -q --device "$device" -m "gpu or not slow" -p no:cacheprovider "${toy_test[@]}" >"$log" 2>&1 || status=$?
+  rm -f "$runs/failed.txt"
+  FAILED_TESTS="$runs/failed.txt" timeout "$(left)" "$python" -m pytest -q --device "$device" -m "cuda and not slow" \
+    -n "${PROCESSES:-12}" -p no:cacheprovider -p no:benchmark "${toy_test[@]}" >"$log" 2>&1 || status=$?
   tail -n 15 "$log"
-  "$python" - "$RESULT" "$status" "$log" <<'PYTHON'
-import json, sys, torch
+  "$python" - "$RESULT" "$status" "$log" "$runs/failed.txt" <<'PYTHON'
+import json, pathlib, sys, torch
 lines = open(sys.argv[3]).read().splitlines()
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+log = pathlib.Path(sys.argv[4])
+failed = log.read_text().splitlines() if log.exists() else []
 content = {"status": int(sys.argv[2]), "summary": lines[-1], "failed": failed, "device": name, "torch": torch.__version__}
 open(sys.argv[1], "w").write(json.dumps(content, indent=2) + "\n")
 PYTHON
 }
 
-step() { timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --out "$RESULT" "$@" "${toy_step[@]}"; }
+# plain, published way, ours, captured, one-sided: both sizes in both types, in one file
+steps() {
+  local shapes=("1 150 150" "3 224 224") shape
+  [ "${TOY:-0}" = 1 ] && shapes=("1 32 32")
+  rm -f "$RESULT.partial"
+  for shape in "${shapes[@]}"; do
+    for options in "--dtype bfloat16 --channels-last" "--dtype float32"; do
+      # shellcheck disable=SC2086
+      timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --no-check --repeats 10 \
+        --out "$RESULT.partial" --append --shape $shape $options "${toy_step[@]}" || return 1
+    done
+  done
+  mv "$RESULT.partial" "$RESULT"
+}
 
 # what was written before the time was up is kept, but not taken for the result
 unfinished() {
@@ -100,6 +123,14 @@ ranks() {
     unfinished
 }
 
+# the rules that need no knowledge of the task: RULE SIZE
+rule() {
+  case "$1" in
+    content) echo "--model.penalty.donor=permutation --model.penalty.patches=ContentPatches --model.penalty.patches.size=$2" ;;
+    far) echo "--model.penalty.donor=permutation --model.penalty.patches=FarField --model.penalty.patches.size=$2" ;;
+  esac
+}
+
 # train ITEM OPTIONS...: one run, continued over as many calls as it takes
 train() {
   local item="$1"; shift
@@ -107,21 +138,22 @@ train() {
   [ -f "$folder/last.ckpt" ] && resume=(--ckpt_path "$folder/last.ckpt")
   timeout "$(left)" "$python" -m lightning_locality fit "$@" "${overlay[@]}" --run_dir "$folder" "${resume[@]}" "${toy_run[@]}" \
     --trainer.callbacks+=StopAfter "--trainer.callbacks.seconds=$(slice)" || return 1
+  cp "$folder/metrics.csv" "$results/$item.unfinished.csv"
   [ -s "$folder/summary.json" ] || { echo "out of time, to be continued: $item"; pending=1; return 0; }
-  cp "$folder/metrics.csv" "$results/$item.csv" && cp "$folder/summary.json" "$RESULT"
+  mv "$results/$item.unfinished.csv" "$results/$item.csv" && cp "$folder/summary.json" "$RESULT"
 }
 
-pathfinder() { # LENGTH WEIGHT SEED
-  local item="pathfinder_length_$1_weight_$2_seed_$3" term=()
-  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality_pathfinder.yaml "--model.weight=$2")
+pathfinder() { # LENGTH WEIGHT SEED [RULE]
+  local item="pathfinder_length_$1_weight_$2_seed_$3${4:+_$4}" term=()
+  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality_pathfinder.yaml "--model.weight=$2" $(rule "${4:-}" 2))
   once "$item" train "$item" --config configs/pathfinder.yaml "${term[@]}" "--data.path_length=$1" \
     "--seed_everything=$3" "--data.seed=$3" "--data.root=$runs/data"
 }
 
-same_class() { # DISTANCE WEIGHT SEED
+same_class() { # DISTANCE WEIGHT SEED [RULE]
   [ "${#pairs[@]}" = 0 ] && return
-  local item="same_class_distance_$1_weight_$2_seed_$3" term=()
-  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality.yaml "--model.weight=$2")
+  local item="same_class_distance_$1_weight_$2_seed_$3${4:+_$4}" term=()
+  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality.yaml "--model.weight=$2" $(rule "${4:-}" 32))
   once "$item" train "$item" "${pairs[@]}" "${term[@]}" "--data.distance=$1" \
     "--seed_everything=$3" "--data.seed=$3"
 }
@@ -144,24 +176,26 @@ binary_images() { # SOURCE VARIANT RANK
 
 list=0; [ "${1:-}" = --list ] && list=1
 pending=0
+if [ "$list" = 0 ] && [ "${TOY:-0}" = 0 ] && [[ pathfinder_length_9_weight_9_seed_0 =~ ${ONLY:-.} ]]; then
+  # while the tests run
+  "$python" -c "from lightning_locality import Pathfinder; Pathfinder(path_length=9, root='$runs/data', workers=None).prepare_data()" \
+    >"$runs/drawing.log" 2>&1 &
+fi
 once cuda_tests tests
+once steps_resnet18 steps
+pathfinder 9 9 0
+pathfinder 9 0 0
+same_class 160 1 0
+same_class 160 0 0
+for name in content far; do
+  pathfinder 9 3 0 "$name"
+  same_class 160 1 0 "$name"
+done
 # ranks on the GPU beside one core, and of a ResNet-18 with images of 224 pixels
 once rank_speed ranks --tables factored --orders 16 256 1024 4096 --dense-orders 8 10 --repeats 3
 once rank_networks ranks --tables networks
 once recovery_speed speed --tables cases
 [ "$device" = cpu ] || once recovery_sizes speed --tables sizes --repeats 3 --threads "$(( $(nproc) < 8 ? $(nproc) : 8 ))"
-for shape in "3 224 224" "1 150 150"; do
-  for dtype in float32 bfloat16; do
-    # shellcheck disable=SC2086
-    once "step_resnet18_${shape// /x}_$dtype" step --dtype "$dtype" --shape $shape
-    # shellcheck disable=SC2086
-    once "step_resnet18_${shape// /x}_${dtype}_channels_last" step --dtype "$dtype" --channels-last --shape $shape
-  done
-done
-pathfinder 9 9 0
-pathfinder 9 0 0
-same_class 160 1 0
-same_class 160 0 0
 for length in 7 5 3; do for weight in 9 0; do pathfinder "$length" "$weight" 0; done; done
 for distance in 120 80 40 0; do for weight in 1 0; do same_class "$distance" "$weight" 0; done; done
 for length in 9 7 5 3; do pathfinder "$length" 3 0; done

@@ -272,6 +272,11 @@ def test_binary_zeros() -> None:
     met = naive(bits, (weights == 0).double() + 1).log2().round()
     assert set(met.flatten().tolist()) >= {0.0, 1.0, 2.0, 3.0}
     check(bits, weights)
+    # in the type of the weights, whatever the default
+    short = weights.float().requires_grad_()
+    found = binary_products(bits, short)
+    found.sum().backward()
+    assert found.dtype == short.grad.dtype == torch.float32
 
 
 def test_binary_negative_zero() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ONE_OF_EACH = (
-    "^(cuda_tests|step_resnet18_1x150x150_float32|pathfinder_length_9_weight_9_seed_0|"
+    "^(cuda_tests|steps_resnet18|pathfinder_length_9_weight_9_seed_0|"
     "same_class_distance_160_weight_1_seed_0|recovery_speed|rank_speed|rank_networks|binary_mnist_original_rank_3)$"
 )
 
@@ -46,6 +46,7 @@ def test_every_kind_of_item_at_toy_size(tmp_path: Path) -> None:
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
     assert len(results) == 8
     assert results["cuda_tests"]["status"] == 0
+    assert [row["dtype"] for row in results["steps_resnet18"]] == ["bfloat16", "float32"]
     for name in ("pathfinder_length_9_weight_9_seed_0", "same_class_distance_160_weight_1_seed_0"):
         assert results[name]["epochs"] == 2
         assert 0 <= results[name]["metrics"]["test/accuracy"] <= 1

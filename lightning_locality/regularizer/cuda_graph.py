@@ -87,19 +87,25 @@ class _Graph:
             if not all(isinstance(output, Tensor) and output.requires_grad for output in eager):
                 raise _NotCapturedError("the model's output has parts other than differentiable tensors")
             generator = torch.Generator().manual_seed(0)
-            self.cotangents = [torch.rand(t.shape, generator=generator).to(t) for t in eager]
-            gradients = torch.autograd.grad(eager, leaves, self.cotangents, allow_unused=True)
-        used = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
-        self.parameters = [p for p, _ in used]
-        self.outputs, self.gradients = [torch.empty_like(t) for t in eager], [torch.empty_like(g) for _, g in used]
-        expected = [output.detach() for output in eager], [g for _, g in used]
-        del eager, leaves
+            # one output at a time, so that a small gradient does not hide behind a large one
+            weights = [torch.rand(t.shape, generator=generator).to(t) for t in eager]
+            gradients = [torch.autograd.grad([t], leaves, [w], True, allow_unused=True) for t, w in zip(eager, weights, strict=True)]
+        used = [k for k in range(len(leaves)) if any(of[k] is not None for of in gradients)]
+        self.parameters = [self.parameters[k] for k in used]
+        self.outputs, self.gradients = [torch.empty_like(t) for t in eager], [torch.empty_like(leaves[k]) for k in used]
+        self.cotangents = [torch.zeros_like(t) for t in eager]
+        expected = [output.detach() for output in eager], [[of[k] for k in used] for of in gradients]
+        del eager, leaves, gradients
         with _unchanged(model, self.inputs):
             self.forward, self.backward = self._capture() if self.outputs[0].is_cuda else self._emulate()
-        with _unchanged(model, self.inputs):
-            self.forward()
-            self.backward()
-        self._compare(*expected)
+        for k, weight in enumerate(weights):
+            with _unchanged(model, self.inputs):
+                self.forward()
+                for other in self.cotangents:
+                    other.zero_()
+                self.cotangents[k].copy_(weight)
+                self.backward()
+            self._compare(k, expected[0][k], expected[1][k])
 
     def _step(self) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs, and the leaves that they depend on."""
@@ -155,15 +161,17 @@ class _Graph:
         self.outputs = [output.detach() for output in outputs]
         return first.replay, second.replay
 
-    def _compare(self, outputs: Tensors, gradients: Tensors) -> None:
-        """Raise unless a replay equals the eager step."""
-        tolerance = max(_TOLERANCE.get(_precision(output), 0.0) for output in outputs)
-        pairs = [(f"output {k}", [a], [b]) for k, (a, b) in enumerate(zip(outputs, self.outputs, strict=True))]
-        for name, eager, replayed in [*pairs, ("the gradient", [*gradients], self.gradients)]:
+    def _compare(self, k: int, output: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Raise unless output k of a replay, and its gradient, equal those of the eager step."""
+        tolerance = _TOLERANCE[_precision(output)]
+        known = [torch.zeros_like(b) if a is None else a for a, b in zip(gradients, self.gradients, strict=True)]
+        pairs = (("", [output], [self.outputs[k]]), ("the gradient of ", known, self.gradients))
+        for name, eager, replayed in pairs:
             norm = torch.stack([t.double().norm() for t in eager]).norm()
             error = torch.stack([(a.double() - b.double()).norm() for a, b in zip(replayed, eager, strict=True)]).norm()
             if not float(error) <= tolerance * float(norm):
-                raise _NotCapturedError(f"{name} of a replay differs by {float(error / norm):.1e} from the eager step")
+                what = f"{name}output {k} of a replay differs by {float(error / norm):.1e} from the eager step"
+                raise _NotCapturedError(what)
 
     def run(self, inputs: Inputs) -> Any:
         """What the step returns for these inputs, differentiable with respect to the parameters."""
@@ -189,7 +197,8 @@ def _no_synchronization() -> Iterator[None]:
 
 def _precision(output: Tensor) -> torch.dtype:
     device = output.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    short = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    return short if short in _TOLERANCE else torch.float32
 
 
 @contextmanager

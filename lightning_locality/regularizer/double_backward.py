@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -87,6 +88,51 @@ class _ConvolutionBackward(Function):
         return grad_g, grad_x, grad_weight, None, None
 
 
+class _FusedBatchNorm(Function):
+    """Kernels of our own for what :class:`_BatchNorm` does; ``ctx.masked`` once a ReLU is known to follow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]) -> Tensor:
+        mean, var, momentum, eps = options
+        running = None if mean is None or var is None else (mean, var)
+        out, numbers = _fused().batch_norm(x, weight, bias, running, momentum, eps)
+        ctx.save_for_backward(x, weight, numbers)
+        ctx.masked = False
+        return cast("Tensor", out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _FusedBatchNormBackward.apply(g, *ctx.saved_tensors, ctx.masked)
+        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
+        return (*(gradient if need else None for gradient, need in needed), None)
+
+
+class _FusedBatchNormBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool) -> tuple[Tensor, ...]:
+        grad_x, sum_gx, sum_g = _fused().batch_norm_backward(g, x, weight, numbers, masked)
+        ctx.save_for_backward(g, x, weight, numbers, sum_gx, sum_g)
+        ctx.masked = masked
+        ctx.set_materialize_grads(False)
+        return grad_x, sum_gx.to(weight.dtype), sum_g.to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None) -> tuple[Any, ...]:
+        _check_no_parameter_gradients(v_weight, v_bias)
+        if v is None:
+            return (None,) * 5
+        return *_fused().batch_norm_double_backward(v, *ctx.saved_tensors, ctx.masked), None, None
+
+
+def _check_no_parameter_gradients(v_weight: Tensor | None, v_bias: Tensor | None) -> None:
+    if v_weight is not None or v_bias is not None:
+        raise NotImplementedError(
+            "second derivatives through the parameter gradients of batch normalisation are not implemented: "
+            "pass fast=False to AntiLocality or input_gradient_change"
+        )
+
+
 class _BatchNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
@@ -108,6 +154,19 @@ class _BatchNorm(Function):
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def _fused() -> Any:
+    from lightning_locality.regularizer import fused
+
+    return fused
+
+
+def _are_fusable(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether Triton's kernels take these tensors; its interpreter, for tests, also takes those of the CPU."""
+    known = x.is_cuda or (_has_triton() and os.environ.get("TRITON_INTERPRET") == "1")
+    short = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and short and _has_triton() and all(t is None or t.dtype is torch.float32 for t in others)
 
 
 def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> Any:
@@ -135,20 +194,11 @@ class _BatchNormBackward(Function):
     def backward(
         ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if v_weight is not None or v_bias is not None:
-            raise NotImplementedError(
-                "second derivatives through the parameter gradients of batch normalisation are not implemented: "
-                "pass fast=False to AntiLocality or input_gradient_change"
-            )
+        _check_no_parameter_gradients(v_weight, v_bias)
         if v is None:
             return (None,) * 8
         g, *saved, sum_gx, sum_g = ctx.saved_tensors
         x, weight, mean, rstd, _ = saved
-        if x.is_cuda and x.dtype is not torch.float64 and _has_triton():
-            from lightning_locality.regularizer.fused import batch_norm_double_backward
-
-            of_g, of_x, of_weight = batch_norm_double_backward(v, g, x, weight, mean, rstd, sum_gx, sum_g)
-            return of_g, of_x, of_weight, None, None, None, None, None
         # linear and symmetric in g: its derivative with respect to g applied to v is the same map of v
         grad_g, sum_vx, sum_v = _batch_norm_backward(v, saved, ctx.kind, ctx.eps)
         accumulate = torch.promote_types(x.dtype, torch.float32)
@@ -174,19 +224,24 @@ class _BatchNormBackward(Function):
 
 
 class _ReLU(Function):
-    """Torch's second derivative makes a tensor of zeros and adds it; here there is none."""
+    """Torch's second derivative makes a tensor of zeros and adds it; here there is none.
+
+    After a fused batch normalisation that has no other use, that one sets the gradients to zero (``masked``).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, inplace: bool, masked: bool) -> Tensor:
         out = torch.relu_(x) if inplace else torch.relu(x)
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(out)
+        if not masked:
+            ctx.save_for_backward(out)
+        ctx.masked = masked
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return _ReLUBackward.apply(g, *ctx.saved_tensors), None
+        return g if ctx.masked else _ReLUBackward.apply(g, *ctx.saved_tensors), None, None
 
 
 class _ReLUBackward(Function):
@@ -200,8 +255,56 @@ class _ReLUBackward(Function):
         return _ReLUBackward.apply(v, *ctx.saved_tensors), None
 
 
-def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
-    return cast("Tensor", _ReLU.apply(input, inplace)) if _are_plain(input) and input.requires_grad else None
+class _MaxPool(Function):
+    """Torch's second derivative leaves the memory format of its input, and all that follows pays for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        out, index = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
+        ctx.save_for_backward(x, index)
+        ctx.geometry = geometry
+        return cast("Tensor", out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _MaxPoolBackward.apply(g, *ctx.saved_tensors, ctx.geometry), None
+
+
+class _MaxPoolBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, index: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(index)
+        kernel, stride, padding, dilation, _ = geometry
+        if dilation == [1, 1] and _are_fusable(g):
+            return cast("Tensor", _fused().max_pool_backward(g, index, x.shape[2:], kernel, stride, padding))
+        return cast("Tensor", torch.ops.aten.max_pool2d_with_indices_backward(g, x, *geometry, index))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        if index.is_contiguous():
+            return v.flatten(2).gather(2, index.flatten(2)).view_as(index), None, None, None
+        # pixels x channels, as they lie in memory
+        flat = index.permute(0, 2, 3, 1).flatten(1, 2)
+        picked = v.permute(0, 2, 3, 1).flatten(1, 2).gather(1, flat)
+        return picked.view(len(index), *index.shape[2:], -1).permute(0, 3, 1, 2), None, None, None
+
+
+def _max_pool(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    if return_indices or input.dim() != 4 or not (_are_plain(input) and input.requires_grad):
+        return None
+    sides = (kernel_size, stride if stride is not None else kernel_size, padding, dilation)
+    geometry = [[n, n] if isinstance(n, int) else [*n] * (2 // len(n)) for n in sides]
+    return cast("Tensor", _MaxPool.apply(input, (*geometry, ceil_mode)))
 
 
 @final
@@ -218,11 +321,13 @@ class FastDoubleBackward(TorchFunctionMode):
     def __init__(self, x: Tensor | None = None) -> None:
         super().__init__()
         self.x, self.only_inputs = x, False
+        # what a batch normalisation has returned, until anything else is called
+        self._fresh: Tensor | None = None
 
     @contextmanager
     def inputs_only(self) -> Iterator[None]:
         """Compute input gradients only in backward passes in the context, not those of the weights."""
-        self.only_inputs = True
+        self.only_inputs, self._fresh = True, None
         try:
             yield
         finally:
@@ -233,14 +338,17 @@ class FastDoubleBackward(TorchFunctionMode):
     ) -> Any:
         """Replace the known calls, pass on the others."""
         kwargs, out = kwargs or {}, None
+        fresh, self._fresh = self._fresh, None
         if func in _CONVOLUTIONS:
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
         elif func is F.batch_norm:
-            out = _batch_norm(*args, **kwargs)
+            out = self._fresh = _batch_norm(*args, **kwargs)
         elif func in (F.relu, torch.relu, Tensor.relu):
-            out = _relu(*args, **kwargs)
+            out = _relu(fresh, *args, **kwargs)
         elif func in (torch.relu_, Tensor.relu_):
-            out = _relu(args[0] if args else kwargs["input"], inplace=True)
+            out = _relu(fresh, *args, **kwargs | {"inplace": True})
+        elif func is F.max_pool2d:
+            out = _max_pool(*args, **kwargs)
         return func(*args, **kwargs) if out is None else out
 
     def _convolution(
@@ -283,7 +391,20 @@ def _batch_norm(
     several = input.dim() >= 2 and input.numel() > input.shape[1]
     if not (training and several and weight is not None and _are_plain(input, weight, bias)):
         return None
-    return cast("Tensor", _BatchNorm.apply(input, weight, bias, (running_mean, running_var, momentum, eps)))
+    fused = bias is not None and _are_fusable(input, weight, bias, running_mean, running_var)
+    kind = _FusedBatchNorm if fused else _BatchNorm
+    return cast("Tensor", kind.apply(input, weight, bias, (running_mean, running_var, momentum, eps)))
+
+
+def _relu(fresh: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor | None:
+    if not (_are_plain(input) and input.requires_grad):
+        return None
+    # in place, a normalisation's output has no other use
+    node: Any = input.grad_fn
+    masked = inplace and input is fresh and hasattr(node, "masked")
+    if masked:
+        node.masked = True
+    return cast("Tensor", _ReLU.apply(input, inplace, masked))
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:

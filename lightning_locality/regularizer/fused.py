@@ -1,6 +1,10 @@
-"""Second derivative of batch normalisation on a GPU in three kernels: sums, numbers per channel, one pass.
+"""Batch normalisation with its first and second derivative, and the gradient of max pooling, as Triton kernels.
 
-Legend: n numbers per channel, g gradient at the output, v gradient of the loss at the input gradient, C channels.
+Every tensor of full size is read and written as often as the formulas demand, once per kernel, in its own type; sums
+and numbers per channel are float32. The eager twins are in :mod:`double_backward`.
+
+Legend: x input, g gradient at the output, v gradient of the loss at the input gradient, n numbers per channel, C
+channels. A tensor is addressed as rows x C with ``inner`` rows beside each other in memory: 1 if channels come last.
 """
 
 from __future__ import annotations
@@ -12,114 +16,276 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_BLOCKS = 512
+Pair = tuple[int, int]
+_ELEMENTS = 1024
 
 
 @triton.jit
-def _sums(x, v, g, mean, sums, rows, inner, channels, rows_per_block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Partial sums ``(3, blocks, C)`` of v, v (x - mean) and v g; x, v, g each read once."""
+def _sums(x, u, g, center, affine, sums, rows, inner, channels, rows_per_block, WHAT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Partial sums ``(2 or 3, blocks, C)``.
+
+    WHAT 0: of x - center and its square; 1: of g and g (x - center), u being g; 2: of v, v (x - center) and v g, u
+    being v. MASKED: g counts where the affine map of x is positive.
+    """
     block = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = c < channels
-    center = tl.load(mean + c, known, 0.0)
-    sum_v = tl.zeros((ROWS, COLUMNS), tl.float32)
-    sum_vx = tl.zeros((ROWS, COLUMNS), tl.float32)
-    sum_vg = tl.zeros((ROWS, COLUMNS), tl.float32)
+    middle = tl.load(center + c * (inner if WHAT == 0 else 1), known, 0.0).to(tl.float32)
+    if MASKED:
+        scale = tl.load(affine + c, known, 0.0)
+        shift = tl.load(affine + channels + c, known, 0.0)
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    third = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, rows_per_block, ROWS):
         row = block * rows_per_block + start + tl.arange(0, ROWS)
         inside = (start + tl.arange(0, ROWS) < rows_per_block) & (row < rows)
         row = row.to(tl.int64)
         at = (row // inner * channels * inner + row % inner)[:, None] + (c * inner)[None, :]
         mask = inside[:, None] & known[None, :]
-        vs = tl.load(v + at, mask, 0.0).to(tl.float32)
-        sum_v += vs
-        sum_vx += vs * (tl.load(x + at, mask, 0.0).to(tl.float32) - center[None, :])
-        sum_vg += vs * tl.load(g + at, mask, 0.0).to(tl.float32)
+        xs = tl.load(x + at, mask, 0.0).to(tl.float32)
+        if WHAT == 0:
+            centred = tl.where(mask, xs - middle[None, :], 0.0)
+            first += centred
+            second += centred * centred
+        else:
+            us = tl.load(u + at, mask, 0.0).to(tl.float32)
+            if WHAT == 1:
+                if MASKED:
+                    us = tl.where(xs * scale[None, :] + shift[None, :] > 0, us, 0.0)
+            else:
+                gs = tl.load(g + at, mask, 0.0).to(tl.float32)
+                if MASKED:
+                    gs = tl.where(xs * scale[None, :] + shift[None, :] > 0, gs, 0.0)
+                third += us * gs
+            first += us
+            second += us * (xs - middle[None, :])
     size = tl.num_programs(0) * channels
     at = block * channels + c
-    tl.store(sums + at, tl.sum(sum_v, 0), known)
-    tl.store(sums + size + at, tl.sum(sum_vx, 0), known)
-    tl.store(sums + 2 * size + at, tl.sum(sum_vg, 0), known)
+    tl.store(sums + at, tl.sum(first, 0), known)
+    tl.store(sums + size + at, tl.sum(second, 0), known)
+    if WHAT == 2:
+        tl.store(sums + 2 * size + at, tl.sum(third, 0), known)
 
 
 @triton.jit
-def _numbers(sums, weight, mean, rstd, sum_gx, sum_g, numbers, n, blocks, channels, BLOCKS: tl.constexpr):
-    """Per channel a, b, c, d, p, q, r with grad_x = a x + b v + c g + d and grad_g = p v + q x + r, and grad_weight."""
+def _normalization(sums, center, weight, bias, running_mean, running_var, out, n, momentum, eps, inner, blocks, channels, TRACKED: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Mean, 1 / deviation, scale and shift per channel ``(4, C)``; the running statistics are updated."""
+    channel = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)
+    at = block * channels + channel
+    first = tl.sum(tl.load(sums + at, block < blocks, 0.0), 0) / n
+    second = tl.sum(tl.load(sums + blocks * channels + at, block < blocks, 0.0), 0) / n
+    mean = tl.load(center + channel * inner).to(tl.float32) + first
+    var = tl.maximum(second - first * first, 0.0)
+    rstd = 1 / tl.sqrt(var + eps)
+    scale = tl.load(weight + channel).to(tl.float32) * rstd
+    tl.store(out + channel, mean)
+    tl.store(out + channels + channel, rstd)
+    tl.store(out + 2 * channels + channel, scale)
+    tl.store(out + 3 * channels + channel, tl.load(bias + channel).to(tl.float32) - mean * scale)
+    if TRACKED:
+        old_mean, old_var = tl.load(running_mean + channel), tl.load(running_var + channel)
+        tl.store(running_mean + channel, (1 - momentum) * old_mean + momentum * mean)
+        tl.store(running_var + channel, (1 - momentum) * old_var + momentum * var * n / (n - 1))
+
+
+@triton.jit
+def _gradient_numbers(sums, weight, mean, rstd, out, n, blocks, channels, BLOCKS: tl.constexpr):
+    """Per channel p, q, r with grad_x = p g + q x + r, and the sums of g x_hat and g: ``(5, C)``."""
+    channel = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)
+    at = block * channels + channel
+    sum_g = tl.sum(tl.load(sums + at, block < blocks, 0.0), 0)
+    center = tl.load(mean + channel)
+    scale = tl.load(rstd + channel)
+    sum_gx = tl.sum(tl.load(sums + blocks * channels + at, block < blocks, 0.0), 0) * scale
+    p = tl.load(weight + channel).to(tl.float32) * scale
+    q = -p * scale * sum_gx / n
+    tl.store(out + channel, p)
+    tl.store(out + channels + channel, q)
+    tl.store(out + 2 * channels + channel, -p * sum_g / n - q * center)
+    tl.store(out + 3 * channels + channel, sum_gx)
+    tl.store(out + 4 * channels + channel, sum_g)
+
+
+@triton.jit
+def _second_numbers(sums, weight, mean, rstd, sum_gx, sum_g, out, n, blocks, channels, BLOCKS: tl.constexpr):
+    """Per channel p, q, r, a, b, c, d with grad_g = p v + q x + r and grad_x = a x + b v + c g + d, and grad_weight."""
     channel = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     at = block * channels + channel
     size = blocks * channels
-    sum_v = tl.sum(tl.load(sums + at, block < blocks, 0.0), 0)
-    sum_vx = tl.sum(tl.load(sums + size + at, block < blocks, 0.0), 0)
-    sum_vg = tl.sum(tl.load(sums + 2 * size + at, block < blocks, 0.0), 0)
-    gamma = tl.load(weight + channel).to(tl.float32)
     center = tl.load(mean + channel)
     scale = tl.load(rstd + channel)
+    gamma = tl.load(weight + channel).to(tl.float32)
     gx = tl.load(sum_gx + channel).to(tl.float32)
     gs = tl.load(sum_g + channel).to(tl.float32)
-    sum_vx *= scale
+    sum_v = tl.sum(tl.load(sums + at, block < blocks, 0.0), 0)
+    sum_vx = tl.sum(tl.load(sums + size + at, block < blocks, 0.0), 0) * scale
+    sum_vg = tl.sum(tl.load(sums + 2 * size + at, block < blocks, 0.0), 0)
     within = sum_vg - sum_v * gs / n - sum_vx * gx / n
     factor = gamma * scale * scale / n
-    a = factor * scale * (2 * sum_vx * gx / n - within)
-    b = -factor * gx
-    c = -factor * sum_vx
-    p = gamma * scale
-    q = -factor * sum_vx
-    tl.store(numbers + channel, a)
-    tl.store(numbers + channels + channel, b)
-    tl.store(numbers + 2 * channels + channel, c)
-    tl.store(numbers + 3 * channels + channel, -a * center - (b * sum_v + c * gs) / n)
-    tl.store(numbers + 4 * channels + channel, p)
-    tl.store(numbers + 5 * channels + channel, q)
-    tl.store(numbers + 6 * channels + channel, -p * sum_v / n - q * center)
-    tl.store(numbers + 7 * channels + channel, within * scale)
+    p, q = gamma * scale, -factor * sum_vx
+    a, b, c = factor * scale * (2 * sum_vx * gx / n - within), -factor * gx, -factor * sum_vx
+    tl.store(out + channel, p)
+    tl.store(out + channels + channel, q)
+    tl.store(out + 2 * channels + channel, -p * sum_v / n - q * center)
+    tl.store(out + 3 * channels + channel, a)
+    tl.store(out + 4 * channels + channel, b)
+    tl.store(out + 5 * channels + channel, c)
+    tl.store(out + 6 * channels + channel, -a * center - (b * sum_v + c * gs) / n)
+    tl.store(out + 7 * channels + channel, within * scale)
 
 
 @triton.jit
-def _apply(x, v, g, numbers, grad_x, grad_g, size, inner, channels, SIZE: tl.constexpr):
-    """grad_x and grad_g; x, v, g each read once, both written once."""
+def _apply(x, u, g, numbers, affine, first, second, size, inner, channels, WHAT: tl.constexpr, MASKED: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip  # noqa: E501
+    """WHAT 0: first = scale x + shift; 1: first = grad_x, u being g; 2: first = grad_g, second = grad_x, u being v."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     mask = at < size
     channel = at // inner % channels
     xs = tl.load(x + at, mask, 0.0).to(tl.float32)
-    vs = tl.load(v + at, mask, 0.0).to(tl.float32)
-    gs = tl.load(g + at, mask, 0.0).to(tl.float32)
-    a = tl.load(numbers + channel, mask, 0.0)
-    b = tl.load(numbers + channels + channel, mask, 0.0)
-    c = tl.load(numbers + 2 * channels + channel, mask, 0.0)
-    d = tl.load(numbers + 3 * channels + channel, mask, 0.0)
-    tl.store(grad_x + at, a * xs + b * vs + c * gs + d, mask)
-    p = tl.load(numbers + 4 * channels + channel, mask, 0.0)
-    q = tl.load(numbers + 5 * channels + channel, mask, 0.0)
-    r = tl.load(numbers + 6 * channels + channel, mask, 0.0)
-    tl.store(grad_g + at, p * vs + q * xs + r, mask)
+    if MASKED or WHAT == 0:
+        moved = xs * tl.load(affine + channel, mask, 0.0) + tl.load(affine + channels + channel, mask, 0.0)
+    if WHAT == 0:
+        tl.store(first + at, moved, mask)
+    else:
+        us = tl.load(u + at, mask, 0.0).to(tl.float32)
+        if MASKED and WHAT == 1:
+            us = tl.where(moved > 0, us, 0.0)
+        p = tl.load(numbers + channel, mask, 0.0)
+        q = tl.load(numbers + channels + channel, mask, 0.0)
+        r = tl.load(numbers + 2 * channels + channel, mask, 0.0)
+        linear = p * us + q * xs + r
+        if MASKED and WHAT == 2:
+            linear = tl.where(moved > 0, linear, 0.0)
+        tl.store(first + at, linear, mask)
+        if WHAT == 2:
+            gs = tl.load(g + at, mask, 0.0).to(tl.float32)
+            if MASKED:
+                gs = tl.where(moved > 0, gs, 0.0)
+            a = tl.load(numbers + 3 * channels + channel, mask, 0.0)
+            b = tl.load(numbers + 4 * channels + channel, mask, 0.0)
+            c = tl.load(numbers + 5 * channels + channel, mask, 0.0)
+            d = tl.load(numbers + 6 * channels + channel, mask, 0.0)
+            tl.store(second + at, a * xs + b * us + c * gs + d, mask)
+
+
+@triton.jit
+def _unpool(g, index, out, size, channels, height, width, down, across, LAST: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Gradient at the input of a max pooling: every pixel gathers from the windows ``(down, across)`` it has won."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = at < size
+    if LAST:
+        channel, pixel = at % channels, at // channels
+        column, row, sample = pixel % width, pixel // width % height, pixel // (width * height)
+    else:
+        column, row, plane = at % width, at // width % height, at // (width * height)
+        channel, sample = plane % channels, plane // channels
+    own = row * width + column
+    total = tl.zeros((SIZE,), tl.float32)
+    for i in tl.static_range((K0 + S0 - 1) // S0):
+        for j in tl.static_range((K1 + S1 - 1) // S1):
+            y, x = (row + P0) // S0 - i, (column + P1) // S1 - j
+            inside = mask & (y >= 0) & (y < down) & (x >= 0) & (x < across)
+            if LAST:
+                window = ((sample * down + y) * across + x) * channels + channel
+            else:
+                window = ((sample * channels + channel) * down + y) * across + x
+            won = tl.load(index + window, inside, -1) == own
+            total += tl.load(g + window, inside & won, 0.0).to(tl.float32)
+    tl.store(out + at, total, mask)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Format in which the kernels address a tensor."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _reduce(what: int, x: Tensor, u: Tensor, g: Tensor, center: Tensor, affine: Tensor, masked: bool) -> tuple[Tensor, int, int]:  # fmt: skip  # noqa: E501
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    inner = 1 if layout(x) is torch.channels_last else rows // len(x)
+    columns = min(64, triton.next_power_of_2(channels)) if inner == 1 else 1
+    height = _ELEMENTS // columns
+    across = triton.cdiv(channels, columns)
+    # enough blocks for every multiprocessor, few enough that their sums are soon added
+    blocks = max(1, min(triton.cdiv(rows, 2 * height), triton.cdiv(1024, across)))
+    rows_per_block = triton.cdiv(triton.cdiv(rows, blocks), height) * height
+    blocks = triton.cdiv(rows, rows_per_block)
+    sums = torch.empty(3, blocks, channels, dtype=torch.float32, device=x.device)
+    _sums[blocks, across](
+        x, u, g, center, affine, sums, rows, inner, channels, rows_per_block,
+        WHAT=what, MASKED=masked, ROWS=height, COLUMNS=columns,
+    )  # fmt: skip
+    return sums, blocks, inner
+
+
+def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Tensor, masked: bool, inner: int) -> list[Tensor]:  # fmt: skip  # noqa: E501
+    out = [torch.empty_like(x) for _ in range(2 if what == 2 else 1)]
+    grid = (triton.cdiv(x.numel(), _ELEMENTS),)
+    _apply[grid](
+        x, u, g, numbers, affine, out[0], out[-1], x.numel(), inner, x.shape[1],
+        WHAT=what, MASKED=masked, SIZE=_ELEMENTS,
+    )  # fmt: skip
+    return out
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Normalised ``(B, C, ...)``; mean, 1 / deviation, scale, shift ``(4, C)``; updates the running statistics."""
+    x = x.contiguous(memory_format=layout(x))
+    channels, n = x.shape[1], x.numel() // x.shape[1]
+    numbers = torch.empty(4, channels, dtype=torch.float32, device=x.device)
+    # squares are taken around the first row, so that they do not cancel
+    sums, blocks, inner = _reduce(0, x, x, x, x, numbers, False)
+    mean, var = running or (numbers, numbers)
+    _normalization[(channels,)](
+        sums, x, weight, bias, mean, var, numbers, float(n), float(momentum), float(eps), inner, blocks, channels,
+        TRACKED=running is not None, BLOCKS=triton.next_power_of_2(blocks),
+    )  # fmt: skip
+    return _map(0, x, x, x, numbers, numbers[2:], False, inner)[0], numbers
+
+
+def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool) -> tuple[Tensor, ...]:
+    """Gradient at x, and the sums ``(C,)`` of ``g x_hat`` and ``g``; masked: g is that behind a ReLU."""
+    x = x.contiguous(memory_format=layout(x))
+    g = g.contiguous(memory_format=layout(x))
+    channels, n = x.shape[1], x.numel() // x.shape[1]
+    sums, blocks, inner = _reduce(1, x, g, g, numbers, numbers[2:], masked)
+    own = torch.empty(5, channels, dtype=torch.float32, device=x.device)
+    _gradient_numbers[(channels,)](
+        sums, weight, numbers, numbers[1:], own, float(n), blocks, channels, BLOCKS=triton.next_power_of_2(blocks)
+    )
+    return _map(1, x, g, g, own, numbers[2:], masked, inner)[0], own[3], own[4]
 
 
 def batch_norm_double_backward(
-    v: Tensor, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, sum_gx: Tensor, sum_g: Tensor
+    v: Tensor, g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, sum_gx: Tensor, sum_g: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to g, x and the weight, of the input gradient ``γ σ (g - mean(g) - x_hat mean(g x_hat))``.
-
-    x, v, g ``(B, C, ...)`` of the same type, float32 or shorter; the rest ``(C,)``. Sums and numbers are float32.
-    """
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    x, v, g = (t.contiguous(memory_format=layout) for t in (x, v, g))
-    channels, rows = x.shape[1], x.numel() // x.shape[1]
-    inner = 1 if last else rows // len(x)
-    columns = min(64, triton.next_power_of_2(channels)) if inner == 1 else 1
-    height = 1024 // columns
-    across = triton.cdiv(channels, columns)
-    blocks = max(1, min(_MOST_BLOCKS, triton.cdiv(rows, 4 * height), triton.cdiv(2048, across)))
-    rows_per_block = triton.cdiv(triton.cdiv(rows, blocks), height) * height
-    blocks = triton.cdiv(rows, rows_per_block)
-    sums = torch.empty(3, blocks, channels, device=x.device)
-    numbers = torch.empty(8, channels, device=x.device)
-    _sums[blocks, across](x, v, g, mean, sums, rows, inner, channels, rows_per_block, ROWS=height, COLUMNS=columns)
-    _numbers[(channels,)](
-        sums, weight, mean, rstd, sum_gx, sum_g, numbers, float(rows), blocks, channels,
+    """Gradients at g, x and the weight of the gradient at x, ``γ σ (g - mean(g) - x_hat mean(g x_hat))``."""
+    x = x.contiguous(memory_format=layout(x))
+    v, g = (t.contiguous(memory_format=layout(x)) for t in (v, g))
+    channels, n = x.shape[1], x.numel() // x.shape[1]
+    sums, blocks, inner = _reduce(2, x, v, g, numbers, numbers[2:], masked)
+    own = torch.empty(8, channels, dtype=torch.float32, device=x.device)
+    _second_numbers[(channels,)](
+        sums, weight, numbers, numbers[1:], sum_gx, sum_g, own, float(n), blocks, channels,
         BLOCKS=triton.next_power_of_2(blocks),
     )  # fmt: skip
-    grad_x, grad_g = torch.empty_like(x), torch.empty_like(x)
-    _apply[(triton.cdiv(x.numel(), 1024),)](x, v, g, numbers, grad_x, grad_g, x.numel(), inner, channels, SIZE=1024)
-    return grad_g, grad_x, numbers[7].to(weight.dtype)
+    grad_g, grad_x = _map(2, x, v, g, own, numbers[2:], masked, inner)
+    return grad_g, grad_x, own[7]
+
+
+def max_pool_backward(g: Tensor, index: Tensor, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """Gradient ``(B, C, *size)`` of g ``(B, C, H, W)`` whose windows were won by the pixels of these indices."""
+    form = layout(index)
+    g, index = g.contiguous(memory_format=form), index.contiguous(memory_format=form)
+    batch, channels, down, across = g.shape
+    out = torch.empty(batch, channels, *size, dtype=g.dtype, device=g.device, memory_format=form)
+    _unpool[(triton.cdiv(out.numel(), _ELEMENTS),)](
+        g, index, out, out.numel(), channels, *size, down, across, LAST=form is torch.channels_last,
+        K0=kernel[0], K1=kernel[1], S0=stride[0], S1=stride[1], P0=padding[0], P1=padding[1], SIZE=_ELEMENTS,
+    )  # fmt: skip
+    return out

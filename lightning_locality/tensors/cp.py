@@ -44,7 +44,7 @@ class _BinaryProducts(torch.autograd.Function):
             negative = (weights < 0).to(weights.dtype)
             counted.append(negative[:, 1] - negative[:, 0])
         if has_zero:
-            counted.append((zero[:, 1] ^ zero[:, 0]).to(weights.dtype) * torch.where(zero[:, 1], 1.0, -1.0))
+            counted.append(zero[:, 1].to(weights.dtype) - zero[:, 0].to(weights.dtype))
         # a single pass over the bits for all of them
         counts = torch.cat(counted, 1)
         sums = torch.cat([block.to(counts) @ counts for block in _blocks(bits)]).chunk(len(counted), 1)
@@ -65,7 +65,7 @@ class _BinaryProducts(torch.autograd.Function):
         # relative to the largest product: P / w may be representable where P is not
         largest = log_products.amax(0)
         share = gradient * sign * (log_products - largest).exp()
-        factor = torch.where(weights < 0, -1.0, 1.0) * (largest - logs).exp()
+        factor = (1.0 - 2.0 * (weights < 0).to(weights.dtype)) * (largest - logs).exp()
         if zeros is None:
             return None, _sums_by_bit(bits, share) * factor
         # the derivative at a zero weight sums over the samples that meet no other zero

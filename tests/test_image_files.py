@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import struct
 import zlib
 from collections.abc import Callable
@@ -493,6 +495,25 @@ def test_the_command_line_suggests_the_prefix(tmp_path: Path, capsys: pytest.Cap
 
 
 # export
+
+
+def test_lines_of_the_page_on_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("sklearn")
+    root = Path(__file__).parent.parent
+    text = (root / "data" / "README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("lightning-locality ")]
+    assert len(lines) == 5
+    monkeypatch.chdir(root)
+    for line in lines:
+        with pytest.raises(SystemExit) as stop:
+            main([*shlex.split(line)[1:], "--print_config"])
+        assert stop.value.code == 0
+        task = line.partition("--data ")[2].split()[0]
+        assert f"class_path: lightning_locality.{task}\n" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "export" in block)
+    exec(compile(block, "data/README.md", "exec"), {})
+    assert len(load_images("folder:digits", "train").labels) == 200
 
 
 def read_back(source: str, split: str) -> dict[bytes, int]:

@@ -7,6 +7,7 @@ __all__ = ["main"]
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _HELP = """\
 usage: lightning-locality COMMAND [options]      (COMMAND --help lists the options of a command)
@@ -20,6 +21,7 @@ Train convolutional networks that see far, and measure how far any network sees.
   figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, ..., or any column (xy)
   rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER]
   make-data pathfinder  render the Pathfinder images before training
+  make-data export      write a task as PNG folders or .npz:  --data SameClass [--data.distance 80 ...] --out FOLDER
 
   --version
 """
@@ -68,9 +70,14 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
         case "make-data":
             from jsonargparse import auto_cli
 
+            import lightning_locality.datamodules
+            from lightning_locality.datamodules.base import export_images
             from lightning_locality.datamodules.pathfinder.module import make_pathfinder
 
-            auto_cli({"pathfinder": make_pathfinder}, args=list(args), as_positional=False, prog=prog)
+            for name in lightning_locality.datamodules.__all__:
+                getattr(lightning_locality.datamodules, name)  # imported, a class can be given by its name alone
+            commands: dict[str, Any] = {"pathfinder": make_pathfinder, "export": export_images}
+            auto_cli(commands, args=list(args), as_positional=False, prog=prog)
         case _:
             from lightning_locality.results import nearest
 

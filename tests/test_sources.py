@@ -190,7 +190,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
 def test_classes_of_the_test_folder_must_be_known(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "test")
-    (tmp_path / "test" / "dog").mkdir()
+    shutil.copytree(tmp_path / "test" / "cat", tmp_path / "test" / "dog")
     with pytest.raises(CorruptImagesError, match="dog"):
         load_images("folder", "test", tmp_path)
 

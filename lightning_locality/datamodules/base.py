@@ -8,11 +8,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
+
+from lightning_locality.datamodules.image_files import write_images
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -184,6 +187,28 @@ class AbstractImageDataModule(LightningDataModule, ABC):
             indices = torch.arange(min(self.batch_size, self.size(split)))
         return self.compose(split, indices if device is None else indices.to(device))
 
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` of :meth:`compose` as uint8, for :meth:`export`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be exported: define to_uint8(images) for it")
+
+    def export(self, out: str | Path) -> None:
+        """Write all splits as PNG files in class folders, or as arrays to ``OUT.npz``; see data/README.md.
+
+        The sources ``folder:OUT`` and ``file:OUT.npz`` read them bit for bit. Without a Trainer, this prepares and sets
+        up the data. FileExistsError if there is something at ``out``.
+        """
+        # those of validation_is_test are written once
+        splits = dict.fromkeys(map(self.origin, SPLITS))
+        for split in splits:
+            self.batch(split, torch.zeros(1, dtype=torch.int64))  # sets up, after which sizes and classes are known
+        names = getattr(self, "class_names", None) or map(str, range(self.num_classes))
+        write_images(Path(out), {split: self._samples(split) for split in splits}, list(names))
+
+    def _samples(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.split(torch.arange(self.size(split)), self.batch_size):
+            images, labels = self.batch(split, index)
+            yield self.to_uint8(images), labels
+
     def loader(self, split: Split) -> IndexLoader:
         """Loader of a split: shuffled for training, in order otherwise, sharded over the processes."""
         training, trainer = split == "train", self.trainer
@@ -222,3 +247,15 @@ class AbstractImageDataModule(LightningDataModule, ABC):
             # Lightning converts a batch before its transfer, when there are no images yet
             image = self.trainer.precision_plugin.convert_input(image)
         return image, label
+
+
+def export_images(data: AbstractImageDataModule, out: str) -> None:
+    """Write the images of a task as PNG files in class folders, or as arrays to an .npz file.
+
+    Args:
+        data: The task, such as SameClass, and its options.
+        out: Folder, or file that ends in .npz, to write; neither may exist.
+    """
+    data.export(out)
+    kind = "file" if out.endswith(".npz") else "folder"
+    print(f"{type(data).__name__} written to {out}: as a source it is {kind}:{out}")

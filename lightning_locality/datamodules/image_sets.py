@@ -7,22 +7,29 @@ __all__ = ["CorruptImagesError", "ImagesNotFoundError", "LabelledImages", "Unkno
 import difflib
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torchvision import datasets
 
 from lightning_locality.datamodules.base import seeded_generator
+from lightning_locality.datamodules.image_files import (
+    CorruptImagesError,
+    ImagesNotFoundError,
+    array_splits,
+    folder_splits,
+    list_pictures,
+    read_arrays,
+    read_picture,
+)
 
 Resize = Literal["bilinear", "area", "pad"]
 SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
-Part = Literal["train", "test"]
+Part = Literal["train", "validation", "test"]
 
 # of torchvision; the path under root is one whose absence tells a missing set from a damaged one
 _TORCHVISION: dict[str, tuple[Any, str]] = {
@@ -32,7 +39,6 @@ _TORCHVISION: dict[str, tuple[Any, str]] = {
     "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
     "svhn": (datasets.SVHN, "{part}_32x32.mat"),
 }
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 class LabelledImages(NamedTuple):
@@ -114,22 +120,16 @@ class UnknownSourceError(ValueError):
     """Unknown name of an image source."""
 
 
-class ImagesNotFoundError(FileNotFoundError):
-    """The image set is missing and may not, or cannot, be downloaded."""
-
-
-class CorruptImagesError(ValueError):
-    """A file of an image set is damaged, altered or missing."""
-
-
 def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Path]:
     """Split a source into its name and its location; ``"folder:PATH"`` and ``"file:PATH"`` give both."""
     names = get_args(SourceName)
-    kind, colon, path = source.partition(":")
-    if colon and kind in ("folder", "file"):
+    kind, _, path = (source := str(source)).partition(":")
+    if path and kind in ("folder", "file"):
         source, root = kind, path
     elif source not in names:
         near = difflib.get_close_matches(source.lower(), names, n=1)
+        if {"/", "\\"} & set(source) or Path(source).suffix or (not near and Path(source).exists()):
+            near = [f"{'file' if Path(source).suffix == '.npz' else 'folder'}:{source}"]
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownSourceError(
             f"unknown source {source!r}{hint}; known are {', '.join(names)}, folder:PATH and file:PATH"
@@ -152,7 +152,7 @@ def load_images(
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH`` or
             ``file:PATH``; data/README.md describes them.
-        part: ``"train"`` or ``"test"``.
+        part: ``"train"``, ``"test"`` or, if the source has one (:func:`has_validation`), ``"validation"``.
         root: Folder of the set, as for torchvision; of the classes for ``folder``; not used by ``digits``.
         download: Let torchvision download a missing set.
         image_size: Height and width in pixels to resize the images to; None leaves them.
@@ -163,17 +163,19 @@ def load_images(
     Raises:
         UnknownSourceError: Unknown source.
         ImagesNotFoundError: The set is not under ``root`` and is not, or cannot be, downloaded.
-        CorruptImagesError: A file is damaged.
+        CorruptImagesError: A file is damaged or of a kind that data/README.md excludes.
         ModuleNotFoundError: ``digits`` without scikit-learn installed.
     """
     name, folder = parse_source(source, root)
+    if part == "validation" and not has_validation(source, root):
+        raise ImagesNotFoundError(f"{source} has no validation images of its own: take a share of its training images")
     match name:
         case "digits":
             found = _part_of(_digits(), part)
         case "folder":
             found = _folder(folder, part, image_size, resize)
         case "file":
-            found = _file(folder, part)
+            found = LabelledImages(*read_arrays(folder, part))
             channels = channels or 3
         case _:
             found = _torchvision(name, folder, part, download)
@@ -185,6 +187,13 @@ def load_images(
     if channels is not None:
         images = convert_channels(images, channels)
     return LabelledImages(images.contiguous(), labels)
+
+
+def has_validation(source: str, root: str | Path = "data") -> bool:
+    """Whether a source has validation images of its own, apart from its training and test images."""
+    name, path = parse_source(source, root)
+    splits = folder_splits(path) if name == "folder" else array_splits(path) if name == "file" else ()
+    return "validation" in splits
 
 
 def prepare_images(source: str, root: str | Path = "data") -> None:
@@ -246,52 +255,12 @@ def _torchvision(name: SourceName, root: Path, part: Part, download: bool) -> La
 
 
 def _folder(root: Path, part: Part, size: int | None, resize: Resize) -> LabelledImages:
-    official = (root / "train").is_dir()
-    first, top = (root / "train", root / part) if official else (root, root)
-    if not top.is_dir():
-        raise ImagesNotFoundError(f"no folder {top}: source 'folder' needs class folders in it")
-    # the training part names the classes, so that both parts have the same labels
-    classes = sorted(p.name for p in first.iterdir() if p.is_dir())
-    if unknown := {p.name for p in top.iterdir() if p.is_dir()} - set(classes):
-        raise CorruptImagesError(f"{top} has classes that {first} lacks: {sorted(unknown)}")
     images, labels = [], []
-    for label, name in enumerate(classes):
-        for path in sorted((top / name).rglob("*")):
-            if path.suffix.lower() in _SUFFIXES:
-                image = _read(path)
-                images.append(image if size is None else resize_images(image, size, resize))
-                labels.append(label)
-                if images[-1].shape != images[0].shape:
-                    raise ValueError(
-                        f"{path} is {image.shape[-2]}x{image.shape[-1]}, unlike other images: give an image_size"
-                    )
-    if not images:
-        raise ImagesNotFoundError(f"no images in class folders of {top} (looked for {sorted(_SUFFIXES)})")
+    for path, label in list_pictures(root, part):
+        image = read_picture(path)
+        images.append(image if size is None else resize_images(image, size, resize))
+        labels.append(label)
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{path} is {image.shape[-2]}x{image.shape[-1]}, unlike other images: give an image_size")
     whole = LabelledImages(torch.cat(images), torch.tensor(labels))
-    return whole if official else _part_of(whole, part)
-
-
-def _file(path: Path, part: Part) -> LabelledImages:
-    if not path.is_file():
-        raise ImagesNotFoundError(f"no file {path}: source 'file' needs an .npz file of images and labels")
-    try:
-        with np.load(path) as arrays:
-            images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptImagesError(
-            f"{path} cannot be read ({error}): it needs the arrays {part}_images and {part}_labels"
-        ) from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise CorruptImagesError(
-            f"{path}: {part}_images must be uint8 (N, 1 or 3, H, W), got {images.dtype} {images.shape}"
-        )
-    return LabelledImages(torch.from_numpy(images), torch.from_numpy(labels).long())
-
-
-def _read(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptImagesError(f"{path} cannot be read as an image ({error}): repair or delete it") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return whole if folder_splits(root) else _part_of(whole, part)

@@ -18,6 +18,7 @@ from lightning_locality.datamodules.image_sets import (
     LabelledImages,
     Part,
     Resize,
+    has_validation,
     load_images,
     parse_source,
     pixel_statistics,
@@ -65,8 +66,8 @@ class ClassImages:
 class AbstractSourceImages(AbstractImageDataModule):
     """Samples made of the images of a source, stored as a table of indices and labels for each split.
 
-    Training and validation samples use the source's official training images, which are divided between the two;
-    test samples use its official test images.
+    Training and validation samples use the source's official training images, which are divided between the two
+    unless it has validation images of its own; test samples use its official test images.
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
@@ -81,7 +82,7 @@ class AbstractSourceImages(AbstractImageDataModule):
         drop_last: Drop the last, incomplete training batch of an epoch.
         download: Let torchvision download a set that is not in ``root``.
         validation_is_test: Validate on the test samples (published for SameClass), not on held-out training images.
-        holdout: Share of the training images of each class that is kept for validation.
+        holdout: Share of the training images of each class kept for validation if the source has none for that.
         mean: Mean intensity (0 to 1) of each channel, subtracted. By default the published values for ``cifar10`` in
             colour, and those of the official training images for every other source.
         std: Standard deviation of each channel, divided by; by default likewise.
@@ -141,6 +142,7 @@ class AbstractSourceImages(AbstractImageDataModule):
             if min(std) <= 0:
                 raise ValueError(f"std must be positive, got {list(std)}")
             self._given = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._own_validation: bool | None = None
         self._parts: dict[Part, LabelledImages] = {}
         self._tables: dict[Split, Tensor] = {}
         self._affine: dict[torch.dtype, Tensor] = {}
@@ -166,10 +168,13 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     def part(self, split: Split) -> Part:
         """Official part of the source that supplies the images of a split."""
-        return "test" if self.origin(split) == "test" else "train"
+        origin = self.origin(split)
+        if origin == "validation" and self._own_validation is None:
+            self._own_validation = has_validation(self.source, self.root)
+        return origin if origin == "test" or (origin == "validation" and self._own_validation) else "train"
 
     def images(self, part: Part) -> LabelledImages:
-        """The source's official train or test images ``(N, C, s, s)``, uint8, and their labels."""
+        """The source's official images of a part ``(N, C, s, s)``, uint8, and their labels."""
         if part not in self._parts:
             self._parts[part] = load_images(
                 self.source, part, self.root, image_size=self.image_size, resize=self.resize, channels=self.channels
@@ -180,7 +185,7 @@ class AbstractSourceImages(AbstractImageDataModule):
         """Indices into ``images(part(split))`` that the split may use; training and validation share none."""
         labels = self.images(self.part(split)).labels
         candidates = torch.arange(len(labels))
-        if self.part(split) == "train" and not self.validation_is_test:
+        if self.part(split) == "train" == self.part("validation"):
             kept, held = stratified_split(labels, self.holdout, self.seed)
             candidates = kept if split == "train" else held
         if self.classes is None:
@@ -199,6 +204,11 @@ class AbstractSourceImages(AbstractImageDataModule):
     def normalization(self, mean: Tensor, std: Tensor) -> list[Tensor]:
         """Factor and offset ``(C,)`` of a uint8 value, and any further rows for :meth:`affine`."""
         return [1 / (255 * std), -mean / std]
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Undo the normalisation of :meth:`compose`, rounded to uint8."""
+        scale, shift = self.affine(images.device)[:2]
+        return images.sub(shift).div_(scale).round_().clamp_(0, 255).to(torch.uint8)
 
     def affine(self, device: torch.device) -> Tensor:
         """The rows of :meth:`normalization` ``(R, 1, C, 1, 1)`` on a device, in the default dtype."""

@@ -130,6 +130,10 @@ class Pathfinder(AbstractImageDataModule):
         scaled = images.unsqueeze(1).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
         return scaled, labels.to(torch.int64)
 
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Undo the normalisation of :meth:`compose`."""
+        return (images * self._std + self._mean).mul_(255).round_().to(torch.uint8)
+
     def _command(self) -> str:
         """The command line that generates the pictures of this module."""
         options: dict[str, Any] = self._counts | {"seed": self.seed, "root": self.root}

@@ -313,6 +313,8 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
         return
     images, labels = data.batch("validation", torch.arange(min(4, data.size("validation"))))
     penalty, masks = getattr(model, "penalty", None), None
+    if isinstance(penalty, nn.ModuleDict):
+        penalty = next(iter(penalty.values()))
     if isinstance(penalty, AntiLocality) and len(images) > 1:
         i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(penalty.seed))
         shape = (len(images), 1, *images.shape[2:])

@@ -391,6 +391,63 @@ def test_any_module_with_the_callback(tmp_path: Path) -> None:
     assert last == {"rows": 1, "next": rows[-1]}
 
 
+SEVERAL = """
+model:
+  class_path: Classification
+  init_args:
+    weight: {near: 1.0, far: 2.0}
+    penalty:
+      near: {class_path: AntiLocality, init_args: {patches: {class_path: UniformPatches, init_args: {size: 2}}}}
+      far: {class_path: AntiLocality, init_args: {patches: GivenPatches}}
+"""
+
+
+def test_several_penalties_from_a_file_and_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(SEVERAL)
+    own = (f"--config={tmp_path / 'two.yaml'}", "--model.weight.far=5", "--model.penalty.far.seed=3")
+    fit(tmp_path / "a", *own, "--trainer.max_epochs=1", figures=True)
+    names = {"near", "far"}
+    expected = {f"{stage}/regularizer/{name}" for stage in ("train", "val", "test") for name in names}
+    metrics = summary_of(tmp_path / "a")["metrics"]
+    assert {name for name in metrics if "regularizer" in name} == expected
+    assert (tmp_path / "a" / "figures" / "examples.png").exists()
+    model = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]["init_args"]
+    assert model["weight"] == {"near": 1.0, "far": 5.0}
+    assert model["penalty"]["far"]["init_args"]["seed"] == 3
+    loaded = Classification.load_from_checkpoint(tmp_path / "a" / "last.ckpt", map_location="cpu")
+    assert loaded.weight == {"near": 1.0, "far": 5.0}
+    assert [loaded.penalty[name].get_extra_state().tolist()[0] for name in ("near", "far")] == [4, 4]  # type: ignore
+    # resumed like any other, and from its own configuration
+    fit(tmp_path / "b", *own, "--trainer.max_epochs=2")
+    config = f"--config={tmp_path / 'a' / 'config.yaml'}"
+    main(["fit", config, f"--run_dir={tmp_path / 'a'}", "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    # by name from the command line alone
+    typed = (
+        "--model.penalty.edge=AntiLocality",
+        "--model.penalty.edge.patches=UniformPatches",
+        "--model.weight.edge=2",
+    )
+    fit(tmp_path / "c", *typed, "--trainer.max_epochs=1")
+    assert "train/regularizer/edge" in summary_of(tmp_path / "c")["metrics"]
+
+
+def test_callbacks_with_names_from_a_file(tmp_path: Path) -> None:
+    penalty = {"class_path": "AntiLocality", "init_args": {"patches": {"class_path": "UniformPatches"}}}
+    callbacks = [
+        {"class_path": "AntiLocalityCallback", "init_args": {"penalty": own, "weight": 3.0}}
+        for own in (penalty, {"far": penalty})
+    ]
+    path = tmp_path / "foreign.yaml"
+    path.write_text(yaml.safe_dump({"model": f"{__name__}.Foreign", "trainer": {"callbacks": callbacks}}))
+    data = ("--data=SameClass", "--data.source=digits", "--data.image_size=8", "--data.canvas=[8,24]")
+    main(["fit", f"--config={path}", *data, "--data.distance=8", *SMALL, f"--run_dir={tmp_path / 'run'}"])
+    columns = {name for name in rows_of(tmp_path / "run")[-1] if "regularizer" in name}
+    assert columns == {"train/regularizer", "train/regularizer/far"}
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert [*saved[1]["init_args"]["penalty"]] == ["far"]
+
+
 def test_labels_keep_their_types(tmp_path: Path) -> None:
     """A variant may be called off, 1 or 1e-3: table and figures group by these texts."""
     labels = {"variant": "off", "a": "1", "b": "1e-3", "c": "far: plain", "d": 3, "e": 0.5, "f": True, "g": None}

@@ -390,6 +390,25 @@ def test_tables_have_a_row_for_what_varied_other_than_seeds(tmp_path: Path, caps
     ]
 
 
+def test_every_regulariser_has_a_column_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "grid.yaml", variants=dict.fromkeys(("none", "one", "two")))
+    names: list[tuple[str, ...]] = [(), ("",), ("/near", "/far")]
+    for run, own in zip(SweepFile.read(path, tmp_path / "out").runs(), names, strict=True):
+        values = {f"test/regularizer{name}": 0.25 + 0.25 * k for k, name in enumerate(own)}
+        finished(run, {"test/accuracy": 0.5, **values}, epochs=1, seconds=2.0)
+    main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
+    shown = capsys.readouterr().out
+    (heading,) = [line for line in shown.splitlines() if "finished" in line and "┃" in line]
+    assert [cell.strip() for cell in heading.split("┃")[4:-2]] == [
+        "test",
+        "R on test",
+        "R on test, near",
+        "R on test, far",
+    ]
+    lines = [[cell.strip() for cell in line.split("│")[4:-2]] for line in shown.splitlines() if "1 of 1" in line]
+    assert lines == [["50.0", "-", "-", "-"], ["50.0", "0.25", "-", "-"], ["50.0", "-", "0.25", "0.50"]]
+
+
 def test_recovery_runs_are_tabled_by_loss_and_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "grid.yaml", variants={"v": None}, grid={"seed": [1, 3]})
     for seed, run in zip((1, 3), SweepFile.read(path, tmp_path / "out").runs(), strict=True):

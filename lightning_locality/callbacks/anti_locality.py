@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["AntiLocalityCallback"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -14,56 +14,91 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import Tensor, nn
 
 from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
 
 
 @final
 class AntiLocalityCallback(Callback):
-    r"""Add ``weight * R`` to the loss of any LightningModule trained by automatic optimisation.
+    r"""Add ``weight * R``, or several such terms, to the loss of any LightningModule with automatic optimisation.
 
     After every backward pass the gradient of ``weight * penalty(module, x, y)``, which calls ``module(x)``, is added to
     that of the loss: divided by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes
     under DDP, and clipped with it. Training is the same as with the term inside the loss, at the cost of one more
-    forward pass. The value is logged as ``train/regularizer``.
+    forward pass. The value is logged as ``train/regularizer``, of several penalties as ``train/regularizer/NAME``. A
+    batch of one sample has no donor: the term is left out there, with one warning.
+
+    A Trainer may have several of these callbacks, whose penalties have different names.
 
     Args:
-        penalty: The term; its random state is kept in the checkpoint.
-        weight: Weight of the term, 0 or more; nothing is computed at 0.
+        penalty: The term, or several by name; their random state is kept in the checkpoint.
+        weight: Weight of the term, 0 or more: one for all, or one for every name. Nothing is computed at 0.
         every_n_batches: Add the term only at every n-th batch of an epoch, starting with the first; its weight there
             is ``weight``, not n times that.
         batch: Function that extracts images ``(B, C, H, W)`` and labels ``(B,)`` or None from a batch; None: a batch
             is a tuple or list that begins with both, or a mapping with "image" and "label" or "x" and "y".
 
     Raises:
-        ValueError: Negative weight, a batch of unknown form, a model with SyncBatchNorm.
+        ValueError: Negative weight, weights of other names than the penalties, one name twice in a Trainer, a batch of
+            unknown form, a first batch of one sample, a model with SyncBatchNorm.
         MisconfigurationException: Manual optimisation, float16, or a strategy other than a single device or DDP.
     """
 
     def __init__(
         self,
-        penalty: AntiLocality,
-        weight: float,
+        penalty: AntiLocality | Mapping[str, AntiLocality],
+        weight: float | Mapping[str, float],
         every_n_batches: int = 1,
         batch: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None,
     ) -> None:
-        if not weight >= 0:
-            raise ValueError(f"weight must be 0 or more, got {weight}")
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
-        self.penalty, self.weight, self.every_n_batches, self.batch = penalty, float(weight), every_n_batches, batch
+        self.penalty, self.weight, self.every_n_batches, self.batch = penalty, weight, every_n_batches, batch
+        self._penalties  # noqa: B018 (raises ValueError)
         self._images: tuple[Tensor, Tensor | None] | None = None
+        self._has_donors, self._left_out = DonorCheck(), False
 
-    def state_dict(self) -> dict[str, Any]:
-        """State of the penalty's random numbers."""
-        return {"penalty": self.penalty.state_dict()}
+    @property
+    def _penalties(self) -> dict[str, tuple[AntiLocality, float]]:
+        return weighted_penalties(self.penalty, self.weight)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the random numbers of the checkpoint."""
-        self.penalty.load_state_dict(state_dict["penalty"])
+    @property
+    def _minimised(self) -> dict[str, tuple[AntiLocality, float]]:
+        return {column: (penalty, weight) for column, (penalty, weight) in self._penalties.items() if weight}
+
+    @property
+    def state_key(self) -> str:
+        """One for each set of names: a Trainer may have several."""
+        columns = [*self._penalties]
+        return super().state_key if columns == [COLUMN] else self._generate_state_key(columns=columns)
+
+    # not state_dict, with which Trainer() refuses two callbacks of one name before setup can say what to do
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the states of the penalties' random numbers."""
+        states = {column: penalty.state_dict() for column, (penalty, _) in self._penalties.items()}
+        checkpoint["callbacks"][self.state_key] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue with the random numbers of every penalty that the checkpoint knows, whatever callback had it."""
+        own = (states for key, states in checkpoint["callbacks"].items() if key.startswith(type(self).__name__))
+        for column, state in ((column, state) for states in own for column, state in states.items()):
+            column = COLUMN if column == "penalty" else column  # as the only penalty was called before names
+            if column in self._penalties:
+                self._penalties[column][0].load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reject what cannot be differentiated twice, or not from outside the module."""
-        if stage != "fit" or self.weight == 0:
+        if stage != "fit":
             return
+        callbacks = [c for c in trainer.callbacks if isinstance(c, AntiLocalityCallback)]  # type: ignore[attr-defined]
+        names = [column for callback in callbacks for column in callback._penalties]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"several AntiLocalityCallbacks log train/{twice}: name their penalties differently, as in "
+                "AntiLocalityCallback({'near': penalty}, weight)"
+            )
+        if not self._minimised:
+            return
+        bind_boxes((penalty for penalty, _ in self._minimised.values()), getattr(trainer, "datamodule", None))
         if not has_whole_model(trainer.strategy):
             raise MisconfigurationException(
                 f"AntiLocalityCallback cannot differentiate twice under {type(trainer.strategy).__name__}: use "
@@ -86,20 +121,26 @@ class AntiLocalityCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the images and labels of the batch."""
-        if self.weight > 0 and batch_idx % self.every_n_batches == 0:
+        if self._minimised and batch_idx % self.every_n_batches == 0:
             self._images = _images(batch) if self.batch is None else self.batch(batch)
+            self._left_out = not self._has_donors(self._images[0], batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the gradient of the term to that of the loss."""
+        """Add the gradients of the terms to that of the loss."""
         if self._images is None:
             return
         x, y = self._images
-        with trainer.precision_plugin.forward_context():
-            value = self.penalty(pl_module, x, y)
-            term = value * (self.weight / trainer.accumulate_grad_batches)
-        _add_gradient(trainer, [p for p in pl_module.parameters() if p.requires_grad], term)
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": trainer.world_size > 1}
-        pl_module.log("train/regularizer", value.detach(), batch_size=len(x), **options)
+        for column, (penalty, weight) in self._minimised.items():
+            if self._left_out:
+                _add_gradient(trainer, parameters, None)
+                continue
+            with trainer.precision_plugin.forward_context():
+                value = penalty(pl_module, x, y)
+                term = value * (weight / trainer.accumulate_grad_batches)
+            _add_gradient(trainer, parameters, term)
+            pl_module.log(f"train/{column}", value.detach(), batch_size=len(x), **options)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,17 +154,22 @@ def has_whole_model(strategy: Strategy) -> bool:
     return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
 
 
-def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor) -> None:
-    """Add the gradient of the term to that of the loss, first averaged over the processes in a single message."""
-    gradients = torch.autograd.grad(term, parameters, allow_unused=True)
-    used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    if trainer.world_size > 1 and used:
-        flat = trainer.strategy.reduce(torch.cat([g.flatten() for _, g in used]), reduce_op="mean")
+def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor | None) -> None:
+    """Add the gradient of the term, if there is one, averaged over the processes in a single message."""
+    gradients: Sequence[Tensor | None] = [None] * len(parameters)
+    if term is not None:
+        gradients = torch.autograd.grad(term, parameters, allow_unused=True)
+    if trainer.world_size > 1:
+        # a process whose batch has no term joins the others with zeros
+        own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        flat = trainer.strategy.reduce(torch.cat([g.flatten() for g in own]), reduce_op="mean")
         assert isinstance(flat, Tensor)
-        parts = torch.split(flat, [g.numel() for _, g in used])
-        used = [(p, part.view_as(g)) for part, (p, g) in zip(parts, used, strict=True)]
+        mean = [part.view_as(g) for part, g in zip(torch.split(flat, [g.numel() for g in own]), own, strict=True)]
+        gradients = [m if g is not None or m.any() else None for m, g in zip(mean, gradients, strict=True)]
     with torch.no_grad():
-        for parameter, gradient in used:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
             if parameter.grad is None:
                 parameter.grad = gradient.clone()
             else:

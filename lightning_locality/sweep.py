@@ -316,7 +316,7 @@ def _changed_settings(run: Run) -> str:
         return ""
     old, new = (dict(a[2:].split("=", 1) for a in own) for own in (json.loads(path.read_text()), run.settings))
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name}: was {old.get(name, 'not set')}, now {new.get(name, 'not set')}" for name in names)
+    return "; ".join(f"{name}: was {old.get(name, 'not set')}, now {new.get(name, 'not set')}" for name in names)
 
 
 def _result_table(runs: pd.DataFrame) -> Table:

@@ -352,7 +352,7 @@ def test_other_settings_are_said(tmp_path: Path, notes: Path, capsys: pytest.Cap
     notes.unlink()
     main(["sweep", str(path), f"--out={out}"])
     shown = capsys.readouterr().out
-    begin = "was started with other settings (a: was 1, now 2, b: was not set, now x) and"
+    begin = "was started with other settings (a: was 1, now 2; b: was not set, now x) and"
     assert f"done {begin} is kept: remove its folder to run it anew" in shown
     assert f"new {begin} continues with the new ones: remove its folder to run it anew" in shown
     (note,) = read(notes)

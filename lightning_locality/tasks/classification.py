@@ -15,6 +15,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Accuracy, MeanMetric
 
 from lightning_locality.networks import adapt
@@ -74,7 +75,8 @@ class Classification(LightningModule):
             but not minimised.
         warmup_epochs: Epochs over which the weight rises linearly from 0 (an addition of ours; 0 as published).
         optimizer: Called with the parameters.
-        scheduler: Called with the optimizer; steps once per epoch. None for none.
+        scheduler: Called with the optimizer; steps once per epoch. ReduceLROnPlateau follows its ``monitor``, torch's
+            own ``val/loss``. None for none.
         num_classes: Number of classes; None to take it from the data module.
         in_channels: Channels of the images; None to take them from the data module.
         measured_batches: Batches per epoch and stage on which R is measured when it is not minimised (validation,
@@ -181,7 +183,10 @@ class Classification(LightningModule):
         optimizer = self.optimizer(self.network.parameters())
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+        scheduler = self.scheduler(optimizer)
+        # Lightning's own class names its monitor, torch's none
+        monitor = getattr(scheduler, "monitor", "val/loss") if isinstance(scheduler, ReduceLROnPlateau) else None
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, 1)`` for two classes, ``(B, K)`` for K, of images ``(B, C, H, W)``."""

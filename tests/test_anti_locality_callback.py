@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections import UserDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_locality import AntiLocality, AntiLocalityCallback, Classification, GivenPatches, UniformPatches
+from lightning_locality.callbacks.anti_locality import images_and_labels
 
 WEIGHT = 2.0
 
@@ -319,9 +321,96 @@ def test_batches_of_other_forms() -> None:
     assert difference(reference, own) == 0.0
 
 
+IMAGES, OTHER, LABELS = torch.zeros(4, 1, 9, 9), torch.ones(4, 1, 9, 9), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "labels"),
+    [
+        *[({name: IMAGES}, None) for name in ("image", "images", "pixel_values", "input", "inputs", "x")],
+        *[({"x": IMAGES, name: LABELS}, LABELS) for name in ("label", "labels", "target", "targets", "y")],
+        ({"image": ["a.png"], "pixel_values": IMAGES, "label": ["cat"], "labels": LABELS}, LABELS),
+        ({"input": torch.zeros(4, 7), "x": IMAGES, "index": LABELS}, None),
+        (UserDict({"pixel_values": IMAGES, "labels": LABELS}), LABELS),
+        ((IMAGES, LABELS, OTHER), LABELS),
+        ([IMAGES, IMAGES], IMAGES),
+        ((IMAGES, {"boxes": LABELS}), None),
+        ((IMAGES,), None),
+        (IMAGES, None),
+    ],
+)
+def test_images_and_labels_of_usual_batches(batch: Any, labels: Tensor | None) -> None:
+    images, found = images_and_labels(batch)
+    assert images is IMAGES
+    assert found is labels
+
+
+class Nested(LightningModule):
+    """A module of two networks, without forward unless it is given the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.part = nn.Linear(1, 1), nn.Module()
+        self.part.net = Anybodys()
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.part.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.predict(batch[0])[:, 0], batch[1].double())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.part.net.parameters(), lr=0.01, momentum=0.9)
+
+
+class OfBatch(Nested):
+    def forward(self, batch: Any) -> Tensor:
+        x, _ = batch
+        return self.predict(x)
+
+
+@pytest.mark.parametrize("kind", [Nested, OfBatch])
+@pytest.mark.parametrize(
+    "model", ["part.net", "predict", lambda module: module.part.net, lambda module: lambda x: module.part.net(x)]
+)
+def test_the_network_may_be_a_part_of_the_module(model: Any, kind: type[Nested]) -> None:
+    fit(reference := Anybodys(), AntiLocalityCallback(new_penalty(update_statistics=False), WEIGHT))
+    module = kind()
+    fit(module, AntiLocalityCallback(new_penalty(update_statistics=False), WEIGHT, model=model))
+    assert difference(module.part.net, reference) == 0.0
+
+
+def test_networks_that_are_not_there_are_named() -> None:
+    callback = AntiLocalityCallback(new_penalty(), WEIGHT)
+    with pytest.raises(
+        MisconfigurationException, match=r"Nested has no forward: name its network by model=, one of other, part,"
+    ):
+        fit(Nested(), callback)
+    for model, message in (
+        ("nett", "model='nett': .*has no attribute 'nett'; Nested has other, part"),
+        (lambda module: module.nett, "has no attribute 'nett'; Nested has other, part"),
+        ("loggers", r"model='loggers' must be, or return, a network or function of images, got \[\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(Nested(), AntiLocalityCallback(new_penalty(), WEIGHT, model=model))  # type: ignore[arg-type]
+    # its own words first, then what was called
+    with pytest.raises(ValueError, match="too many values to unpack") as error:
+        fit(OfBatch(), callback)
+    assert error.value.__notes__ == ["The penalty calls OfBatch(x) with images x unless model= names another network."]
+
+
+def test_what_a_part_of_the_module_cannot_do_is_refused() -> None:
+    module = Nested()
+    module.part.net = torch.compile(module.part.net, backend="eager")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="is compiled and cannot be differentiated twice"):
+        fit(module, AntiLocalityCallback(new_penalty(), WEIGHT, model=lambda module: lambda x: module.predict(x)))
+
+
 def test_unknown_batches_ask_for_a_function() -> None:
     callback = AntiLocalityCallback(new_penalty(), WEIGHT)
     for batch, got in (
+        ({"image": ["a.png"], "label": torch.zeros(2)}, r"batch \(\['image', 'label'\]\)"),
+        ({"input": torch.zeros(2, 5)}, r"batch \(\['input'\]\)"),
         ({"pixels": torch.zeros(2), "y": torch.zeros(2)}, r"batch \(\['pixels', 'y'\]\)"),
         (torch.zeros(2), r"batch \(Tensor\)"),
         ((torch.zeros(2),), r"batch \(tuple\)"),

@@ -5,27 +5,34 @@ from __future__ import annotations
 __all__ = ["AntiLocalityCallback"]
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, final
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
+
+Network = str | Callable[[LightningModule], Callable[[Tensor], Any]] | None
+IMAGE_NAMES = ("image", "images", "pixel_values", "input", "inputs", "x")
+_LABELS = ("label", "labels", "target", "targets", "y")
 
 
 @final
 class AntiLocalityCallback(Callback):
     r"""Add ``weight * R``, or several such terms, to the loss of any LightningModule with automatic optimisation.
 
-    After every backward pass the gradient of ``weight * penalty(module, x, y)``, which calls ``module(x)``, is added to
-    that of the loss: divided by ``accumulate_grad_batches`` as Lightning divides the loss, averaged over the processes
-    under DDP, and clipped with it. Training is the same as with the term inside the loss, at the cost of one more
-    forward pass. The value is logged as ``train/regularizer``, of several penalties as ``train/regularizer/NAME``. A
-    batch of one sample has no donor: the term is left out there, with one warning.
+    After every backward pass the gradient of ``weight * penalty(module, x, y)``, which calls ``module(x)`` or the
+    network given by ``model``, is added to that of the loss: divided by ``accumulate_grad_batches`` as Lightning
+    divides the loss, averaged over the processes under DDP, and clipped with it. Training is the same as with the term
+    inside the loss, at the cost of one more forward pass. The value is logged as ``train/regularizer``, of several
+    penalties as ``train/regularizer/NAME``. A batch of one sample has no donor: the term is left out there, with one
+    warning.
 
     A Trainer may have several of these callbacks, whose penalties have different names.
 
@@ -34,13 +41,17 @@ class AntiLocalityCallback(Callback):
         weight: Weight of the term, 0 or more: one for all, or one for every name. Nothing is computed at 0.
         every_n_batches: Add the term only at every n-th batch of an epoch, starting with the first; its weight there
             is ``weight``, not n times that.
-        batch: Function that extracts images ``(B, C, H, W)`` and labels ``(B,)`` or None from a batch; None: a batch
-            is a tuple or list that begins with both, or a mapping with "image" and "label" or "x" and "y".
+        batch: Function that extracts images ``(B, C, H, W)`` and labels or None from a batch; None: a batch is a tuple
+            or list that begins with both, or a mapping that names them image, images, pixel_values, input, inputs or x,
+            and label, labels, target, targets or y. Labels of other shapes than ``(B,)`` go with the penalty's output.
+        model: The network of images, if it is not the module itself: name of its attribute, or a function of the module
+            that returns it.
 
     Raises:
         ValueError: Negative weight, weights of other names than the penalties, one name twice in a Trainer, a batch of
             unknown form, a first batch of one sample, a model with SyncBatchNorm.
-        MisconfigurationException: Manual optimisation, float16, or a strategy other than a single device or DDP.
+        MisconfigurationException: Manual optimisation, a module without forward, float16, or a strategy other than a
+            single device or DDP.
     """
 
     def __init__(
@@ -49,10 +60,12 @@ class AntiLocalityCallback(Callback):
         weight: float | Mapping[str, float],
         every_n_batches: int = 1,
         batch: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None,
+        model: str | Callable[[LightningModule], Callable[[Tensor], Any]] | None = None,
     ) -> None:
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
-        self.penalty, self.weight, self.every_n_batches, self.batch = penalty, weight, every_n_batches, batch
+        self.penalty, self.weight, self.every_n_batches = penalty, weight, every_n_batches
+        self.batch, self.model = batch, model
         self._penalties  # noqa: B018 (raises ValueError)
         self._images: tuple[Tensor, Tensor | None] | None = None
         self._has_donors, self._left_out = DonorCheck(), False
@@ -109,6 +122,7 @@ class AntiLocalityCallback(Callback):
                 f"AntiLocalityCallback adds to the gradient of automatic optimisation, and {type(pl_module).__name__} "
                 "optimises by itself: add weight * penalty(self, x, y) to the loss in its training_step"
             )
+        require_forward(pl_module, self.model, "AntiLocalityCallback")
         if str(trainer.precision).startswith("16"):
             raise MisconfigurationException(
                 f"precision={trainer.precision!r}: float16 overflows in double backward; use 'bf16-mixed' or '32-true'"
@@ -122,8 +136,14 @@ class AntiLocalityCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the images and labels of the batch."""
         if self._minimised and batch_idx % self.every_n_batches == 0:
-            self._images = _images(batch) if self.batch is None else self.batch(batch)
-            self._left_out = not self._has_donors(self._images[0], batch_idx)
+            x, y = images_and_labels(batch) if self.batch is None else self.batch(batch)
+            if x is None or (self.batch is None and x.ndim != 4):
+                form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ValueError(
+                    f"batch ({form}) neither begins with images (B, C, H, W) nor names them {', '.join(IMAGE_NAMES)}: "
+                    "pass batch=, a function that returns images and labels, or images and None"
+                )
+            self._images, self._left_out = (x, y), not self._has_donors(x, batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the gradients of the terms to that of the loss."""
@@ -137,7 +157,12 @@ class AntiLocalityCallback(Callback):
                 _add_gradient(trainer, parameters, None)
                 continue
             with trainer.precision_plugin.forward_context():
-                value = penalty(pl_module, x, y)
+                try:
+                    value = penalty(find_network(pl_module, self.model), x, y)
+                except Exception as error:
+                    name = type(pl_module).__name__
+                    error.add_note(f"The penalty calls {name}(x) with images x unless model= names another network.")
+                    raise
                 term = value * (weight / trainer.accumulate_grad_batches)
             _add_gradient(trainer, parameters, term)
             pl_module.log(f"train/{column}", value.detach(), batch_size=len(x), **options)
@@ -176,15 +201,54 @@ def _add_gradient(trainer: Trainer, parameters: list[nn.Parameter], term: Tensor
                 parameter.grad.add_(gradient)
 
 
-def _images(batch: Any) -> tuple[Tensor, Tensor | None]:
-    pair: Any = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) >= 2 else None
+def images_and_labels(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the images and the labels of a batch, each None if it is not found.
+
+    A batch is the images, or a tuple or list that begins with images and labels, or a mapping with usual names of both.
+    """
+    images, labels = [batch], list[Any]()
     if isinstance(batch, Mapping):
-        names = (("image", "label"), ("x", "y"))
-        pair = next(((batch[x], batch[y]) for x, y in names if x in batch and y in batch), None)
-    if pair is None or not all(isinstance(part, Tensor) for part in pair):
-        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
-            f"batch ({form}) is neither (images, labels, ...) nor a mapping with 'image' and 'label' or 'x' and 'y': "
-            "pass batch=, a function that returns images (B, C, H, W) and labels (B,) or None"
+        images, labels = ([batch[name] for name in names if name in batch] for names in (IMAGE_NAMES, _LABELS))
+    elif isinstance(batch, (tuple, list)):
+        images, labels = [*batch[:1]], [*batch[1:2]]
+    # of several names the first with images, not with their files or sizes
+    tensors = sorted((value for value in images if isinstance(value, Tensor)), key=lambda value: value.ndim != 4)
+    return next(iter(tensors), None), next((value for value in labels if isinstance(value, Tensor)), None)
+
+
+class _Network(nn.Module):
+    """A function of images, with the module whose parts it calls."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, x: Tensor) -> Any:
+        """Call the function."""
+        return self.function(x)
+
+
+def find_network(module: LightningModule, model: Network) -> nn.Module:
+    """Return the network that ``model`` names or returns; None: the module itself."""
+    if model is None:
+        return module
+    try:
+        found: Any = attrgetter(model)(module) if isinstance(model, str) else model(module)
+    except AttributeError as error:
+        raise ValueError(f"model={model!r}: {error}; {type(module).__name__} has {_children(module)}") from error
+    if not callable(found):
+        raise ValueError(f"model={model!r} must be, or return, a network or function of images, got {found!r:.100}")
+    return found if isinstance(found, nn.Module) else _Network(module, found)
+
+
+def require_forward(module: LightningModule, model: Network, name: str) -> None:
+    """Raise MisconfigurationException if no network is named and the module is none."""
+    if model is None and not is_overridden("forward", module, LightningModule):
+        raise MisconfigurationException(
+            f"{name} calls module(x), and {type(module).__name__} has no forward: name its network by model=, one of "
+            f"{_children(module)}, or pass a function of the module that returns it"
         )
-    return pair[0], pair[1]
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "no networks"

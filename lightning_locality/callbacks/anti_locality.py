@@ -137,11 +137,12 @@ class AntiLocalityCallback(Callback):
         """Keep the images and labels of the batch."""
         if self._minimised and batch_idx % self.every_n_batches == 0:
             x, y = images_and_labels(batch) if self.batch is None else self.batch(batch)
-            if x is None or (self.batch is None and x.ndim != 4):
+            if x is None or (self.batch is None and not (x.ndim == 4 and x.is_floating_point())):
                 form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
                 raise ValueError(
-                    f"batch ({form}) neither begins with images (B, C, H, W) nor names them {', '.join(IMAGE_NAMES)}: "
-                    "pass batch=, a function that returns images and labels, or images and None"
+                    f"batch ({form}) neither begins with floating-point images (B, C, H, W) nor names them "
+                    f"{', '.join(IMAGE_NAMES)}: pass batch=, a function that returns images as the network takes them "
+                    "and labels, or None"
                 )
             self._images, self._left_out = (x, y), not self._has_donors(x, batch_idx)
 

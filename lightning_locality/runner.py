@@ -160,7 +160,7 @@ class LocalityCLI(LightningCLI):
         if self.config.subcommand == "fit":
             sections, then = ["model", "data", "seed_everything", "trainer"], "continues"
             for settings in (old, new):
-                settings["trainer"] = {k: v for k, v in settings.get("trainer", {}).items() if k in _TRAINING}
+                settings["trainer"] = {k: v for k, v in (settings.get("trainer") or {}).items() if k in _TRAINING}
         changes = [change for name in sections if name in old for change in _differences(old[name], new[name], name)]
         if changes:
             rank_zero_warn(

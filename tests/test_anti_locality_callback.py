@@ -411,7 +411,10 @@ def test_unknown_batches_ask_for_a_function() -> None:
     for batch, got in (
         ({"image": ["a.png"], "label": torch.zeros(2)}, r"batch \(\['image', 'label'\]\)"),
         ({"input": torch.zeros(2, 5)}, r"batch \(\['input'\]\)"),
-        ((torch.zeros(2, 3, 5, 5, dtype=torch.uint8), torch.zeros(2)), r"batch \(tuple\) neither begins with floating-p"),
+        (
+            (torch.zeros(2, 3, 5, 5, dtype=torch.uint8), torch.zeros(2)),
+            r"batch \(tuple\) neither begins with floating-p",
+        ),
         ({"pixels": torch.zeros(2), "y": torch.zeros(2)}, r"batch \(\['pixels', 'y'\]\)"),
         (torch.zeros(2), r"batch \(Tensor\)"),
         ((torch.zeros(2),), r"batch \(tuple\)"),

@@ -54,7 +54,7 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
 
             # jsonargparse requires a value, and the underscore
             given = ["--dry_run=true" if arg in ("--dry-run", "--dry_run") else arg for arg in args]
-            auto_cli(sweep, args=given, as_positional=True, prog=prog)
+            auto_cli(sweep, args=given, as_positional=True, prog=prog, allow_abbrev=False)
         case "figure":
             from lightning_locality.plotting.command import plot_figure
 
@@ -66,7 +66,9 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
 
             # jsonargparse itself shows only the first line
             description = (rank.__doc__ or "").partition("Args:")[0].strip()
-            auto_cli(rank, args=gathered(args), as_positional=False, prog=prog, description=description)
+            auto_cli(
+                rank, args=gathered(args), as_positional=False, prog=prog, allow_abbrev=False, description=description
+            )
         case "make-data":
             from jsonargparse import auto_cli
 
@@ -77,7 +79,7 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             for name in lightning_locality.datamodules.__all__:
                 getattr(lightning_locality.datamodules, name)  # imported, a class can be given by its name alone
             commands: dict[str, Any] = {"pathfinder": make_pathfinder, "export": export_images}
-            auto_cli(commands, args=list(args), as_positional=False, prog=prog)
+            auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False)
         case _:
             from lightning_locality.results import nearest
 
@@ -106,9 +108,15 @@ def main(args: Sequence[str] | None = None) -> None:
     command, *given = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         _dispatch(command, given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader, such as head, has what it wanted; nothing is left to be written when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
-        # Lightning's exception for wrong settings; importing it here would cost seconds
-        misconfigured = type(error).__name__ == "MisconfigurationException"
+        # Lightning's exceptions for wrong settings; importing the first here would cost seconds
+        lightnings = ("Early stopping conditioned on metric", "Found more than one stateful callback")
+        misconfigured = type(error).__name__ == "MisconfigurationException" or str(error).startswith(lightnings)
         wrong_input = misconfigured or isinstance(error, (ValueError, OSError, ImportError))
         if os.environ.get("LIGHTNING_LOCALITY_DEBUG") or not wrong_input:
             raise

@@ -22,6 +22,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from lightning_locality import ranks
+from lightning_locality.callbacks.anti_locality import images_and_labels
 from lightning_locality.datamodules.base import AbstractImageDataModule, seeded_generator
 from lightning_locality.networks import ConvolutionalArithmeticCircuit
 from lightning_locality.results import read_settings
@@ -148,11 +149,10 @@ def _first_images(run: TrainedRun, count: int) -> Tensor:
     for batch in loader:
         # as a Trainer prepares a batch, except for the device
         batch = source.on_after_batch_transfer(source.on_before_batch_transfer(batch, 0), 0)
-        part = batch.get("image") if isinstance(batch, Mapping) else batch
-        part = part[0] if isinstance(part, (tuple, list)) else part
-        if not isinstance(part, Tensor) or part.ndim != 4 or not part.is_floating_point():
-            found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            reason = f"a test batch must begin with float images (B, C, H, W) and begins with {found}"
+        part, _ = images_and_labels(batch)
+        if part is None or part.ndim != 4 or not part.is_floating_point():
+            found = type(batch).__name__ if part is None else f"{part.dtype} {tuple(part.shape)}"
+            reason = f"a test batch must begin with float images (B, C, H, W), or name them image or x, and has {found}"
             raise ValueError(f"--checkpoint {run.path}: {reason}; {_REMEDY}")
         parts.append(part)
         if sum(map(len, parts)) >= count:

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -58,6 +59,9 @@ _PROGRAM = "lightning-locality"
 _Labels = dict[str, str | bool | int | float | list | dict | None]  # type: ignore[type-arg]
 _PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 _TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
+# options of the Trainer that change what is trained, rather than how long, where and how it is shown
+_TRAINING = ("accumulate_grad_batches", "callbacks", "devices", "gradient_clip_algorithm", "gradient_clip_val")
+_TRAINING += ("limit_train_batches", "num_nodes", "overfit_batches", "precision", "sync_batchnorm")  # type: ignore[assignment]
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _SHARED_DIR = "LIGHTNING_LOCALITY_RUN_DIR"
 _EXPECTED_WARNINGS = (
@@ -123,23 +127,45 @@ class LocalityCLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=Literal["no", "last", "best"], default="no", help=test)
         parser.add_argument("--labels", type=_Labels | None, default=None, help=labels)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; where that fails for want of a configuration, name that of the run, or say how to give one."""
+        try:
+            super().parse_arguments(parser, args)
+        except SystemExit as stop:
+            given = dict(pairwise(word for arg in args for word in arg.split("=", 1)))
+            if stop.code and not given.keys() & {"-c", "--config"}:
+                checkpoint = given.get("--ckpt_path", "last")
+                folder = given.get("--run_dir") if checkpoint in ("last", "best") else Path(checkpoint).parent
+                config = Path(folder or ".", "config.yaml")
+                if config.is_file():
+                    print(f"There is no --config; the run's own is --config {config}", file=sys.stderr)
+                elif "--model" not in given:
+                    print("There is no --config FILE, such as those in configs/, and no --model", file=sys.stderr)
+            raise
+
     def _parse_ckpt_path(self) -> None:
-        """Keep what was typed and warn if the checkpoint differs; Lightning would take the checkpoint's settings."""
+        """Keep what was typed and warn of what differs; Lightning would take the checkpoint's settings of the model."""
         config = self.config[self.config.subcommand]
         if not config.get("ckpt_path"):
             return
         path = _find_checkpoint(config.ckpt_path, config.run_dir)
         config.ckpt_path = str(path)
-        stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        typed = json.loads(json.dumps(config.model.as_dict(), default=str))
-        values = _comparable({"class_path": typed["class_path"], **typed.get("init_args", {})})
-        trained = _comparable({"class_path": stored.pop("_class_path", None), **stored})
-        for name in sorted(values.keys() & trained.keys()):
-            if values[name] != trained[name]:
-                rank_zero_warn(
-                    f"{name}: the checkpoint {path} was trained with {trained[name]!r}, the command line says "
-                    f"{values[name]!r}; the command line's value is used"
-                )
+        new = json.loads(json.dumps(config.as_dict(), default=str))
+        if not (old := read_settings(path.parent)):
+            stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            typed = new["model"].get("init_args") or {}
+            own = {name: value for name, value in stored.items() if typed.get(name) is not None}
+            old = {"model": {"class_path": stored.get("_class_path", new["model"]["class_path"]), "init_args": own}}
+        sections, then = ["model"], "is used"
+        if self.config.subcommand == "fit":
+            sections, then = ["model", "data", "seed_everything", "trainer"], "continues"
+            for settings in (old, new):
+                settings["trainer"] = {k: v for k, v in (settings.get("trainer") or {}).items() if k in _TRAINING}
+        changes = [change for name in sections if name in old for change in _differences(old[name], new[name], name)]
+        if changes:
+            rank_zero_warn(
+                f"{path} was trained with other settings ({'; '.join(changes)}) and {then} with the new ones"
+            )
 
     def before_instantiate_classes(self) -> None:
         """Choose the run directory, and refuse what would lose results or mislead."""
@@ -268,10 +294,30 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that are given, by dotted name, and classes by their name alone: modules may move."""
-    given = {name: value for name, value in flatten(settings) if value is not None}
-    return {k: v.rpartition(".")[2] if k.endswith("class_path") else v for k, v in given.items()}
+def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+    """Describe the settings that differ; classes by their name alone: modules may move."""
+    # of a list of callbacks each is compared, of a list of numbers the whole
+    a: Any
+    b: Any
+    a, b = (dict(enumerate(v)) if isinstance(v, list) and _brief(v) != v else v for v in (old, new))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        comparable = a.keys() == b.keys()
+        if "class_path" in a and "class_path" in b:
+            # an argument that the class had not in another version is no difference
+            comparable, a, b = _brief(a) == _brief(b), a.get("init_args") or {}, b.get("init_args") or {}
+        if comparable:
+            for key in sorted(a.keys() & b.keys(), key=str):
+                yield from _differences(a[key], b[key], f"{name}.{key}")
+            return
+    if _brief(old) != _brief(new):
+        yield f"{name}: was {_brief(old)}, now {_brief(new)}"
+
+
+def _brief(value: Any) -> Any:
+    """Return the name of a class instead of its settings, also in a list, and any other value as it is."""
+    if isinstance(value, list):
+        return [_brief(one) for one in value]
+    return value["class_path"].rpartition(".")[2] if isinstance(value, Mapping) and "class_path" in value else value
 
 
 def _in_words(scores: dict[str, float], counts: dict[str, float]) -> list[str]:
@@ -313,6 +359,8 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
         return
     images, labels = data.batch("validation", torch.arange(min(4, data.size("validation"))))
     penalty, masks = getattr(model, "penalty", None), None
+    if isinstance(penalty, nn.ModuleDict):
+        penalty = next(iter(penalty.values()))
     if isinstance(penalty, AntiLocality) and len(images) > 1:
         i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(penalty.seed))
         shape = (len(images), 1, *images.shape[2:])
@@ -323,12 +371,20 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
 
 
 # jsonargparse 4.39 says "Key 'x' is not expected", 4.53 "Option 'x' is not accepted"
-_UNKNOWN = re.compile(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|dot import path string: (\w+)")
+_UNKNOWN = re.compile(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|dot import path string: (\w+)|arguments: --([\w.]+)")
+_ROLE = re.compile(r":(?:py:)?\w+:`~?(?:[\w.]+\.)?(\w+)`")
 _CLASS_PATH = re.compile(r"class_path '([\w.]+)\.(\w+)'")
 
 
 class SuggestingParser(LightningArgumentParser):
     """Lightning's parser, which also suggests the option, argument or class that was probably meant."""
+
+    def format_help(self, *args: Any) -> str:
+        """Lightning's help without the roles of reST, and with what ``ckpt_path`` means here."""
+        for action in self._actions:
+            if action.dest == "ckpt_path":
+                action.help = "Checkpoint: its path, or last or best of --run_dir; a fit continues from there."
+        return _ROLE.sub(r"\1", super().format_help(*args))
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Append the nearest known name of every unknown one to the message."""
@@ -340,7 +396,7 @@ class SuggestingParser(LightningArgumentParser):
         subcommands = [c for a in self._actions if isinstance(a.choices, dict) for c in a.choices.values()]
         options = {action.dest for parser in (self, *subcommands) for action in parser._actions}
         known |= options | {option.rpartition(".")[0] for option in options}
-        for unknown in dict.fromkeys(a or b for a, b in _UNKNOWN.findall(text)):
+        for unknown in dict.fromkeys("".join(found) for found in _UNKNOWN.findall(text)):
             if near := difflib.get_close_matches(unknown, known, n=1):
                 text += f"\nDid you mean {near[0]!r}?"
         super().error(text, *args, **kwargs)
@@ -378,6 +434,7 @@ def run(args: Sequence[str]) -> LocalityCLI:
     # jsonargparse finds a class by its bare name once it is imported
     for name in lightning_locality.__all__:
         getattr(lightning_locality, name)
+    own = {"prog": _PROGRAM, "allow_abbrev": False}
     with warnings.catch_warnings():
         # Lightning 2.6 itself uses names that jsonargparse 5 will remove; the bound below 5 covers it
         warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
@@ -391,6 +448,6 @@ def run(args: Sequence[str]) -> LocalityCLI:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={"prog": _PROGRAM} | {c: {"prog": f"{_PROGRAM} {c}"} for c in LightningCLI.subcommands()},
+            parser_kwargs=own | {c: {**own, "prog": f"{_PROGRAM} {c}"} for c in LightningCLI.subcommands()},
             args=list(args),
         )

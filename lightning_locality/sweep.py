@@ -316,7 +316,7 @@ def _changed_settings(run: Run) -> str:
         return ""
     old, new = (dict(a[2:].split("=", 1) for a in own) for own in (json.loads(path.read_text()), run.settings))
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name}: was {old.get(name, 'not set')}, now {new.get(name, 'not set')}" for name in names)
+    return "; ".join(f"{name}: was {old.get(name, 'not set')}, now {new.get(name, 'not set')}" for name in names)
 
 
 def _result_table(runs: pd.DataFrame) -> Table:
@@ -325,6 +325,9 @@ def _result_table(runs: pd.DataFrame) -> Table:
     if "iterations" in runs and "test/accuracy" not in runs:
         what = "loss and reconstruction error, last measurement"
         columns = [column for column in _RECOVERY if column[1] in runs]
+    elif several := [str(name) for name in runs if str(name).startswith("test/regularizer/")]:
+        own = [(f"R on test, {name.split('/', 2)[2]}", name, 1.0, ".2f") for name in several]
+        columns = [column for column in _ACCURACY if column[1] in runs or column[1] != "test/regularizer"] + own
     table = Table("run", title=f"{what}: mean (lowest to highest)")
     for heading in ("finished", *(heading for heading, *_ in columns), "seconds"):
         table.add_column(heading, justify="right")

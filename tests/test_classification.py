@@ -121,6 +121,98 @@ def test_logged_values_equal_their_definitions(tmp_path: Path) -> None:
             )
 
 
+def several() -> dict[str, AntiLocality]:
+    return {"images": penalty(), "far": AntiLocality(UniformPatches(2, distance=1), donor="permutation", seed=7)}
+
+
+@pytest.mark.parametrize("samples", [24, 17])
+def test_several_penalties_equal_the_loop_written_out(tmp_path: Path, samples: int) -> None:
+    # with 17 samples the last batch has one, which has no donor
+    data, weights = Images(3, samples), {"images": 2.0, "far": 0.5, "measured": 0.0}
+    penalties = {**several(), "measured": AntiLocality(UniformPatches(1), seed=1)}
+    task = Classification(Net(), penalties, weight=weights, num_classes=3, in_channels=1)
+    network, terms = copy.deepcopy(task.network), several()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    run = trainer(tmp_path, max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(task, data)
+    assert [str(w.message)[:26] for w in caught if "donor" in str(w.message)] == ["training batch 2 has 1 sam"] * (
+        samples == 17
+    )
+    for _ in range(2):
+        network.train()
+        values: dict[str, list[float]] = {name: [] for name in terms}
+        for x, y in data.loader():
+            if len(x) > 1:
+                logits, first = terms["images"].with_output(network, x, y)
+                second = terms["far"](network, x, y)
+                for name, value in zip(terms, (first, second), strict=True):
+                    values[name] += [float(value.detach())] * len(x)
+                term = 2 * first + 0.5 * second
+            else:
+                logits, term = network(x), torch.zeros(())
+            optimizer.zero_grad()
+            (F.cross_entropy(logits, y) + term).backward()
+            optimizer.step()
+    for name, expected in network.state_dict().items():
+        torch.testing.assert_close(task.network.state_dict()[name], expected, rtol=0, atol=1e-12, msg=name)
+    for name in terms:
+        mean = sum(values[name]) / len(values[name])
+        assert float(run.callback_metrics[f"train/regularizer/{name}"]) == pytest.approx(mean, rel=1e-12)
+    (scores,) = run.test(task, data, verbose=False)
+    task.eval()
+    for name, one in penalties.items():
+        own = [
+            float(one.measure(task.network, x, y, generator=torch.Generator().manual_seed(one.seed * 1_000_003 + k)))
+            for k, (x, y) in enumerate(data.loader())
+            if len(x) > 1
+        ]
+        assert scores[f"test/regularizer/{name}"] == pytest.approx(sum(own) / len(own), rel=1e-12)
+    assert "test/regularizer" not in scores
+
+
+def test_a_single_penalty_under_a_name_is_the_same(tmp_path: Path) -> None:
+    states = []
+    for given in (penalty(), {"images": penalty()}):
+        torch.manual_seed(2)
+        task = Classification(Net(), given, weight=2.0, num_classes=2, in_channels=1, warmup_epochs=2)
+        run = trainer(tmp_path, max_epochs=2)
+        run.fit(task, Images())
+        states.append(task.network.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_boxes_are_bound_for_every_penalty(tmp_path: Path) -> None:
+    own = [(0, 0, 2, 2), (2, 2, 2, 2)]
+    penalties = {
+        "a": AntiLocality(GivenPatches()),
+        "b": AntiLocality(GivenPatches(own)),
+        "c": AntiLocality(GivenPatches()),
+    }
+    trainer(tmp_path, max_epochs=1).fit(Classification(Net(), penalties, weight=1.0), Images())
+    assert [p.patches.boxes for p in penalties.values()] == [BOXES, own, BOXES]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("begin", ["none", "one", "two", "other"])
+@pytest.mark.parametrize("end", ["none", "one", "two", "other"])
+def test_penalties_may_be_added_renamed_or_removed_on_resume(tmp_path: Path, begin: str, end: str) -> None:
+    def task(which: str) -> Classification:
+        given: Any = {"none": None, "one": penalty(), "two": several(), "other": {"far": penalty(), "new": penalty()}}
+        return Classification(Net(), given[which], weight=float(which != "none"), num_classes=2, in_channels=1)
+
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(task(begin), Images())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    resumed = task(end)
+    trainer(tmp_path, max_epochs=2).fit(resumed, Images(), ckpt_path=tmp_path / "first.ckpt")
+    draws = {name: state.tolist()[0] for name, state in resumed.state_dict().items() if name.endswith("extra_state")}
+    went_on = begin == end or {begin, end} == {"two", "other"}
+    for name, count in draws.items():
+        # 3 batches an epoch; only a penalty of the same name continues
+        assert count == (6 if begin == end or (went_on and "far" in name) else 3)
+
+
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_regulariser_is_measured_outside_fit(tmp_path: Path, inference_mode: bool, verb: str) -> None:
@@ -253,9 +345,11 @@ def test_errors(tmp_path: Path) -> None:
         Classification(Net(), weight=1)
     with pytest.raises(ValueError, match="num_classes must be at least 2"):
         Classification(Net(), num_classes=1, in_channels=1)
-    with pytest.raises(ValueError, match="needs a second one as donor"):
+    with pytest.raises(ValueError, match=r"weight is {'a': 1} but there is no penalty"):
+        Classification(Net(), weight={"a": 1})
+    with pytest.raises(ValueError, match="the first training batch has 1 sample, and the penalty needs a second one"):
         trainer(tmp_path, max_epochs=1).fit(
-            Classification(Net(), penalty(), weight=1.0), Images(samples=17, batch_size=8)
+            Classification(Net(), penalty(), weight=1.0), Images(samples=3, batch_size=1)
         )
     data = Images()
     del data.boxes

@@ -50,6 +50,7 @@ CASES = {
     "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
     "quickstart": (["quickstart.yaml"], QUICK),
     "quickstart + far field": (["quickstart.yaml", "overlays/quickstart_far_field.yaml"], QUICK),
+    "quickstart + two terms": (["quickstart.yaml", "overlays/quickstart_two_terms.yaml"], QUICK),
     **{
         f"quickstart + {name}": (["quickstart.yaml", f"overlays/{name}.yaml"], QUICK)
         for name in ("small_preactivation", "small_convnext", "small_vit")
@@ -124,7 +125,8 @@ def test_config_runs_a_batch(name: str, tmp_path: Path) -> None:
     for key in ("train/loss", "val/loss", "test/loss"):
         assert torch.isfinite(cli.trainer.callback_metrics.get(key, torch.tensor(0.0)))
     assert "test/accuracy" in cli.trainer.callback_metrics  # test_after_fit
-    assert (cli.model.weight > 0) == any("overlays" in f or f == "quickstart.yaml" for f in files)
+    minimised = any(weight > 0 for _, weight in cli.model._penalties.values())
+    assert minimised == any("overlays" in f or f == "quickstart.yaml" for f in files)
 
 
 @pytest.mark.parametrize("name", RECOVERY)

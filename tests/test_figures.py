@@ -25,6 +25,15 @@ def test_training_curves_hold_the_numbers() -> None:
     assert not regularizer.lines
 
 
+def test_training_curves_have_a_line_for_every_regulariser() -> None:
+    columns = {"train/regularizer/near": [1.0, 0.5], "val/regularizer/far": [1.0, 0.75], "test/regularizer/far": [1, 2]}
+    axes = training_curves(HISTORY.assign(**columns)).axes[2]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert lines == {"train/near": [1.0, 0.5], "val/far": [1.0, 0.75]}
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == lines.keys()
+    assert len({line.get_linestyle() for line in axes.lines}) == 2
+
+
 def test_accuracy_curves_have_a_line_for_every_run() -> None:
     figure = accuracy_curves({"a": [HISTORY, HISTORY], "b": [HISTORY]})
     train, val = figure.axes[:2]

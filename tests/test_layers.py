@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "runner": "__init__ tasks callbacks datamodules plotting regularizer results",
     "sweep_file": "results plotting",
     "sweep": "sweep_file results plotting",
-    "measurements": "tasks datamodules networks ranks tensors results",
+    "measurements": "tasks callbacks datamodules networks ranks tensors results",
     "measure": "measurements ranks plotting tensors results",
     "cli": "__init__ runner sweep measure plotting datamodules results",
     "__main__": "cli",

@@ -359,7 +359,7 @@ class Images(LightningDataModule):
         self.images = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(3))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        rows = [{"image": image, "label": 0} for image in self.images]
+        rows = [{"index": k, "pixel_values": image, "label": 0} for k, image in enumerate(self.images)]
         return DataLoader(rows, batch_size=5)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -449,7 +450,44 @@ def test_batches_without_images(batch: Any, message: str) -> None:
         RankMonitor().on_train_batch_start(Trainer.__new__(Trainer), Anybodys(), batch, 0)
 
 
-@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x, 0), lambda x: {"x": x}, lambda x: {"image": x, "y": 0}])
+class Headless(Anybodys):
+    """A module whose network is a part of it, and which has no forward of its own."""
+
+    forward = LightningModule.forward  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing is logged."""
+
+
+@pytest.mark.parametrize("what", ["profile", "cuts"])
+def test_the_network_may_be_a_part_of_the_module(what: Any) -> None:
+    whole, part = Recorder(), Recorder()
+    size = {"size": 4} if what == "cuts" else {"samples": 4}
+    fit(Anybodys(), RankMonitor(what, **size), whole, max_epochs=1)
+    fit(Headless(), RankMonitor(what, model="net", **size), part, max_epochs=1)
+    assert part.rows[0]
+    assert all(whole.rows[0][name] == value for name, value in part.rows[0].items())
+    with pytest.raises(
+        MisconfigurationException, match=r"RankMonitor calls module.*Headless has no forward: name its netw"
+    ):
+        fit(Headless(), RankMonitor(what))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x,
+        lambda x: (x, 0),
+        lambda x: {"x": x},
+        lambda x: {"image": x, "y": 0},
+        lambda x: {"pixel_values": x, "labels": 0},
+        lambda x: {"images": x},
+        lambda x: {"input": torch.zeros(5, 2), "inputs": x},
+    ],
+)
 def test_batches_of_other_forms(form: Any) -> None:
     monitor, x = RankMonitor(samples=2), torch.randn(5, 1, 8, 8)
     monitor.on_train_batch_start(Trainer.__new__(Trainer), Anybodys(), form(x), 0)

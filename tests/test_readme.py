@@ -117,7 +117,7 @@ def _transfer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str],
 
 def test_blocks_of_the_page_on_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python, _, _ = _transfer(tmp_path, monkeypatch)
-    assert len(python) == 6
+    assert len(python) == 7
     assert "EPOCHS = 150" in python[1]
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
@@ -136,6 +136,11 @@ def test_blocks_of_the_page_on_transfer(tmp_path: Path, monkeypatch: pytest.Monk
     weights = [dict(names[name].named_parameters())["head.weight"] for name in ("plain", "regularised")]
     assert not torch.equal(*weights)
     assert 0 < names["trainer"].callback_metrics["train/regularizer"] <= 1
+    out, y = torch.arange(24.0).reshape(2, 3, 2, 2), torch.tensor([[[0, 1], [2, 255]], [[255, 255], [255, 255]]])
+    assert names["of_labels"](out, y).tolist() == [(0 + 5 + 10) / 4, 0]
+    logged = names["segmenter"].callback_metrics
+    assert logged.keys() >= {"train/regularizer/far", "train/regularizer/any"}
+    assert all(0 < float(logged[f"train/regularizer/{name}"]) < 1 for name in ("far", "any"))
     for network in ("network", "vit"):
         if network in names:
             assert all(p.grad is not None and p.grad.isfinite().all() for p in names[network].parameters())

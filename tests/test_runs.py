@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def test_typed_settings_win_over_the_checkpoint_with_a_warning(longer: Path, tmp
     own = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'kept'}"]
     own += ["--trainer.callbacks.filename=mine", "--trainer.callbacks.enable_version_counter=false"]
     more = ("--model.weight=0.5", f"--ckpt_path={longer / 'last.ckpt'}", "--trainer.max_epochs=3")
-    with pytest.warns(UserWarning, match=r"weight: .* was trained with 3.0, the command line says 0.5"):
+    with pytest.warns(UserWarning, match=r"model.weight: was 3.0, now 0.5; .*\) and continues with the new ones"):
         fit(tmp_path / "b", *own, *more)
     config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
     assert config["model"]["init_args"]["weight"] == 0.5
@@ -203,6 +204,155 @@ def test_typed_settings_win_over_the_checkpoint_with_a_warning(longer: Path, tmp
     stored = torch.load(tmp_path / "kept" / "mine.ckpt", weights_only=True)
     assert stored["callbacks"]["Stopwatch"]["seconds"] > 10_000
     assert stored["callbacks"]["MetricsFile"]["rows"] == 1
+
+
+def changes_of(folder: Path, command: str, *args: str) -> list[str]:
+    """What a command that takes the run's last checkpoint says to have changed."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main([command, f"--config={folder / 'config.yaml'}", f"--run_dir={folder}", "--ckpt_path=last", *args])
+    said = [str(warning.message) for warning in caught if "other settings" in str(warning.message)]
+    return [part for text in said for part in text.partition("(")[2].rpartition(")")[0].split("; ") if part]
+
+
+def test_a_resumed_run_says_what_differs_and_which_value_is_the_old_one(longer: Path) -> None:
+    """Of model, data and training; not how long it goes on, where or how loudly."""
+    quiet = ("--trainer.max_epochs=3", "--test_after_fit=no", "--trainer.enable_progress_bar=false", "--labels.a=b")
+    assert changes_of(longer, "fit", *quiet) == []
+    more = ("--trainer.max_epochs=4", "--model.weight=5", "--data.distance=40", "--trainer.gradient_clip_val=1")
+    more += ("--seed_everything=3", "--trainer.callbacks+=StopOnceFitted")
+    assert changes_of(longer, "fit", *more) == [
+        "model.weight: was 3.0, now 5.0",
+        "data.distance: was 64, now 40",
+        "seed_everything: was 0, now 3",
+        "trainer.callbacks: was None, now ['StopOnceFitted']",
+        "trainer.gradient_clip_val: was None, now 1",
+    ]
+    # against the part before, and inside the settings of a callback or a penalty
+    more = ("--trainer.max_epochs=5", "--trainer.callbacks.threshold=0.5", "--model.penalty.donor=permutation")
+    assert changes_of(longer, "fit", *more) == [
+        "model.penalty.donor: was shift, now permutation",
+        "trainer.callbacks.0.threshold: was 1.0, now 0.5",
+    ]
+    removed = ("--model.penalty=null", "--model.weight=0")
+    whole = ["model.penalty: was AntiLocality, now None", "model.weight: was 5.0, now 0.0"]
+    assert changes_of(longer, "fit", "--trainer.max_epochs=6", *removed) == whole
+    # other data are what a test may be for
+    back = ("--data.distance=64", "--model.penalty=AntiLocality", "--model.penalty.patches=GivenPatches")
+    assert changes_of(longer, "test", *back) == ["model.penalty: was None, now AntiLocality"]
+
+
+def test_a_checkpoint_without_its_configuration_still_says_what_differs(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "last.ckpt", tmp_path / "alone.ckpt")
+    with pytest.warns(UserWarning, match=r"alone.ckpt was trained .*\(model.weight: was 3.0, now 4.0\) and is used"):
+        main(["test", f"--config={QUICKSTART}", *SMALL, "--model.weight=4", f"--ckpt_path={tmp_path / 'alone.ckpt'}"])
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_the_configuration_of_a_run_is_named_if_none_is_given(
+    command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = f"There is no --config; the run's own is --config {trained / 'config.yaml'}\n"
+    for given in (
+        [f"--ckpt_path={trained / 'last.ckpt'}"],
+        ["--ckpt_path", str(trained / "best.ckpt"), "--model.weight=5"],
+        [f"--run_dir={trained}", "--ckpt_path", "last", "--model.weight", "5"],
+        ["--run_dir", str(trained)],
+    ):
+        assert refused(capsys, command, *given).endswith(named)
+    for given in ([], [f"--run_dir={tmp_path / 'new'}"], [f"--ckpt_path={tmp_path / 'new.ckpt'}"]):
+        assert "There is no --config FILE, such as those in configs/" in refused(capsys, command, *given)
+    assert "There is no --config" not in refused(capsys, command, f"--config={QUICKSTART}", "--nothing=1")
+
+
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_an_unknown_metric_is_named_with_those_that_there_are(
+    callback: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = (f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=val/lss", f"--run_dir={tmp_path / 'a'}")
+    lines = refused(capsys, "fit", f"--config={QUICKSTART}", *SMALL, *own).splitlines()
+    (line,) = [line for line in lines if "val/lss" in line]
+    assert line.startswith("lightning-locality: ")
+    assert all(name in line for name in (callback, "val/loss", "train/accuracy"))
+    assert "Traceback" not in "".join(lines)
+
+
+def test_two_callbacks_of_one_kind_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}}] * 2
+    message = refused(
+        capsys,
+        "fit",
+        f"--config={QUICKSTART}",
+        *SMALL,
+        f"--trainer.callbacks={json.dumps(callbacks)}",
+        f"--run_dir={tmp_path}",
+    )
+    assert "lightning-locality: RuntimeError: Found more than one stateful callback of type `EarlyStopping`" in message
+
+
+def test_a_plateau_follows_its_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for scheduler, own, metric in (
+        ("torch.optim.lr_scheduler.ReduceLROnPlateau", (), None),
+        ("pytorch_lightning.cli.ReduceLROnPlateau", ("--model.scheduler.monitor=train/accuracy",), None),
+        ("pytorch_lightning.cli.ReduceLROnPlateau", ("--model.scheduler.monitor=val/lss",), "val/lss"),
+    ):
+        # a threshold that nothing passes: the learning rate falls after every epoch but the first
+        own = (
+            f"--model.scheduler={scheduler}",
+            "--model.scheduler.patience=0",
+            "--model.scheduler.threshold=1e9",
+            *own,
+        )
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        if metric is None:
+            fit(folder, *own)
+            (state,) = torch.load(folder / "last.ckpt", weights_only=True)["optimizer_states"]
+            assert state["param_groups"][0]["lr"] == pytest.approx(0.001)
+        else:
+            message = refused(capsys, "fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={folder}", *own)
+            assert (
+                "lightning-locality: MisconfigurationException: ReduceLROnPlateau conditioned on metric val/lss"
+                in message
+            )
+            assert "'val/loss'" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "near"),
+    [
+        (["fit", f"--config={QUICKSTART}", "--trainer.max_epoch=1"], "trainer.max_epochs"),
+        (["fit", f"--config={QUICKSTART}", "--run_di=a"], "run_dir"),
+        (["sweep", str(CONFIGS / "sweeps" / "quickstart.yaml"), "--dry"], None),
+        (["rank", "--checkp=a"], None),
+        (["figure", "accuracy", ".", "--titl=a"], None),
+        (["make-data", "pathfinder", "--roo=a"], None),
+    ],
+)
+def test_abbreviated_options_are_refused(args: list[str], near: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, *args)
+    assert f"nrecognized arguments: {args[-1]}" in message
+    assert near is None or f"Did you mean {near!r}?" in message
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
+    command = (
+        f"{sys.executable} -m lightning_locality sweep {CONFIGS / 'sweeps' / 'quickstart_seeds.yaml'} --dry-run | true"
+    )
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+
+
+def test_help_without_roles_and_with_our_meaning_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["fit", "--help"], ["fit", "--model.help", "Classification"]):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert ":class:" not in shown
+        assert ":func:" not in shown
+        if args[1] == "--help":
+            assert "Checkpoint: its path, or last or best of --run_dir" in " ".join(shown.split())
+            assert "registry" not in shown.partition("--ckpt_path CKPT_PATH\n")[2]
 
 
 def test_seconds_of_a_checkpoint_that_is_tested_do_not_count() -> None:
@@ -307,7 +457,9 @@ def test_missing_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 def test_checkpoint_of_another_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--model.network.widths=[8,8,8,8,8]", f"--ckpt_path={trained / 'last.ckpt'}")
-    with pytest.warns(UserWarning, match=r"network.widths: the checkpoint"):
+    with pytest.warns(
+        UserWarning, match=r"model.network.widths: was \[16, 16, 32, 64, 64\], now \[8, 8, 8, 8, 8\]\) and is used"
+    ):
         message = refused(capsys, "test", f"--config={QUICKSTART}", *SMALL, *args)
     assert "does not fit" in message
 
@@ -391,6 +543,63 @@ def test_any_module_with_the_callback(tmp_path: Path) -> None:
     assert last == {"rows": 1, "next": rows[-1]}
 
 
+SEVERAL = """
+model:
+  class_path: Classification
+  init_args:
+    weight: {near: 1.0, far: 2.0}
+    penalty:
+      near: {class_path: AntiLocality, init_args: {patches: {class_path: UniformPatches, init_args: {size: 2}}}}
+      far: {class_path: AntiLocality, init_args: {patches: GivenPatches}}
+"""
+
+
+def test_several_penalties_from_a_file_and_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(SEVERAL)
+    own = (f"--config={tmp_path / 'two.yaml'}", "--model.weight.far=5", "--model.penalty.far.seed=3")
+    fit(tmp_path / "a", *own, "--trainer.max_epochs=1", figures=True)
+    names = {"near", "far"}
+    expected = {f"{stage}/regularizer/{name}" for stage in ("train", "val", "test") for name in names}
+    metrics = summary_of(tmp_path / "a")["metrics"]
+    assert {name for name in metrics if "regularizer" in name} == expected
+    assert (tmp_path / "a" / "figures" / "examples.png").exists()
+    model = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["model"]["init_args"]
+    assert model["weight"] == {"near": 1.0, "far": 5.0}
+    assert model["penalty"]["far"]["init_args"]["seed"] == 3
+    loaded = Classification.load_from_checkpoint(tmp_path / "a" / "last.ckpt", map_location="cpu")
+    assert loaded.weight == {"near": 1.0, "far": 5.0}
+    assert [loaded.penalty[name].get_extra_state().tolist()[0] for name in ("near", "far")] == [4, 4]  # type: ignore
+    # resumed like any other, and from its own configuration
+    fit(tmp_path / "b", *own, "--trainer.max_epochs=2")
+    config = f"--config={tmp_path / 'a' / 'config.yaml'}"
+    main(["fit", config, f"--run_dir={tmp_path / 'a'}", "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    # by name from the command line alone
+    typed = (
+        "--model.penalty.edge=AntiLocality",
+        "--model.penalty.edge.patches=UniformPatches",
+        "--model.weight.edge=2",
+    )
+    fit(tmp_path / "c", *typed, "--trainer.max_epochs=1")
+    assert "train/regularizer/edge" in summary_of(tmp_path / "c")["metrics"]
+
+
+def test_callbacks_with_names_from_a_file(tmp_path: Path) -> None:
+    penalty = {"class_path": "AntiLocality", "init_args": {"patches": {"class_path": "UniformPatches"}}}
+    callbacks = [
+        {"class_path": "AntiLocalityCallback", "init_args": {"penalty": own, "weight": 3.0}}
+        for own in (penalty, {"far": penalty})
+    ]
+    path = tmp_path / "foreign.yaml"
+    path.write_text(yaml.safe_dump({"model": f"{__name__}.Foreign", "trainer": {"callbacks": callbacks}}))
+    data = ("--data=SameClass", "--data.source=digits", "--data.image_size=8", "--data.canvas=[8,24]")
+    main(["fit", f"--config={path}", *data, "--data.distance=8", *SMALL, f"--run_dir={tmp_path / 'run'}"])
+    columns = {name for name in rows_of(tmp_path / "run")[-1] if "regularizer" in name}
+    assert columns == {"train/regularizer", "train/regularizer/far"}
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert [*saved[1]["init_args"]["penalty"]] == ["far"]
+
+
 def test_labels_keep_their_types(tmp_path: Path) -> None:
     """A variant may be called off, 1 or 1e-3: table and figures group by these texts."""
     labels = {"variant": "off", "a": "1", "b": "1e-3", "c": "far: plain", "d": 3, "e": 0.5, "f": True, "g": None}
@@ -402,7 +611,7 @@ def test_labels_keep_their_types(tmp_path: Path) -> None:
     # continued twice into another folder: each time the rows that follow the checkpoint, once
     for _ in range(2):
         more = f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}"
-        with pytest.warns(UserWarning, match="max_iterations: the checkpoint"):
+        with pytest.warns(UserWarning, match=r"model.max_iterations: was \d+, now 100"):
             main(["fit", matrix, *few[1:], "--model.max_iterations=100", f"--run_dir={tmp_path / 'more'}", more])
         iterations = [int(row["iteration"]) for row in rows_of(tmp_path / "more")]
         assert iterations == sorted(set(iterations))

@@ -352,7 +352,7 @@ def test_other_settings_are_said(tmp_path: Path, notes: Path, capsys: pytest.Cap
     notes.unlink()
     main(["sweep", str(path), f"--out={out}"])
     shown = capsys.readouterr().out
-    begin = "was started with other settings (a: was 1, now 2, b: was not set, now x) and"
+    begin = "was started with other settings (a: was 1, now 2; b: was not set, now x) and"
     assert f"done {begin} is kept: remove its folder to run it anew" in shown
     assert f"new {begin} continues with the new ones: remove its folder to run it anew" in shown
     (note,) = read(notes)
@@ -388,6 +388,25 @@ def test_tables_have_a_row_for_what_varied_other_than_seeds(tmp_path: Path, caps
         "run-seed_everything=1-weight=0,run,1,0,3,2.0,1.0,0.625",
         "run-seed_everything=1-weight=3,run,1,3,3,2.0,1.0,1.0",
     ]
+
+
+def test_every_regulariser_has_a_column_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "grid.yaml", variants=dict.fromkeys(("none", "one", "two")))
+    names: list[tuple[str, ...]] = [(), ("",), ("/near", "/far")]
+    for run, own in zip(SweepFile.read(path, tmp_path / "out").runs(), names, strict=True):
+        values = {f"test/regularizer{name}": 0.25 + 0.25 * k for k, name in enumerate(own)}
+        finished(run, {"test/accuracy": 0.5, **values}, epochs=1, seconds=2.0)
+    main(["sweep", str(path), f"--out={tmp_path / 'out'}"])
+    shown = capsys.readouterr().out
+    (heading,) = [line for line in shown.splitlines() if "finished" in line and "┃" in line]
+    assert [cell.strip() for cell in heading.split("┃")[4:-2]] == [
+        "test",
+        "R on test",
+        "R on test, near",
+        "R on test, far",
+    ]
+    lines = [[cell.strip() for cell in line.split("│")[4:-2]] for line in shown.splitlines() if "1 of 1" in line]
+    assert lines == [["50.0", "-", "-", "-"], ["50.0", "0.25", "-", "-"], ["50.0", "-", "0.25", "0.50"]]
 
 
 def test_recovery_runs_are_tabled_by_loss_and_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

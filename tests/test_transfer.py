@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: F401 (the processes take it from here)
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -132,6 +133,29 @@ def test_a_head_of_zeros_has_no_term() -> None:
     value, gradients = of_term(module, images())
     assert value == 0
     assert not gradients.any()
+
+
+def test_outputs_of_the_page() -> None:
+    """Several labels are the sum of their logits; what is to be ignored has no gradient and counts as 0."""
+    page = (Path(__file__).parent.parent / "docs" / "transfer.md").read_text()
+    rows = re.findall(r"^\| .* \| .* \| `(lambda out, y: .*)` \|$", page, re.MULTILINE)
+    several, ignored, numbers, mapping = (eval(row) for row in rows)
+    module, x = nn.Sequential(Net(), nn.Tanh(), nn.Linear(1, 3)).eval(), images(4)
+
+    def term(y: Tensor | None, output: Any = None, model: Any = module) -> float:
+        return float(AntiLocality(UniformPatches(3), seed=1, output=output).measure(model, x, y))
+
+    y = torch.tensor([0, 2, 1, 2])
+    assert 0 < term(y) < 1 - 1e-3
+    assert term(F.one_hot(y, 3).double(), several) == pytest.approx(term(y), rel=1e-12)
+    assert term(torch.ones(4, 3), several) == pytest.approx(term(None, numbers), rel=1e-12)
+    assert term(y, mapping, lambda x: {"logits": module(x)}) == pytest.approx(term(y), rel=1e-12)
+    assert term(y, ignored) == pytest.approx(term(y), rel=1e-12)
+    assert term(torch.full((4,), -100), ignored) == 0
+    outer = torch.tensor([True, False, False, True])
+    parts = [term(y.masked_fill(which, -100), ignored) for which in (outer, ~outer)]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(term(y), rel=1e-12)
 
 
 def test_eval_mode_trains_and_counts_no_batch() -> None:

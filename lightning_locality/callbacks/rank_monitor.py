@@ -13,9 +13,15 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_locality.callbacks.anti_locality import has_whole_model
+from lightning_locality.callbacks.anti_locality import (
+    IMAGE_NAMES,
+    find_network,
+    has_whole_model,
+    images_and_labels,
+    require_forward,
+)
 from lightning_locality.ranks.cuts import cut_share
 from lightning_locality.ranks.evaluation import Evaluation, measuring
 from lightning_locality.ranks.masks import standard_cuts
@@ -49,6 +55,8 @@ class RankMonitor(Callback):
         images: ``(N, C, H, W)`` to measure on instead.
         chunk: Images per call of the network, halved when memory runs out; None: a default for their size.
         float64: Evaluate networks in float64, in a copy; factorisations always are.
+        model: The network of images, if it is not the module itself: name of its attribute, or a function of the module
+            that returns it.
 
     Raises:
         ValueError: Numbers out of range, epochs that never come, no factorisation, missing or unsuitable images, or
@@ -67,6 +75,7 @@ class RankMonitor(Callback):
         images: Tensor | None = None,
         chunk: int | None = None,
         float64: bool = False,
+        model: str | Callable[[LightningModule], Callable[[Tensor], Any]] | None = None,
     ) -> None:
         if what not in (None, "nodes", "profile", "cuts"):
             raise ValueError(f"what must be 'nodes', 'profile', 'cuts' or None, got {what!r}")
@@ -79,7 +88,7 @@ class RankMonitor(Callback):
         self.what, self.every_n_epochs, self.epochs = what, every_n_epochs, epochs
         self.samples, self.patch, self.size, self.seed = samples, patch, size, seed
         self.evaluation = Evaluation(chunk, torch.float64 if float64 else None)
-        self.given = images is not None
+        self.given, self.model = images is not None, model
         # two groups of the same size: samples and donors, or the two sides of a cut
         wanted = 2 * ((size if what == "cuts" else samples) or _SAMPLES)
         check = standard_cuts if what == "cuts" else partial(PatchGrid, patch=patch)
@@ -122,6 +131,8 @@ class RankMonitor(Callback):
                 f"what='nodes' needs a factorisation, and {type(pl_module).__name__} holds none: take 'profile' or "
                 "'cuts' for a network on images"
             )
+        if self._subject(pl_module) != "nodes":
+            require_forward(pl_module, self.model, "RankMonitor")
         last = trainer.max_epochs
         # a trial run of one batch ends early whatever the settings
         if last is None or last < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -172,9 +183,10 @@ class RankMonitor(Callback):
                 first = trainer.strategy.broadcast([buffer.cpu() for buffer in module.buffers()])
                 for buffer, value in zip(module.buffers(), first, strict=True):
                     buffer.copy_(value)
-            return self._cuts(module, images) if what == "cuts" else self._profile(module, images)
+            network = find_network(module, self.model)
+            return self._cuts(network, images) if what == "cuts" else self._profile(network, images)
 
-    def _cuts(self, module: LightningModule, images: Tensor) -> dict[str, float]:
+    def _cuts(self, module: nn.Module, images: Tensor) -> dict[str, float]:
         size = self.size or min(_SAMPLES, len(images) // 2)
         values: dict[str, float] = {}
         for name, mask in standard_cuts(*images.shape[-2:]).items():
@@ -183,7 +195,7 @@ class RankMonitor(Callback):
             values |= {key: cut.share, f"{key}_se": cut.standard_error}
         return values
 
-    def _profile(self, module: LightningModule, images: Tensor) -> dict[str, float]:
+    def _profile(self, module: nn.Module, images: Tensor) -> dict[str, float]:
         samples = self.samples or min(_SAMPLES, len(images))
         profile = interaction_profile(
             module, images, patch=self.patch, samples=samples, seed=self.seed, bootstraps=0, evaluation=self.evaluation
@@ -232,15 +244,12 @@ class _ImageBuffer:
 
 def _find_images(batch: Any, check: Callable[[int, int], object], name: str) -> Tensor:
     """Return the images of a batch, detached, once ``check`` has accepted their height and width."""
-    found, form = batch, type(batch).__name__
-    if isinstance(batch, Mapping):
-        found, form = batch.get("image", batch.get("x")), str(sorted(map(str, batch)))
-    elif isinstance(batch, (tuple, list)) and batch:
-        found = batch[0]
-    if not isinstance(found, Tensor):
+    found, _ = images_and_labels(batch)
+    if found is None:
+        form = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping with 'image' or 'x': "
-            "pass images=, a tensor (N, C, H, W)"
+            f"batch ({form}) is neither images, nor a tuple that begins with them, nor a mapping that names them "
+            f"{', '.join(IMAGE_NAMES)}: pass images=, a tensor (N, C, H, W)"
         )
     if found.ndim != 4 or not found.is_floating_point():
         raise ValueError(

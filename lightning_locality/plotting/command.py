@@ -163,6 +163,7 @@ def _equals(value: Any, text: str) -> bool:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-locality figure",
+        allow_abbrev=False,
         description="Draw a figure of finished runs: PATH.pdf and PATH.png, and PATH.csv with its numbers. A column is "
         "named in full or by its last part if that is unique: distance for data.distance. Runs that have failed or not "
         "finished are left out and counted.",
@@ -170,7 +171,7 @@ def _parser() -> ArgumentParser:
     kinds = parser.add_subcommands(required=True, metavar="KIND")
     for kind, function in KINDS.items():
         about = function.__doc__ or ""
-        own = ArgumentParser(description=about.partition("Args:")[0].strip())
+        own = ArgumentParser(description=about.partition("Args:")[0].strip(), allow_abbrev=False)
         own.add_argument("runs", nargs="+", metavar="FOLDER_OR_CSV", help="folders, or their results.csv")
         own.add_argument("--out", help="path of the files, without ending; by default in the first folder")
         own.add_argument("--title", help="text over the figure")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["accuracy_curves", "example_inputs", "training_curves"]
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def _plot(axes: Axes, history: pd.DataFrame, name: str, scale: float, **style: A
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Draw accuracy, loss and regulariser against the epoch, on training and validation data.
+    """Draw accuracy, loss and regulariser, of several each, against the epoch, on training and validation data.
 
     Args:
         history: Metrics by epoch, as :func:`~lightning_locality.results.history` reads them.
@@ -40,8 +41,15 @@ def training_curves(history: pd.DataFrame) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(2 * COLUMN, 1.9), layout="constrained")
         for axes, (name, label, scale) in zip(figure.subplots(1, 3), _CURVES, strict=True):
+            # the quantity itself, or those below it, as regularizer/NAME
+            logged = dict.fromkeys(str(column).partition("/")[2] for column in history)
+            found = [one for one in logged if f"{one}/".startswith(f"{name}/")]
             for stage, color in (("train", COLOURS[0]), ("val", COLOURS[1])):
-                _plot(axes, history, f"{stage}/{name}", scale, color=color, label=stage)
+                for dashes, one in zip(itertools.cycle(_ROUND_DASHES), found, strict=False):
+                    label = stage + one.removeprefix(name)
+                    _plot(axes, history, f"{stage}/{one}", scale, color=color, linestyle=dashes, label=label)
+            if len(found) > 1:
+                axes.legend(fontsize=6)
             axes.set_ylabel(label)
             if name != "loss":
                 axes.set_ylim(0, 1.03 * scale)

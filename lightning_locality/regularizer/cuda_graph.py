@@ -89,7 +89,10 @@ class _Graph:
             generator = torch.Generator().manual_seed(0)
             # one output at a time, so that a small gradient does not hide behind a large one
             weights = [torch.rand(t.shape, generator=generator).to(t) for t in eager]
-            gradients = [torch.autograd.grad([t], leaves, [w], True, allow_unused=True) for t, w in zip(eager, weights, strict=True)]
+            gradients = [
+                torch.autograd.grad([t], leaves, [w], True, allow_unused=True)
+                for t, w in zip(eager, weights, strict=True)
+            ]
         used = [k for k in range(len(leaves)) if any(of[k] is not None for of in gradients)]
         self.parameters = [self.parameters[k] for k in used]
         self.outputs, self.gradients = [torch.empty_like(t) for t in eager], [torch.empty_like(leaves[k]) for k in used]

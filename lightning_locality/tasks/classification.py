@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Classification", "NonFiniteLossError"]
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,12 +15,13 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Accuracy, MeanMetric
 
 from lightning_locality.networks import adapt
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.cuda_graph import GraphedStep
-from lightning_locality.regularizer.patches import GivenPatches
+from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
 
 
 class NonFiniteLossError(ValueError):
@@ -52,26 +54,30 @@ def from_command_line() -> bool:
 
 Stage = Literal["train", "val", "test"]
 _STEPS_BETWEEN_CHECKS = 50
+_EXTRA_STATE = re.compile(r"(penalty|augmentation)\.(.+\.)?_extra_state")  # counts of samples, not weights
 _OBJECTS = ["network", "penalty", "optimizer", "scheduler", "augmentation"]
 
 
 class Classification(LightningModule):
-    r"""Classify images, with a term against locality: loss + weight * R.
+    r"""Classify images, with a term against locality: loss + weight * R, or with several, each with its weight.
 
     The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise, R the value of the
     penalty. The defaults are those of *Implicit Regularization in Hierarchical Tensor Factorization and Deep
     Convolutional Neural Networks* (Razin, Maman, Cohen, 2022): SGD, learning rate 0.01, momentum 0.9, no schedule.
 
-    Every epoch logs ``train/loss``, ``train/accuracy``, ``train/regularizer`` and the same under ``val/`` and
-    ``test/``; ``loss`` is the classification loss alone.
+    Every epoch logs ``train/loss``, ``train/accuracy``, ``train/regularizer`` (``train/regularizer/NAME`` of each of
+    several penalties) and the same under ``val/`` and ``test/``; ``loss`` is the classification loss alone. A training
+    batch of one sample has no donor: the term is left out there, with one warning.
 
     Args:
         network: Takes images ``(B, C, H, W)`` and ends in a linear layer; first layer and head are adapted to the data.
-        penalty: The term against locality; None for none.
-        weight: Weight of the term in the loss, 0 or more. At 0 the term is measured but not minimised.
+        penalty: The term against locality, or several by name; None for none.
+        weight: Weight of the term in the loss, 0 or more: one for all, or one for every name. At 0 the term is measured
+            but not minimised.
         warmup_epochs: Epochs over which the weight rises linearly from 0 (an addition of ours; 0 as published).
         optimizer: Called with the parameters.
-        scheduler: Called with the optimizer; steps once per epoch. None for none.
+        scheduler: Called with the optimizer; steps once per epoch. ReduceLROnPlateau follows its ``monitor``, torch's
+            own ``val/loss``. None for none.
         num_classes: Number of classes; None to take it from the data module.
         in_channels: Channels of the images; None to take them from the data module.
         measured_batches: Batches per epoch and stage on which R is measured when it is not minimised (validation,
@@ -84,7 +90,8 @@ class Classification(LightningModule):
             :class:`GraphedStep` for what that asks of the network).
 
     Raises:
-        ValueError: A negative number, a weight without penalty, or fewer than two classes.
+        ValueError: A negative number, a weight without penalty, weights of other names than the penalties, fewer than
+            two classes, or a first training batch of one sample.
     """
 
     monitor: ClassVar[str] = "val/accuracy"
@@ -92,8 +99,8 @@ class Classification(LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        penalty: AntiLocality | None = None,
-        weight: float = 0.0,
+        penalty: AntiLocality | Mapping[str, AntiLocality] | None = None,
+        weight: float | Mapping[str, float] = 0.0,
         warmup_epochs: int = 0,
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
         scheduler: LRSchedulerCallable | None = None,
@@ -106,28 +113,34 @@ class Classification(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if from_command_line() else _OBJECTS)
-        if not weight >= 0:
-            raise ValueError(f"weight must be 0 or more, got {weight}: the term is minimised together with the loss")
-        if weight > 0 and penalty is None:
+        if penalty is None and weight:
             raise ValueError(
                 f"weight is {weight} but there is no penalty: pass penalty=AntiLocality(...), on the command "
                 "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
             )
+        weighted_penalties(penalty, weight)
         for name, count in (("warmup_epochs", warmup_epochs), ("measured_batches", measured_batches)):
             if count < 0:
                 raise ValueError(f"{name} must be 0 or more, got {count}")
-        self.network, self.penalty, self.augmentation = network, penalty, augmentation
+        self.network, self.augmentation = network, augmentation
+        self.penalty = nn.ModuleDict(penalty) if isinstance(penalty, Mapping) else penalty
         self.weight, self.warmup_epochs, self.measured_batches = weight, warmup_epochs, measured_batches
         self.optimizer, self.scheduler = optimizer, scheduler
         self.cuda_graph, self.graphed = cuda_graph, GraphedStep()
-        if penalty is not None and cuda_graph:
-            penalty.cuda_graph = True
+        if cuda_graph:
+            for one, _ in self._penalties.values():
+                one.cuda_graph = True
         self.num_classes, self.in_channels = num_classes, in_channels
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.metrics = nn.ModuleDict()
         self._finite: Tensor | None = None
+        self._has_donors = DonorCheck()
         if num_classes is not None and in_channels is not None:
             self._fit_to_data(num_classes, in_channels)
+
+    @property
+    def _penalties(self) -> dict[str, tuple[AntiLocality, float]]:
+        return weighted_penalties(self.penalty, self.weight)
 
     def _fit_to_data(self, num_classes: int, in_channels: int) -> None:
         if num_classes < 2:
@@ -140,9 +153,8 @@ class Classification(LightningModule):
             accuracy = Accuracy(task="multiclass", num_classes=num_classes, average="micro")
             # "disable": checking for NaN would synchronise with the device at every step; torchmetrics 1.9 then drops
             # weights, so means over batches are given one value per sample
-            loss, regularizer = (MeanMetric(nan_strategy="disable") for _ in range(2))
-            own = {"loss": loss, "accuracy": accuracy, "regularizer": regularizer}
-            self.metrics[f"{stage}_metrics"] = nn.ModuleDict(own)
+            means = {name: MeanMetric(nan_strategy="disable") for name in ("loss", *self._penalties)}
+            self.metrics[f"{stage}_metrics"] = nn.ModuleDict({"accuracy": accuracy, **means})
 
     def configure_model(self) -> None:
         """Adapt the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
@@ -160,25 +172,18 @@ class Classification(LightningModule):
         self._fit_to_data(num_classes, in_channels)
 
     def setup(self, stage: str) -> None:
-        """Take the boxes of the data module if the penalty has none of its own."""
-        patches = self.penalty.patches if self.penalty is not None else None
-        if isinstance(patches, GivenPatches) and patches.boxes is None:
-            data = getattr(self.trainer, "datamodule", None)
-            if (boxes := getattr(data, "boxes", None)) is None:
-                raise ValueError(
-                    f"GivenPatches has no boxes and the data module {type(data).__name__} names none: pass "
-                    "boxes=[(top, left, height, width), ...] or take another rule such as FarField"
-                )
-            patches.bind(boxes)
+        """Take the boxes of the data module for penalties that have none of their own."""
+        bind_boxes((penalty for penalty, _ in self._penalties.values()), getattr(self.trainer, "datamodule", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model; the penalty and the augmentation may be added or removed."""
-        mine = self.state_dict()
-        for draws in ("penalty._extra_state", "augmentation._extra_state"):
-            if draws in mine:
-                checkpoint["state_dict"].setdefault(draws, mine[draws])
-            else:
-                checkpoint["state_dict"].pop(draws, None)
+        """Check that the checkpoint is of this model; penalties and augmentation may be added, renamed or removed."""
+        mine, stored = (
+            {name: state for name, state in states.items() if _EXTRA_STATE.fullmatch(name)}
+            for states in (self.state_dict(), checkpoint["state_dict"])
+        )
+        for name in stored.keys() - mine.keys():
+            del checkpoint["state_dict"][name]
+        checkpoint["state_dict"].update({name: mine[name] for name in mine.keys() - stored.keys()})
         check_state_dict(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
@@ -186,7 +191,10 @@ class Classification(LightningModule):
         optimizer = self.optimizer(self.network.parameters())
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+        scheduler = self.scheduler(optimizer)
+        # Lightning's own class names its monitor, torch's none
+        monitor = getattr(scheduler, "monitor", "val/loss") if isinstance(scheduler, ReduceLROnPlateau) else None
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(B, 1)`` for two classes, ``(B, K)`` for K, of images ``(B, C, H, W)``."""
@@ -198,11 +206,12 @@ class Classification(LightningModule):
             return F.binary_cross_entropy_with_logits(logits.squeeze(1), y.to(logits.dtype))
         return F.cross_entropy(logits, y)
 
-    def _current_weight(self) -> float:
+    def _current_weight(self, column: str = COLUMN) -> float:
+        weight = self._penalties[column][1] if self.penalty is not None else 0.0
         if not self.warmup_epochs:
-            return self.weight
+            return weight
         steps = self.warmup_epochs * max(1, int(self.trainer.num_training_batches))
-        return self.weight * min(1.0, (self.trainer.global_step + 1) / steps)
+        return weight * min(1.0, (self.trainer.global_step + 1) / steps)
 
     def _record(self, stage: Stage, logits: Tensor, y: Tensor, loss: Tensor) -> None:
         logits = logits.detach()
@@ -210,46 +219,51 @@ class Classification(LightningModule):
         self._update(stage, "loss", stage != "test", loss.detach().expand(len(y)))
         self._update(stage, "accuracy", stage != "test", labels, y)
 
-    def _record_penalty(self, stage: Stage, value: Tensor, samples: int) -> None:
-        self._update(stage, "regularizer", stage == "train", value.detach().expand(samples))
+    def _record_penalty(self, stage: Stage, column: str, value: Tensor, samples: int) -> None:
+        self._update(stage, column, stage == "train", value.detach().expand(samples))
 
     def _update(self, stage: Stage, name: str, shown: bool, *values: Tensor) -> None:
         metric: Any = self.metrics[f"{stage}_metrics"][name]  # type: ignore[index]
         metric.update(*values)
         self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=shown)
 
-    def _measure(self, stage: Stage, x: Tensor, y: Tensor, batch_idx: int) -> None:
+    def _measure(self, stage: Stage, x: Tensor, y: Tensor, batch_idx: int, known: Collection[str] = ()) -> None:
         """Measure R without minimising it, with random numbers of its own, so that measuring changes nothing."""
-        if self.penalty is None or batch_idx >= self.measured_batches or len(x) < 2:
+        if batch_idx >= self.measured_batches or len(x) < 2:
             return
-        generator = torch.Generator().manual_seed(self.penalty.seed * 1_000_003 + batch_idx)
         training = self.network.training
         self.network.eval()
         try:
-            self._record_penalty(stage, self.penalty.measure(self.network, x, y, generator=generator), len(x))
+            for column, (penalty, _) in self._penalties.items():
+                if column not in known:
+                    generator = torch.Generator().manual_seed(penalty.seed * 1_000_003 + batch_idx)
+                    value = penalty.measure(self.network, x, y, generator=generator)
+                    self._record_penalty(stage, column, value, len(x))
         finally:
             self.network.train(training)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the classification loss plus the weighted term of a batch."""
+        """Return the classification loss plus the weighted terms of a batch."""
         x, y = batch
         if self.augmentation is not None:
             x = self.augmentation(x)
         x = x.contiguous(memory_format=self.memory_format)
-        if self.penalty is None or self.weight == 0:
-            logits = self.graphed(self.network, self.network, (x,)) if self.cuda_graph else self.network(x)
-            objective = loss = self._loss(logits, y)
-            self._measure("train", x, y, batch_idx)
-        elif len(x) < 2:
-            raise ValueError(
-                "a training batch has 1 sample, and the penalty needs a second one as donor: choose another "
-                "batch_size or set drop_last=True on the data module"
-            )
-        else:
-            logits, value = self.penalty.with_output(self.network, x, y)
-            loss = self._loss(logits, y)
-            objective = loss + self._current_weight() * value
-            self._record_penalty("train", value, len(x))
+        minimised = {column: penalty for column, (penalty, weight) in self._penalties.items() if weight > 0}
+        if minimised and not self._has_donors(x, batch_idx):
+            minimised = {}
+        logits, values = None, dict[str, Tensor]()
+        for column, penalty in minimised.items():
+            if logits is None:  # the first one saves the loss its forward pass
+                logits, values[column] = penalty.with_output(self.network, x, y)
+            else:
+                values[column] = penalty(self.network, x, y)
+        if logits is None:
+            logits = self.graphed(self.network, self.network, (x,)) if self.cuda_graph else self(x)
+        objective = loss = self._loss(logits, y)
+        for column, value in values.items():
+            objective = objective + self._current_weight(column) * value
+            self._record_penalty("train", column, value, len(x))
+        self._measure("train", x, y, batch_idx, known=values)
         self._record("train", logits, y, loss)
         return objective
 
@@ -263,9 +277,10 @@ class Classification(LightningModule):
     def _raise_unless_finite(self) -> None:
         if self._finite is None or bool(self._finite):
             return
+        weights = ", ".join(f"{self._current_weight(column):g}" for column in self._penalties) or "0"
         raise NonFiniteLossError(
             f"the training loss is not finite at step {self.trainer.global_step} (epoch {self.current_epoch}): "
-            f"lower the learning rate, the weight of the term (now {self._current_weight():g}) or set "
+            f"lower the learning rate, the weight of the term (now {weights}) or set "
             "gradient_clip_val; earlier checkpoints and metrics are kept"
         )
 

@@ -47,17 +47,12 @@ LAYERS = {
 def second_order(layer: nn.Module, x: Tensor, fast: bool, upstream: bool = True) -> list[Tensor]:
     """Gradients by all that goes in, of a function of the output and of the input gradient of another one."""
     x = x.clone().requires_grad_()
-    mode = FastDoubleBackward()
     before = x * 1.5 if upstream else x
-    if fast:
-        with mode:
-            out = layer(before)
-    else:
+    with FastDoubleBackward(fast=fast):
         out = layer(before)
     torch.manual_seed(5)
-    with mode.inputs_only():
-        score = (out * torch.randn_like(out) + out.sin()).sum()
-        (gradient,) = torch.autograd.grad(score, x, create_graph=True)
+    score = (out * torch.randn_like(out) + out.sin()).sum()
+    (gradient,) = torch.autograd.grad(score, x, create_graph=True)
     loss = (gradient * torch.randn_like(gradient)).sum() + gradient.cos().sum() + out.sin().sum()
     loss.backward()
     gradients = [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
@@ -137,31 +132,36 @@ def test_batch_norm_against_finite_differences() -> None:
     assert torch.autograd.gradcheck(penalty, (x, weight))
 
 
-def test_what_batch_norm_cannot_do_is_an_error() -> None:
-    x, weight = torch.randn(3, 2, 2, 2, requires_grad=True), torch.ones(2, requires_grad=True)
-    with FastDoubleBackward():
-        out = F.batch_norm(x, None, None, weight, torch.zeros(2), training=True)
-    (by_weight,) = torch.autograd.grad(out.pow(3).sum(), weight, create_graph=True)
-    with pytest.raises(NotImplementedError, match="fast=False"):
-        by_weight.sum().backward()
+def test_batch_norm_is_right_to_third_order_and_in_its_parameters() -> None:
+    x, weight = torch.randn(3, 2, 2, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    bias = torch.randn(2, requires_grad=True)
+
+    def chained(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with FastDoubleBackward():
+            out = F.batch_norm(x.sin(), None, None, weight, bias, training=True, eps=0.3)
+        by_x, by_weight, by_bias = torch.autograd.grad(out.pow(3).sum(), (x, weight, bias), create_graph=True)
+        return by_x.pow(2).sum() + by_weight.sin().sum() + by_bias.cos().sum()
+
+    assert torch.autograd.gradcheck(chained, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(chained, (x, weight, bias))
 
 
 def test_gradient_of_the_given_input_is_left_out_of_the_last_pass_only() -> None:
-    x = torch.randn(2, 1, 5, 5, requires_grad=True)
+    leaf = torch.randn(2, 1, 5, 5, requires_grad=True)
     convolution = nn.Conv2d(1, 2, 3)
-    mode = FastDoubleBackward(x)
-    with mode:
-        out = convolution(x)
-    with mode.inputs_only():
+    gradients = []
+    for fast in (True, False):
+        x = leaf.clone()
+        with FastDoubleBackward(x, leaf=True, fast=fast):
+            out = convolution(x)
         (gradient,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
-    assert gradient.abs().sum() > 0
-    (gradient.pow(2).sum() + out.sum()).backward()
-    assert x.grad is None or not x.grad.any()
-    plain = copy.deepcopy(convolution)
-    plain.zero_grad()
-    (again,) = torch.autograd.grad(plain(x).pow(2).sum(), x, create_graph=True)
-    (again.pow(2).sum() + plain(x).sum()).backward()
-    assert close([convolution.weight.grad], [plain.weight.grad])  # type: ignore[list-item]
+        assert gradient.abs().sum() > 0
+        leaf.grad = None
+        convolution.zero_grad()
+        (gradient.pow(2).sum() + out.sum()).backward()
+        gradients.append(convolution.weight.grad)
+        assert (leaf.grad is None) == fast
+    assert close(gradients[:1], gradients[1:])  # type: ignore[arg-type]
 
 
 def network(normalization: Any) -> nn.Module:

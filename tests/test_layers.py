@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "tensors regularizer optim transforms results": "",
     "networks": "tensors",
     # plotting only inside InteractionProfile.plot()
-    "ranks": "tensors plotting",
+    "ranks": "tensors plotting regularizer",
     "plotting": "tensors results",
     "datamodules": "tensors",
     "callbacks": "regularizer ranks tensors results",

@@ -7,38 +7,24 @@ from __future__ import annotations
 
 __all__ = ["AntiLocality", "input_gradient_change"]
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, final
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, cast, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
 from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
+from lightning_locality.regularizer.state import modules_of, restored
 
 Model = Callable[[Tensor], Any]
 Output = Callable[[Any, Tensor | None], Tensor]
-
-
-@contextmanager
-def _statistics(model: Model, update: bool) -> Iterator[None]:
-    """Let batch normalisations update their running statistics and count the batch, or keep them from it."""
-    modules = model.modules() if isinstance(model, nn.Module) and not update else ()
-    # in train mode this flag is read for the update alone, whatever the momentum
-    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    try:
-        for module in tracking:
-            module.track_running_stats = False
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
 
 
 @final
@@ -84,7 +70,14 @@ def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
     """The scores to differentiate, summed over the batch."""
     if output is not None:
-        return output(out, y).sum()
+        score = output(out, y)
+        shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        if shape not in ((batch,), (batch, 1)):
+            raise ValueError(
+                f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {shape}: sum or "
+                "average over all axes but the first"
+            )
+        return cast("Tensor", score.sum())
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
         raise ValueError(
@@ -105,18 +98,28 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
     return out.gather(1, y.long().unsqueeze(1)).sum()
 
 
-def _check_images(x: Tensor) -> None:
+def _check_images(model: Model, x: Tensor, y: Tensor | None) -> None:
+    if not callable(model):
+        raise ValueError(f"model must be a network or a function of x, got {type(model).__name__}: pass (model, x, y)")
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor) and (name == "x" or value is not None):
+            remedy = f"pass torch.as_tensor({name}), on the model's device"
+            raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}: {remedy}")
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point images (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
 
 
-def _check_differentiable_twice(model: Model, x: Tensor) -> None:
-    _check_images(x)
+def _check_differentiable_twice(model: Model, x: Tensor, y: Tensor | None) -> None:
+    _check_images(model, x, y)
     if not torch.is_grad_enabled():
         raise RuntimeError("gradients are disabled here, so there is nothing to train; use measure(model, x, y)")
     device = x.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    if hasattr(model, "_torchdynamo_orig_callable"):
+        raise ValueError(
+            "model is a compiled function and cannot be differentiated twice: pass the one given to torch.compile"
+        )
+    for module in modules_of(model):
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
         if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
@@ -148,19 +151,21 @@ def _with_output(
     """The model's output on ``x`` and the mean absolute cosine; ``update_statistics`` of the passes on x and on x'."""
 
     def input_gradient(x: Tensor, leaf: bool, update: bool) -> tuple[Any, Tensor]:
-        mode = FastDoubleBackward(x if leaf else None)
+        # a copy: the model may change its input in place
+        x = x.clone()
+        edge = get_gradient_edge(x)
+        options = {"fast": fast and create_graph, "twice": create_graph, "update_statistics": update}
         # only torch's plain attention can be differentiated twice
         attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-        with _statistics(model, update):
-            with attention, mode if fast else nullcontext():
-                out = model(x)
-            with mode.inputs_only():
-                (gradient,) = torch.autograd.grad(_score(out, y, output, len(x)), x, create_graph=create_graph)
+        with attention, FastDoubleBackward(x, leaf, **options):
+            out = model(x)
+        score = _score(out, y, output, len(x))
+        (gradient,) = torch.autograd.grad(score, edge, create_graph=create_graph)
         return out, gradient
 
-    # a view keeps the graph behind x
+    # the graph behind x is kept
     leaf = not (create_graph and x.requires_grad)
-    first = x.detach().requires_grad_() if leaf else x.view_as(x)
+    first = x.detach().requires_grad_() if leaf else x
     with torch.no_grad():
         # out=: keeps the memory format of x
         second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
@@ -231,7 +236,7 @@ def input_gradient_change(
     >>> round(input_gradient_change(model, x, box_i=(0, 0, 1, 2), box_j=(0, 2, 1, 2), donor=donor).item(), 6)
     0.96
     """
-    _check_differentiable_twice(model, x)
+    _check_differentiable_twice(model, x, y)
     if donor.shape != (len(x),) or donor.dtype is not torch.int64:
         raise ValueError(f"donor must be int64 ({len(x)},), got {donor.dtype} {tuple(donor.shape)}")
     if not bool(((donor >= 0) & (donor < len(x))).all()):
@@ -275,8 +280,8 @@ class AntiLocality(nn.Module):
         super().__init__()
         if donor not in ("shift", "permutation"):
             raise ValueError(f"donor must be 'shift' or 'permutation', got {donor!r}")
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed!r}: pass an integer, such as 0")
         self.patches, self.donor, self.output = patches, donor, output
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
         self._draws = {"training": 0, "measurement": 0}
@@ -306,7 +311,8 @@ class AntiLocality(nn.Module):
 
         Without a generator, calls are counted separately, so that measuring does not change training.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        _check_images(model, x, y)
+        with torch.inference_mode(False), torch.enable_grad(), restored(model, x):
             # clones: tensors made in inference mode cannot be differentiated
             x, y = x.detach().clone(), None if y is None else y.detach().clone()
             pair, donated = self._draw(x, generator, "measurement")
@@ -315,13 +321,12 @@ class AntiLocality(nn.Module):
     def _training(
         self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, update_first: bool
     ) -> tuple[Any, Tensor]:
-        _check_differentiable_twice(model, x)
+        _check_differentiable_twice(model, x, y)
         pair, donated = self._draw(x.detach(), generator, "training")
         passes = (update_first, self.update_statistics)
         return _with_output(model, x, y, pair, donated, self.output, fast=self.fast, update_statistics=passes)
 
     def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:
-        _check_images(x)
         if len(x) < 2:
             raise ValueError(f"x has {len(x)} sample and no donor for it: use larger batches or drop_last=True")
         if generator is None:

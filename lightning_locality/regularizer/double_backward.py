@@ -7,19 +7,62 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormModule
 from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_OWN = ("weight", "bias", "running_mean", "running_var")
+# arguments in order; in training, running statistics are only written
+_NORMALIZATIONS: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", *_OWN[2:], *_OWN[:2], "training"),
+    F.instance_norm: ("input", *_OWN[2:], *_OWN[:2], "use_input_stats"),
+    torch.batch_norm: ("input", *_OWN, "training", "momentum", "eps", "cudnn_enabled"),
+    torch.instance_norm: ("input", *_OWN, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
+}
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # type: ignore[attr-defined]
+# what torch differentiates once only, and this module does not help: a test compares with torch's own table
+_ONCE = frozenset(
+    f"{name}Backward{n}"
+    for n in (0, 1)
+    for name in (
+        *("CtcLoss", "CudnnAffineGridGenerator", "CudnnRnn", "EmbeddingBag", "FakeQuantizeLearnablePerChannelAffine"),
+        *("FakeQuantizeLearnablePerTensorAffine", "MaskedSoftmax", "MkldnnAdaptiveAvgPool2D", "MkldnnLinear"),
+        *("MkldnnMaxPool2D", "MkldnnMaxPool3D", "MpsConvolutionTranspose", "MultiMarginLoss", "MultilabelMarginLoss"),
+        *("SegmentReduce", "SparseLogSoftmax", "SparseMmReduceImpl", "SparseSoftmax", "SparseSum"),
+    )
+)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """The same function of operations with second derivatives."""
+    out = F.relu6((x.clone() if inplace else x) + 3) / 6
+    return x.copy_(out) if inplace else out
+
+
+_SUPPLIED: dict[Any, Callable[..., Tensor]] = {
+    F.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid_: lambda x: _hardsigmoid(x, inplace=True),
+}
+
+
+def _needed(node: Node | None) -> bool:
+    """Whether the backward pass that is running goes through a node, which a Function is not told."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # a leaf whose gradient is asked for
+        return True
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
@@ -37,19 +80,20 @@ def _convolve_backward(
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, mode: FastDoubleBackward, leaf: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, mode: FastDoubleBackward | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.mode, ctx.leaf = geometry, mode, leaf
+        ctx.geometry, ctx.mode = geometry, mode
         return _convolve(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (need_x, need_weight, need_bias), last = ctx.needs_input_grad[:3], not ctx.mode.only_inputs
-        # the network's input is our own leaf: its gradient is not read after the input gradients are taken
-        mask = (need_x and not (last and ctx.leaf), need_weight and last, need_bias and last)
-        return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
+        needed = [_needed(node) for node, _ in ctx.next_functions]
+        if ctx.mode is not None and ctx.mode.nobody_reads_input_gradient():
+            needed[0] = False
+        mask = (needed[0], needed[1], len(needed) > 2 and needed[2])
+        return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None)
 
 
 class _ConvolutionBackward(Function):
@@ -124,17 +168,15 @@ class _BatchNormBackward(Function):
         return grad_x, sum_gx, sum_g
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if v_weight is not None or v_bias is not None:
-            raise NotImplementedError(
-                "second derivatives through the parameter gradients of batch normalisation are not implemented: "
-                "pass fast=False to AntiLocality or input_gradient_change"
-            )
-        if v is None:
+        if v is None and v_weight is None and v_bias is None:
             return (None,) * 8
+        if torch.is_grad_enabled() or v_weight is not None or v_bias is not None:
+            g, x, weight = ctx.saved_tensors[:3]
+            return (*_batch_norm_by_parts(g, x, weight, ctx.eps, (v, v_weight, v_bias)), *(None,) * 5)
+        assert v is not None
         g, *saved, sum_gx, sum_g = ctx.saved_tensors
         x, weight, mean, rstd, _ = saved
         # linear and symmetric in g: its derivative with respect to g applied to v is the same map of v
@@ -161,40 +203,123 @@ class _BatchNormBackward(Function):
         return grad_g, grad_x, (inner * rstd).to(weight.dtype), None, None, None, None, None
 
 
+def _batch_norm_by_parts(
+    g: Tensor, x: Tensor, weight: Tensor, eps: float, vectors: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """What the formula above lacks, for models that differentiate inside: parameter gradients, any order."""
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: these are partial derivatives, and g may depend on x
+        alias = lambda t: t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
+        g, x, weight = map(alias, (g, x, weight))
+        exact, bias = x.to(torch.promote_types(x.dtype, torch.float32)), torch.zeros_like(weight, requires_grad=True)
+        variance, mean = torch.var_mean(exact, [0, *range(2, x.dim())], correction=0, keepdim=True)
+        scale, shift = (t.view_as(mean) for t in (weight, bias))
+        out = (exact - mean) * (variance + eps).rsqrt() * scale + shift
+        gradients = torch.autograd.grad(out.to(g.dtype), (x, weight, bias), g, create_graph=True)
+        used = [(gradient, v) for gradient, v in zip(gradients, vectors, strict=True) if v is not None]
+        outputs, by = [gradient for gradient, _ in used], [v for _, v in used]
+        return torch.autograd.grad(outputs, (g, x, weight), by, create_graph=higher, allow_unused=True)
+
+
 @final
 class FastDoubleBackward(TorchFunctionMode):
-    r"""Make convolutions and train-mode batch normalisations in the context twice differentiable at the usual cost.
+    r"""Make the layers called in the context twice differentiable, and convolution and batch norm at the usual cost.
 
     The results equal torch's up to rounding. Torch's second derivative of a convolution uses one with a kernel as
     large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight gradient,
     and two fused and three elementwise passes. Everything else (transposed convolutions, padding given as a word,
-    tensor subclasses, other layers) is passed on to torch. If ``x``, the network's input, is a leaf whose gradient is
-    read only in :meth:`inputs_only`, that gradient is not computed again in the last backward pass.
+    tensor subclasses, transforms of torch.func, other layers) is passed on to torch, or refused by name if torch has no
+    second derivative.
+
+    Args:
+        x: The network's input, neither a leaf nor changed in place before the context.
+        leaf: Whether ``x`` is a clone of a leaf whose gradient nobody reads: the last backward pass leaves it out.
+        fast: Whether to replace convolution and batch normalisation.
+        twice: Whether second derivatives are wanted at all.
+        update_statistics: Whether normalisations in training may update their running statistics and count the batch.
+
+    Raises:
+        ValueError: A layer that torch can differentiate once only, or under gradient checkpointing.
     """
 
-    def __init__(self, x: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor | None = None,
+        leaf: bool = False,
+        *,
+        fast: bool = True,
+        twice: bool = True,
+        update_statistics: bool = True,
+    ) -> None:
         super().__init__()
-        self.x, self.only_inputs = x, False
+        self.x, self.node, self.closed = x, None if x is None else x.grad_fn, False
+        self.leaf, self.fast, self.twice, self.update_statistics = leaf, fast, twice, update_statistics
+        self.counted: list[Tensor] = []
 
-    @contextmanager
-    def inputs_only(self) -> Iterator[None]:
-        """Compute input gradients only in backward passes in the context, not those of the weights."""
-        self.only_inputs = True
-        try:
-            yield
-        finally:
-            self.only_inputs = False
+    def __exit__(self, *error: Any) -> None:
+        """The network has run, and so have the gradients that it takes inside."""
+        super().__exit__(*error)
+        self.closed = True
+        while self.counted:
+            self.counted.pop().sub_(1)
+
+    def nobody_reads_input_gradient(self) -> bool:
+        """Whether this is a pass to the leaf behind ``x`` that only accumulates there."""
+        x = cast("Tensor", self.x)
+        if not (self.leaf and self.closed) or x._backward_hooks or x.retains_grad:
+            return False
+        return _needed(cast("Node", self.node).next_functions[0][0])
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace the known calls, pass on the others."""
         kwargs, out = kwargs or {}, None
-        if func in _CONVOLUTIONS:
+        if func in _NORMALIZATIONS:
+            out = self._normalization(func, dict(zip(_NORMALIZATIONS[func], args, strict=False)) | kwargs)
+        elif func is Tensor.add_ and not self.update_statistics and (norm := _counting(args[0], sys._getframe(1))):
+            # a cumulative average divides by the count
+            if norm.momentum is not None:
+                return args[0]
+            self.counted.append(args[0])
+        elif not self.twice:
+            pass
+        elif self.fast and func in _CONVOLUTIONS:
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
-        elif func is F.batch_norm:
-            out = _batch_norm(*args, **kwargs)
-        return func(*args, **kwargs) if out is None else out
+        elif func in _SUPPLIED or func is F.scaled_dot_product_attention:
+            _refuse_checkpoint()
+            out = _SUPPLIED[func](*args, **kwargs) if func in _SUPPLIED else None
+        elif func in _RECURRENT:
+            # cuDNN has no second derivative
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
+            if self.twice:
+                self._refuse_once(func, out)
+        return out
+
+    def _normalization(self, func: Any, arguments: dict[str, Any]) -> Tensor:
+        training = arguments.get("training", arguments.get("use_input_stats", True))
+        if training and arguments.get("running_mean") is not None:
+            if self.twice:
+                _refuse_checkpoint()
+            if not self.update_statistics:
+                arguments |= {"running_mean": None, "running_var": None}
+        out = _batch_norm(**arguments) if func is F.batch_norm and self.fast and self.twice else None
+        return func(**arguments) if out is None else out
+
+    def _refuse_once(self, func: Any, out: Any) -> None:
+        node = getattr(out[0] if type(out) is tuple else out, "grad_fn", None)
+        if node is None:
+            return
+        name = node.name()
+        if (name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")) and self.node in _behind(node):
+            operation = getattr(func, "__name__", str(func))
+            raise ValueError(
+                f"{_layer(operation)}: torch has no second derivative of {operation}, which the term needs: replace it"
+            )
 
     def _convolution(
         self,
@@ -214,12 +339,14 @@ class FastDoubleBackward(TorchFunctionMode):
             [n] * axes if isinstance(n, int) else [*n] * (axes // len(n)) for n in (stride, padding, dilation)
         )
         geometry = (stride, padding, dilation, False, [0] * axes, groups)
-        is_input, device = input is self.x, input.device.type
+        # a view or a change in place would put something else between this layer and the leaf
+        mode = self if self.leaf and input is self.x and input.grad_fn is self.node else None
+        device = input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, self, is_input))
+            return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, mode))
 
 
 def _batch_norm(
@@ -240,5 +367,50 @@ def _batch_norm(
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    plain = all(t is None or (type(t) in (Tensor, Parameter) and t.is_floating_point()) for t in tensors)
-    return plain and torch.is_grad_enabled()
+    plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_floating_point()) for t in tensors)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return plain and torch.is_grad_enabled() and not transformed
+
+
+def _counting(counter: Any, frame: FrameType) -> BatchNormModule | None:
+    """The batch normalisation that is about to count a batch in this frame, if that is what it does."""
+    if not isinstance(counter, Tensor) or counter.dim():
+        return None
+    owner = frame.f_locals.get("self")
+    return owner if isinstance(owner, BatchNormModule) and owner.num_batches_tracked is counter else None
+
+
+def _checkpointed() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _refuse_checkpoint() -> None:
+    if _checkpointed():
+        raise ValueError(
+            f"{_layer('a layer')}: gradient checkpointing runs it again after the term, with other derivatives and "
+            "another update of its statistics: switch checkpointing off there"
+        )
+
+
+def _layer(otherwise: str) -> str:
+    """Name of the innermost module that is running."""
+    frame: FrameType | None = sys._getframe()
+    running: list[nn.Module] = []
+    while frame is not None and frame.f_code.co_name != "_with_output":
+        owner = frame.f_locals.get("self")
+        running += [owner] if isinstance(owner, nn.Module) else []
+        frame = frame.f_back
+    names = {module: name for outer in running for name, module in outer.named_modules()}
+    # the outermost network has the longest names
+    return f"{names[running[0]] or 'model'} ({type(running[0]).__name__})" if running else otherwise
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """All nodes of the graph behind one."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        yield (last := waiting.pop())
+        new = {behind for behind, _ in last.next_functions if behind is not None} - seen
+        seen |= new
+        waiting += new

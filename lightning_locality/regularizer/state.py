@@ -1,0 +1,65 @@
+"""What running a model changes apart from its result, restored: its buffers, and torch's random numbers."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+def modules_of(model: Callable[..., Any]) -> list[nn.Module]:
+    """All modules of a network, also of one given as its method or with some arguments fixed."""
+    while isinstance(model, partial):
+        model = model.func
+    owner = getattr(model, "__self__", model)
+    return list(owner.modules()) if isinstance(owner, nn.Module) else []
+
+
+@contextmanager
+def restored(model: Callable[..., Any], *tensors: Tensor) -> Iterator[None]:
+    """Restore on exit the buffers of a model and the random generators of the CPU, of its devices and the tensors'.
+
+    A function may run any networks: the buffers of each are kept from the first call on.
+    """
+    kept: dict[nn.Module, list[tuple[str, Tensor | None, Tensor | None]]] = {}
+    modules, thread = modules_of(model), get_ident()
+
+    def keep(module: nn.Module) -> None:
+        buffers = module._buffers.items()
+        kept[module] = [(name, b, None if b is None else b.detach().clone()) for name, b in buffers]
+
+    def keep_all(root: nn.Module, _: Any) -> None:
+        # the hook is called for all threads
+        if root not in kept and get_ident() == thread:
+            for module in root.modules():
+                if module not in kept:
+                    keep(module)
+
+    for module in modules:
+        keep(module)
+        tensors = (*tensors, *module.parameters(recurse=False), *module.buffers(recurse=False))
+    # not for networks, whose modules are known: the hook of all modules makes each call slower
+    known = modules and "forward" not in vars(modules[0])
+    hook = None if known else register_module_forward_pre_hook(keep_all)
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        for module, buffers in kept.items():
+            for name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                # written only if it changed: a graph built before may still need it
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                    with torch.no_grad():
+                        buffer.copy_(value)

@@ -9,7 +9,7 @@ __all__ = ["AntiLocality", "input_gradient_change"]
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
 from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
-from lightning_locality.regularizer.state import modules_of, restored
+from lightning_locality.regularizer.state import function_of, modules_of, restored
 
 Model = Callable[[Tensor], Any]
 Output = Callable[[Any, Tensor | None], Tensor]
@@ -71,13 +71,13 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
     """The scores to differentiate, summed over the batch."""
     if output is not None:
         score = output(out, y)
-        shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        if shape not in ((batch,), (batch, 1)):
+        if not isinstance(score, Tensor) or score.shape not in ((batch,), (batch, 1)):
+            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(
-                f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {shape}: sum or "
-                "average over all axes but the first"
+                f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {found}: sum or average over "
+                "all axes but the first"
             )
-        return cast("Tensor", score.sum())
+        return score.sum()
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
         raise ValueError(
@@ -115,7 +115,7 @@ def _check_differentiable_twice(model: Model, x: Tensor, y: Tensor | None) -> No
         raise RuntimeError("gradients are disabled here, so there is nothing to train; use measure(model, x, y)")
     device = x.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    if hasattr(model, "_torchdynamo_orig_callable"):
+    if hasattr(function_of(model), "_torchdynamo_orig_callable"):
         raise ValueError(
             "model is a compiled function and cannot be differentiated twice: pass the one given to torch.compile"
         )
@@ -160,7 +160,13 @@ def _with_output(
         with attention, FastDoubleBackward(x, leaf, **options):
             out = model(x)
         score = _score(out, y, output, len(x))
-        (gradient,) = torch.autograd.grad(score, edge, create_graph=create_graph)
+        gradient = None
+        if score.requires_grad:
+            (gradient,) = torch.autograd.grad(score, edge, create_graph=create_graph, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "the model's output does not depend on x, or not by differentiable steps: detach, no_grad?"
+            )
         return out, gradient
 
     # the graph behind x is kept
@@ -296,7 +302,7 @@ class AntiLocality(nn.Module):
 
     def forward(self, model: Model, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The term, a scalar, for images ``(B, C, H, W)`` and labels ``(B,)``; two forward passes of the model."""
-        return self._training(model, x.detach(), y, None, update_first=False)[1]
+        return self._training(model, x, y, None, update_first=False)[1]
 
     def with_output(
         self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
@@ -322,6 +328,7 @@ class AntiLocality(nn.Module):
         self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, update_first: bool
     ) -> tuple[Any, Tensor]:
         _check_differentiable_twice(model, x, y)
+        x = x if update_first else x.detach()
         pair, donated = self._draw(x.detach(), generator, "training")
         passes = (update_first, self.update_statistics)
         return _with_output(model, x, y, pair, donated, self.output, fast=self.fast, update_statistics=passes)

@@ -29,7 +29,7 @@ _NORMALIZATIONS: dict[Any, tuple[str, ...]] = {
     torch.batch_norm: ("input", *_OWN, "training", "momentum", "eps", "cudnn_enabled"),
     torch.instance_norm: ("input", *_OWN, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
 }
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # type: ignore[attr-defined]
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 # what torch differentiates once only, and this module does not help: a test compares with torch's own table
 _ONCE = frozenset(
     f"{name}Backward{n}"
@@ -259,7 +259,7 @@ class FastDoubleBackward(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         """The network has run, and so have the gradients that it takes inside."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.closed = True
         while self.counted:
             self.counted.pop().sub_(1)
@@ -315,7 +315,9 @@ class FastDoubleBackward(TorchFunctionMode):
         if node is None:
             return
         name = node.name()
-        if (name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")) and self.node in _behind(node):
+        if (name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")) and any(
+            behind is self.node for behind in _behind(node)
+        ):
             operation = getattr(func, "__name__", str(func))
             raise ValueError(
                 f"{_layer(operation)}: torch has no second derivative of {operation}, which the term needs: replace it"

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
+def function_of(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without the arguments that were fixed."""
+    return function_of(model.func) if isinstance(model, partial) else model
+
+
 def modules_of(model: Callable[..., Any]) -> list[nn.Module]:
-    """All modules of a network, also of one given as its method or with some arguments fixed."""
-    while isinstance(model, partial):
-        model = model.func
-    owner = getattr(model, "__self__", model)
+    """All modules of a network, also of one given as its method."""
+    function = function_of(model)
+    owner = getattr(function, "__self__", function)
     return list(owner.modules()) if isinstance(owner, nn.Module) else []
 
 

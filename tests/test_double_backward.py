@@ -403,6 +403,9 @@ def test_what_a_model_does_with_its_input_and_with_autograd(how: Callable[[Any, 
 def test_higher_derivatives_of_batch_norm_against_finite_differences(how: Callable[[Any, Tensor], Tensor]) -> None:
     model, x = Differentiating(how, norm=True), torch.rand(4, 3, 8, 8)
     penalty = lambda: AntiLocality(UniformPatches(2), seed=0)(model, x)
+    measured = AntiLocality(UniformPatches(2)).measure(model, x, generator=torch.Generator().manual_seed(1))
+    trained = AntiLocality(UniformPatches(2)).with_output(model, x, generator=torch.Generator().manual_seed(1))[1]
+    assert trained.item() == pytest.approx(measured.item(), abs=1e-12)
     unused = (model.shift, model.head.bias)
     parameters = [p for p in model.parameters() if not any(p is q for q in unused)]
     gradients = torch.autograd.grad(penalty(), parameters)

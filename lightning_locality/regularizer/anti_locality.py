@@ -74,8 +74,8 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
         if not isinstance(score, Tensor) or score.shape not in ((batch,), (batch, 1)):
             found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(
-                f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {found}: sum or average over "
-                "all axes but the first"
+                f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {found}: sum or average "
+                "over all axes but the first"
             )
         return score.sum()
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

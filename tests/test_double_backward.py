@@ -403,9 +403,6 @@ def test_what_a_model_does_with_its_input_and_with_autograd(how: Callable[[Any, 
 def test_higher_derivatives_of_batch_norm_against_finite_differences(how: Callable[[Any, Tensor], Tensor]) -> None:
     model, x = Differentiating(how, norm=True), torch.rand(4, 3, 8, 8)
     penalty = lambda: AntiLocality(UniformPatches(2), seed=0)(model, x)
-    measured = AntiLocality(UniformPatches(2)).measure(model, x, generator=torch.Generator().manual_seed(1))
-    trained = AntiLocality(UniformPatches(2)).with_output(model, x, generator=torch.Generator().manual_seed(1))[1]
-    assert trained.item() == pytest.approx(measured.item(), abs=1e-12)
     unused = (model.shift, model.head.bias)
     parameters = [p for p in model.parameters() if not any(p is q for q in unused)]
     gradients = torch.autograd.grad(penalty(), parameters)
@@ -417,6 +414,16 @@ def test_higher_derivatives_of_batch_norm_against_finite_differences(how: Callab
     numeric = (values[0] - values[1]) / (2 * step)
     analytic = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
     assert analytic == pytest.approx(numeric, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("how", [by_grad, by_all_backward, by_weights, a_constant])
+@pytest.mark.parametrize("norm", [True, False])
+def test_values_of_models_that_differentiate_are_those_measured(how: Any, norm: bool) -> None:
+    model, x = Differentiating(how, norm), torch.rand(4, 3, 8, 8)
+    measured = AntiLocality(UniformPatches(2)).measure(model, x, generator=torch.Generator().manual_seed(1))
+    trained = AntiLocality(UniformPatches(2)).with_output(model, x, generator=torch.Generator().manual_seed(1))[1]
+    assert trained.item() == pytest.approx(measured.item(), abs=1e-12)
 
 
 def test_gradients_that_are_taken_from_the_output() -> None:
@@ -490,6 +497,26 @@ def test_layers_without_second_derivative_are_named(fast: bool) -> None:
     bag, table = nn.EmbeddingBag(5, 3), torch.tensor([[0, 1], [2, 3]])
     penalty(lambda x: (x.tanh() * bag(table).sum(0)[:, None, None]).sum((1, 2, 3)), x).backward()
     assert bag.weight.grad is not None
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recurrent_layers_have_second_derivatives(layer: Any, where: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = layer(24, 5, batch_first=True), nn.Linear(5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.rows(x.transpose(1, 2).flatten(2))[0].mean(1))
+            return out
+
+    model, x = Recurrent().to(where), torch.rand(4, 3, 8, 8)
+    reference = copy.deepcopy(model).cpu()
+    AntiLocality(UniformPatches(2))(model, x.to(where)).backward()
+    AntiLocality(UniformPatches(2), fast=False)(reference, x).backward()
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    assert close(*zip(*((p.grad.cpu(), q.grad) for p, q in pairs if p.grad is not None), strict=True))  # type: ignore[arg-type, misc]
 
 
 def test_torchs_own_table_of_derivatives_holds_no_other_layer() -> None:

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "__init__": "",
     "tensors regularizer optim transforms results": "",
     "networks": "tensors",
-    # plotting only inside InteractionProfile.plot()
+    # plotting only inside InteractionProfile.plot(), of regularizer only state
     "ranks": "tensors plotting regularizer",
     "plotting": "tensors results",
     "datamodules": "tensors",

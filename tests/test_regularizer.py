@@ -455,6 +455,23 @@ def test_statistics_are_updated_as_promised_for_any_callable(given: str, fast: b
         assert (mine - other).abs().max() < 1e-12
 
 
+def test_statistics_of_layers_written_by_hand() -> None:
+    mean, variance = ([torch.ones(2) for _ in range(3)] for _ in range(2))
+    gain, x = torch.ones(2, requires_grad=True), images()[0]
+
+    def by_hand(x: Tensor) -> Tensor:
+        x = torch.batch_norm(x, gain, None, mean[0], variance[0], True, 0.1, 1e-5, False).sin()
+        x = F.instance_norm(x, mean[1], variance[1])
+        x = torch.instance_norm(x, gain, None, mean[2], variance[2], True, 0.1, 1e-5, False)
+        return x.tanh().mean((1, 2, 3))
+
+    AntiLocality(UniformPatches()).measure(by_hand, x)
+    AntiLocality(UniformPatches(), update_statistics=False)(by_hand, x).backward()
+    assert all((layer == 1).all() for layer in (*mean, *variance))
+    AntiLocality(UniformPatches())(by_hand, x)
+    assert all((layer != 1).all() for layer in mean)
+
+
 def test_the_value_without_updates_is_the_same() -> None:
     model, (x, y) = Remembering(), images()
     model.drop.eval()

@@ -29,7 +29,7 @@ _NORMALIZATIONS: dict[Any, tuple[str, ...]] = {
     torch.batch_norm: ("input", *_OWN, "training", "momentum", "eps", "cudnn_enabled"),
     torch.instance_norm: ("input", *_OWN, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
 }
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 # what torch differentiates once only, and this module does not help: a test compares with torch's own table
 _ONCE = frozenset(
     f"{name}Backward{n}"
@@ -307,17 +307,15 @@ class FastDoubleBackward(TorchFunctionMode):
                 _refuse_checkpoint()
             if not self.update_statistics:
                 arguments |= {"running_mean": None, "running_var": None}
-        out = _batch_norm(**arguments) if func is F.batch_norm and self.fast and self.twice else None
+        fast = func is F.batch_norm and self.fast and self.twice and not _checkpointed()
+        out = _batch_norm(**arguments) if fast else None
         return func(**arguments) if out is None else out
 
     def _refuse_once(self, func: Any, out: Any) -> None:
-        node = getattr(out[0] if type(out) is tuple else out, "grad_fn", None)
-        if node is None:
-            return
-        name = node.name()
-        if (name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")) and any(
-            behind is self.node for behind in _behind(node)
-        ):
+        node = getattr(out, "grad_fn", None)
+        name = "" if node is None else node.name()
+        once = name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")
+        if once and any(behind is self.node for behind in _behind(node)):
             operation = getattr(func, "__name__", str(func))
             raise ValueError(
                 f"{_layer(operation)}: torch has no second derivative of {operation}, which the term needs: replace it"

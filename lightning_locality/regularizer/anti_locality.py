@@ -220,7 +220,7 @@ def input_gradient_change(
     (Razin, Maman, Cohen, 2022).
 
     Args:
-        model: Network or function of ``x``.
+        model: Network or function of ``x``; it may change its input in place, and take gradients itself.
         x: Images ``(B, C, H, W)``; neither they nor their ``grad`` are changed.
         y: Labels ``(B,)``, required for multi-class outputs.
         box_i: Where gradients are compared: ``(top, left, height, width)`` in pixels, or a boolean mask ``(H, W)``,
@@ -228,13 +228,13 @@ def input_gradient_change(
         box_j: What is replaced, in the same form; disjoint from ``box_i``.
         donor: For every sample the index of the one whose patch J it takes, int64 ``(B,)``.
         output: f as a function of the model's output and y, one number per sample.
-        update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation (as
+        update_statistics: Whether the forward pass on x' updates the running statistics of normalisations (as
             published); that on x, which repeats the caller's, never does.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
 
     Raises:
         ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
-            SyncBatchNorm, FSDP or a compiled module, which cannot be differentiated twice.
+            SyncBatchNorm, FSDP, a compiled model or a layer that torch can differentiate once only.
 
     >>> model = lambda x: (x[..., :2] * x[..., 2:]).sum((1, 2, 3))
     >>> x = torch.tensor([[1.0, 1.0, 3.0, 4.0], [1.0, 1.0, 4.0, 3.0]]).reshape(2, 1, 1, 4)
@@ -268,7 +268,7 @@ class AntiLocality(nn.Module):
         donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": of the next one
             in a random circle of the samples, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
-        update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation
+        update_statistics: Whether the forward pass on x' updates the running statistics of normalisations
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
@@ -313,7 +313,7 @@ class AntiLocality(nn.Module):
     def measure(
         self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The value only, also in inference mode; the model, its mode, statistics and gradients are left unchanged.
+        """The value only, also in inference mode; the model, its buffers and random numbers are left unchanged.
 
         Without a generator, calls are counted separately, so that measuring does not change training.
         """

@@ -315,7 +315,7 @@ class FastDoubleBackward(TorchFunctionMode):
         node = getattr(out, "grad_fn", None)
         name = "" if node is None else node.name()
         once = name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")
-        if once and any(behind is self.node for behind in _behind(node)):
+        if node is not None and once and any(behind is self.node for behind in _behind(node)):
             operation = getattr(func, "__name__", str(func))
             raise ValueError(
                 f"{_layer(operation)}: torch has no second derivative of {operation}, which the term needs: replace it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["AntiLocality", "input_gradient_change"]
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal, final
 
 import numpy as np
@@ -115,10 +115,6 @@ def _check_differentiable_twice(model: Model, x: Tensor, y: Tensor | None) -> No
         raise RuntimeError("gradients are disabled here, so there is nothing to train; use measure(model, x, y)")
     device = x.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    if hasattr(function_of(model), "_torchdynamo_orig_callable"):
-        raise ValueError(
-            "model is a compiled function and cannot be differentiated twice: pass the one given to torch.compile"
-        )
     for module in modules_of(model):
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
@@ -132,6 +128,9 @@ def _check_differentiable_twice(model: Model, x: Tensor, y: Tensor | None) -> No
                 "from before torch.compile, with the same weights, and use the compiled one for the loss alone"
             )
         half = half or any(parameter.dtype is torch.float16 for parameter in module.parameters(recurse=False))
+    if hasattr(function_of(model), "_torchdynamo_orig_callable"):
+        remedy = "pass the one given to torch.compile"
+        raise ValueError(f"model is a compiled function and cannot be differentiated twice: {remedy}")
     if half or x.dtype is torch.float16:
         raise ValueError("float16 overflows in the second derivatives: use bf16 (precision='bf16-mixed') or float32")
 
@@ -154,10 +153,11 @@ def _with_output(
         # a copy: the model may change its input in place
         x = x.clone()
         edge = get_gradient_edge(x)
-        options = {"fast": fast and create_graph, "twice": create_graph, "update_statistics": update}
-        # only torch's plain attention can be differentiated twice
-        attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-        with attention, FastDoubleBackward(x, leaf, **options):
+        with ExitStack() as twice:
+            if create_graph:
+                # only torch's plain attention can be differentiated twice
+                twice.enter_context(sdpa_kernel(SDPBackend.MATH))
+                twice.enter_context(FastDoubleBackward(x, leaf, fast=fast, update_statistics=update))
             out = model(x)
         score = _score(out, y, output, len(x))
         gradient = None

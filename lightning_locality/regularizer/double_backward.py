@@ -236,7 +236,6 @@ class FastDoubleBackward(TorchFunctionMode):
         x: The network's input, neither a leaf nor changed in place before the context.
         leaf: Whether ``x`` is a clone of a leaf whose gradient nobody reads: the last backward pass leaves it out.
         fast: Whether to replace convolution and batch normalisation.
-        twice: Whether second derivatives are wanted at all.
         update_statistics: Whether normalisations in training may update their running statistics and count the batch.
 
     Raises:
@@ -244,17 +243,11 @@ class FastDoubleBackward(TorchFunctionMode):
     """
 
     def __init__(
-        self,
-        x: Tensor | None = None,
-        leaf: bool = False,
-        *,
-        fast: bool = True,
-        twice: bool = True,
-        update_statistics: bool = True,
+        self, x: Tensor | None = None, leaf: bool = False, *, fast: bool = True, update_statistics: bool = True
     ) -> None:
         super().__init__()
         self.x, self.node, self.closed = x, None if x is None else x.grad_fn, False
-        self.leaf, self.fast, self.twice, self.update_statistics = leaf, fast, twice, update_statistics
+        self.leaf, self.fast, self.update_statistics = leaf, fast, update_statistics
         self.counted: list[Tensor] = []
 
     def __exit__(self, *error: Any) -> None:
@@ -283,8 +276,6 @@ class FastDoubleBackward(TorchFunctionMode):
             if norm.momentum is not None:
                 return args[0]
             self.counted.append(args[0])
-        elif not self.twice:
-            pass
         elif self.fast and func in _CONVOLUTIONS:
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
         elif func in _SUPPLIED or func is F.scaled_dot_product_attention:
@@ -296,18 +287,16 @@ class FastDoubleBackward(TorchFunctionMode):
                 return func(*args, **kwargs)
         if out is None:
             out = func(*args, **kwargs)
-            if self.twice:
-                self._refuse_once(func, out)
+            self._refuse_once(func, out)
         return out
 
     def _normalization(self, func: Any, arguments: dict[str, Any]) -> Tensor:
         training = arguments.get("training", arguments.get("use_input_stats", True))
         if training and arguments.get("running_mean") is not None:
-            if self.twice:
-                _refuse_checkpoint()
+            _refuse_checkpoint()
             if not self.update_statistics:
                 arguments |= {"running_mean": None, "running_var": None}
-        fast = func is F.batch_norm and self.fast and self.twice and not _checkpointed()
+        fast = func is F.batch_norm and self.fast and not _checkpointed()
         out = _batch_norm(**arguments) if fast else None
         return func(**arguments) if out is None else out
 

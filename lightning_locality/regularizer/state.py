@@ -31,7 +31,7 @@ def modules_of(model: Callable[..., Any]) -> list[nn.Module]:
 def restored(model: Callable[..., Any], *tensors: Tensor) -> Iterator[None]:
     """Restore on exit the buffers of a model and the random generators of the CPU, of its devices and the tensors'.
 
-    A function may run any networks: the buffers of each are kept from the first call on.
+    A model may run networks that are not among its modules: their buffers are kept from their first call on.
     """
     kept: dict[nn.Module, list[tuple[str, Tensor | None, Tensor | None]]] = {}
     modules, thread = modules_of(model), get_ident()
@@ -50,9 +50,9 @@ def restored(model: Callable[..., Any], *tensors: Tensor) -> Iterator[None]:
     for module in modules:
         keep(module)
         tensors = (*tensors, *module.parameters(recurse=False), *module.buffers(recurse=False))
-    # not for networks, whose modules are known: the hook of all modules makes each call slower
-    known = modules and "forward" not in vars(modules[0])
-    hook = None if known else register_module_forward_pre_hook(keep_all)
+    # torch.compile would have to trace the hook
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
+    hook = None if compiled else register_module_forward_pre_hook(keep_all)
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices):

@@ -85,6 +85,10 @@ def test_compiled_modules_are_refused(how: str) -> None:
         new_penalty()(module, images())
     # one derivative can be taken
     assert 0 < new_penalty().measure(module, images()) < 1
+    plain: Any = Net()
+    before = [buffer.clone() for buffer in plain.buffers()]
+    assert 0 < new_penalty().measure(torch.compile(lambda x: plain(x), backend="eager"), images()) < 1
+    assert all(torch.equal(mine, other) for mine, other in zip(plain.buffers(), before, strict=True))
 
 
 def test_compiled_for_the_loss_plain_for_the_term() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -50,9 +51,10 @@ def restored(model: Callable[..., Any], *tensors: Tensor) -> Iterator[None]:
     for module in modules:
         keep(module)
         tensors = (*tensors, *module.parameters(recurse=False), *module.buffers(recurse=False))
-    # torch.compile would have to trace the hook
+    # torch.compile, if in use, warns of the hook and cannot trace it
+    traceable = torch.compiler.disable(keep_all) if "torch._dynamo" in sys.modules else keep_all  # type: ignore[no-untyped-call]
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
-    hook = None if compiled else register_module_forward_pre_hook(keep_all)
+    hook = None if compiled else register_module_forward_pre_hook(traceable)
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices):

@@ -383,3 +383,32 @@ class Greedy(nn.Module):
 def test_memory_that_runs_out_is_no_wrong_input() -> None:
     with pytest.raises(MemoryError, match="one row takes more memory on cpu than there is"):
         cut_share(Greedy(), IMAGES, LEFT)
+
+
+def test_networks_in_any_function_are_left_as_they_were() -> None:
+    class Counting(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(16, 1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            out: Tensor = self.head(self.norm(x).tanh().flatten(1))
+            return out
+
+    def disturb(norm: nn.BatchNorm2d, *_: Any) -> None:
+        assert norm.running_mean is not None
+        norm.running_mean += 1
+
+    model, images = Counting(), torch.randn(16, 1, 4, 4)
+    model(images)
+    model.eval()
+    model.norm.register_forward_hook(disturb)
+    before = [buffer.clone() for buffer in model.buffers()]
+    for given in (model, model.forward, lambda x: model(x), lambda x: model(x)[:, 0]):
+        with pytest.raises(ValueError, match="different outputs every time"):
+            cut_share(given, images, halves(4, 4))
+        assert all(torch.equal(mine, other) for mine, other in zip(model.buffers(), before, strict=True))

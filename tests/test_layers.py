@@ -12,8 +12,8 @@ MAY_IMPORT = {
     "__init__": "",
     "tensors regularizer optim transforms results": "",
     "networks": "tensors",
-    # plotting only inside InteractionProfile.plot()
-    "ranks": "tensors plotting",
+    # plotting only inside InteractionProfile.plot(), of regularizer only state
+    "ranks": "tensors plotting regularizer",
     "plotting": "tensors results",
     "datamodules": "tensors",
     "callbacks": "regularizer ranks tensors results",
@@ -67,8 +67,8 @@ def test_lightning_stays_above() -> None:
 
 def test_files_stay_few_and_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lines) <= 80
-    assert sum(lines.values()) <= 15_352
+    assert len(lines) <= 85
+    assert sum(lines.values()) <= 16_800
     assert len([path for path in FILES if path.parent == PACKAGE]) <= 12
     faces = ("__init__.py", "__main__.py")
     assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

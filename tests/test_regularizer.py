@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -376,12 +377,115 @@ def test_measuring_gives_the_value_and_changes_nothing(
     assert value.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
+class Remembering(nn.Module):
+    """A network with all that is changed by running it, of which a part is hidden from its list of modules."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 1)
+        self.instance = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.average, self.drop = nn.BatchNorm2d(4, momentum=None), nn.Dropout(0.3)
+        self.hidden = [nn.BatchNorm2d(4)]
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        features = self.average(self.hidden[0](self.instance(self.norm(self.conv(x))).tanh()).sin())
+        out: Tensor = self.head(self.drop(features.square().mean((2, 3))))
+        return out
+
+    def statistics(self) -> list[Tensor]:
+        layers = (self.norm, self.instance, self.average, self.hidden[0])
+        return [buffer.clone() for layer in layers for buffer in layer.buffers()]
+
+
+class Holder:
+    """A callable object that is no module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+# one model, as it may be given
+GIVEN: dict[str, Callable[[nn.Module], Any]] = {
+    "module": lambda m: m,
+    "method": lambda m: m.forward,
+    "lambda": lambda m: lambda x: m(x),
+    "partial of a method": lambda m: partial(m.forward),
+    "partial of a function": lambda m: partial(lambda model, x: model(x), m),
+    "object": Holder,
+    "inside": lambda m: nn.Sequential(m),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_statistics_buffers_and_random_numbers(given: str, training: bool) -> None:
+    model, (x, y) = Remembering().train(training), images()
+    model(x)
+    before = [buffer.clone() for buffer in model.buffers()] + model.statistics()
+    state = torch.get_rng_state()
+    AntiLocality(UniformPatches()).measure(GIVEN[given](model), x, y)
+    for mine, other in zip([*model.buffers(), *model.statistics()], before, strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("seen", [True, False])
+def test_statistics_are_updated_as_promised_for_any_callable(given: str, fast: bool, seen: bool) -> None:
+    model, (x, y) = Remembering(), images()
+    if seen:
+        model(x)
+    before, twin = model.statistics(), copy.deepcopy(model)
+    AntiLocality(UniformPatches(), update_statistics=False, fast=fast)(GIVEN[given](model), x, y).backward()
+    for mine, other in zip(model.statistics(), before, strict=True):
+        assert torch.equal(mine, other)
+    # and with_output updates them once, as the model would
+    AntiLocality(UniformPatches(), update_statistics=False, fast=fast).with_output(GIVEN[given](model), x, y)
+    twin.drop.eval()
+    twin(x)
+    for mine, other in zip(model.statistics(), twin.statistics(), strict=True):
+        assert (mine - other).abs().max() < 1e-12
+
+
+def test_statistics_of_layers_written_by_hand() -> None:
+    mean, variance = ([torch.ones(2) for _ in range(3)] for _ in range(2))
+    gain, x = torch.ones(2, requires_grad=True), images()[0]
+
+    def by_hand(x: Tensor) -> Tensor:
+        x = torch.batch_norm(x, gain, None, mean[0], variance[0], True, 0.1, 1e-5, False).sin()
+        x = F.instance_norm(x, mean[1], variance[1])
+        x = torch.instance_norm(x, gain, None, mean[2], variance[2], True, 0.1, 1e-5, False)
+        return x.tanh().mean((1, 2, 3))
+
+    AntiLocality(UniformPatches(), update_statistics=False)(by_hand, x).backward()
+    assert all((layer == 1).all() for layer in (*mean, *variance))
+    AntiLocality(UniformPatches())(by_hand, x)
+    assert all((layer != 1).all() for layer in mean)
+
+
+def test_the_value_without_updates_is_the_same() -> None:
+    model, (x, y) = Remembering(), images()
+    model.drop.eval()
+    values = [AntiLocality(OneBox(), update_statistics=update)(model, x, y).item() for update in (True, False)]
+    values.append(AntiLocality(OneBox()).measure(model, x, y).item())
+    assert values == pytest.approx([values[0]] * 3, abs=1e-12)
+
+
 def test_statistics_are_unfrozen_after_an_error() -> None:
     x, _ = images()
     model = Residual(3)
     with pytest.raises(ValueError, match="labels"):
         AntiLocality(UniformPatches(), update_statistics=False)(model, x)
-    assert model.norm.track_running_stats
+    AntiLocality(UniformPatches()).with_output(model, x, images(classes=3)[1])
+    assert model.norm.num_batches_tracked == 2
 
 
 def test_vanishing_gradients_give_zero_and_no_nan() -> None:
@@ -538,10 +642,52 @@ def test_wrong_input_of_the_module() -> None:
         AntiLocality(UniformPatches(), donor="next")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
         AntiLocality(UniformPatches(), seed=-1)
+    for seed in (None, 0.5, "0"):
+        with pytest.raises(ValueError, match=r"seed must be 0 or more, got .*: pass an integer, such as 0"):
+            AntiLocality(UniformPatches(), seed=seed)  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
         penalty(Residual(1), x, y)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"use measure\(model, x, y\)"):
         penalty(Residual(1), x, y)
+
+
+@pytest.mark.parametrize("use", ["call", "measure", "function"])
+def test_what_cannot_be_used_is_said_in_one_line(use: str) -> None:
+    x, y = images()
+
+    def run(model: Any = None, output: Any = None, **changed: Any) -> Tensor:
+        model = Residual(3) if model is None else model
+        given: dict[str, Any] = {"x": x, "y": y} | changed
+        if use == "function":
+            boxes: Any = {"box_i": I, "box_j": J, "donor": torch.arange(6).roll(1)}
+            return input_gradient_change(model, given["x"], given["y"], output=output, **boxes)
+        penalty = AntiLocality(OneBox(), output=output)
+        return (penalty if use == "call" else penalty.measure)(model, given["x"], given["y"])
+
+    for changes, message in (
+        ({"x": x.numpy()}, r"x must be a torch tensor, got ndarray: pass torch.as_tensor\(x\)"),
+        ({"x": x.tolist()}, "x must be a torch tensor, got list"),
+        ({"y": y.numpy()}, "y must be a torch tensor, got ndarray"),
+        ({"model": x}, r"model must be a network or a function of x, got Tensor: pass \(model, x, y\)"),
+        ({"output": lambda out, y: out}, r"output= must give one number per sample, \(6,\) or \(6, 1\), got \(6, 3\)"),
+        ({"output": lambda out, y: out.sum()}, r"output= must give one number per sample.* got \(\): sum or average"),
+        ({"output": lambda out, y: None}, "output= must give one number per sample.* got NoneType"),
+        ({"model": lambda x: x.detach().mean((1, 2, 3))}, "the model's output does not depend on x"),
+        ({"model": lambda x: Residual(1)(x.detach())}, "the model's output does not depend on x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**changes)
+    assert 0 <= run(output=lambda out, y: out[:, :1]) <= 1
+
+
+def test_compiled_models_are_refused_however_they_are_given() -> None:
+    x, y = images()
+    compiled, network = torch.compile(lambda x: x.square().sum((1, 2, 3))), torch.compile(Residual(1))
+    for model in (compiled, partial(compiled), network, network.forward):
+        with pytest.raises(ValueError, match=r"compiled.* cannot be differentiated twice"):
+            AntiLocality(UniformPatches())(model, x, y)
+    with pytest.raises(ValueError, match="SyncBatchNorm has no second derivative"):
+        AntiLocality(UniformPatches())(nn.Sequential(nn.SyncBatchNorm(2), Residual(1)).forward, x, y)
 
 
 @pytest.mark.gpu

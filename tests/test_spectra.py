@@ -3,14 +3,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
+import tensorly
 import torch
-from torch import Tensor
+from tensorly.cp_tensor import CPTensor
+from torch import Tensor, nn
 
+from lightning_locality.ranks import (
+    cp_rank,
+    cut_share,
+    data_entanglement,
+    dense_spectra,
+    halves,
+    interaction_profile,
+    node_spectra,
+    participation_ratios,
+    two_way_table,
+    variance_components,
+)
 from lightning_locality.ranks.spectra import (
     ROUNDING,
     NodeSpectra,
+    as_tensor,
     effective_rank,
     entanglement_entropy,
     epsilon_rank,
@@ -222,3 +239,74 @@ def test_node_spectra_do_not_share_what_they_were_given() -> None:
     values.clear()
     tolerance.clear()
     assert spectra.ranks() == {(0,): 2}
+
+
+# the same tensor (3, 4, 5) of CP rank 2, as other libraries hold it
+FACTORS = [np.random.default_rng(n).normal(size=(size, 2)) for n, size in enumerate((3, 4, 5))]
+DENSE = np.einsum("ir,jr,kr->ijk", *FACTORS)
+HELD: dict[str, Any] = {
+    "array": DENSE,
+    "reversed strides": DENSE[::-1, ::-1][::-1, ::-1],
+    "another byte order": DENSE.astype(DENSE.dtype.newbyteorder()),
+    "read-only": np.broadcast_to(DENSE, DENSE.shape),
+    "lists": DENSE.tolist(),
+    "list of tensors": list(torch.from_numpy(DENSE)),
+    "tensorly": tensorly.tensor(DENSE),
+    "tensorly's CP": CPTensor((np.ones(2), FACTORS)),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_tensors_of_other_libraries_are_taken(held: str) -> None:
+    subject, reference = HELD[held], torch.from_numpy(DENSE)
+    assert (as_tensor(subject, "tensor") - reference).abs().max() < 1e-15
+    cuts = [(0,), (0, 1)]
+    expected = dense_spectra(reference, cuts)
+    for found in (node_spectra(subject, cuts), dense_spectra(subject, cuts)):
+        assert all(torch.allclose(found[cut], expected[cut], rtol=0, atol=1e-13) for cut in cuts)
+        assert found.ranks() == {(0,): 2, (0, 1): 2}
+    assert cp_rank(subject).rank == 2
+
+
+def test_images_and_matrices_of_other_libraries_are_taken() -> None:
+    images, network = torch.randn(20, 1, 4, 4), nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
+    mask = halves(4, 4)
+    share = cut_share(network, images, mask, size=8)
+    assert cut_share(network, images.numpy(), mask.numpy(), size=8) == share
+    assert cut_share(network, list(images), mask.tolist(), size=8) == share
+    table = two_way_table(network, images[:5].numpy(), images[5:9].numpy(), mask.numpy())
+    assert torch.equal(table, two_way_table(network, images[:5], images[5:9], mask))
+    assert variance_components(table.numpy()) == variance_components(table)
+    profile = interaction_profile(network, images.numpy(), patch=2)  # type: ignore[arg-type]
+    assert torch.equal(profile.strength, interaction_profile(network, images, patch=2).strength)
+    spectrum = [2.0, 1.0, 1e-20]
+    assert numerical_rank(spectrum).item() == epsilon_rank(np.array(spectrum), 0.1).item() == 2
+    assert stable_rank(spectrum).item() == 1.25
+    labels = torch.arange(20) % 2
+    data = images.flatten(1)[:, :4]
+    assert data_entanglement(data.numpy(), labels.tolist()) == data_entanglement(data, labels)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: node_spectra("tensor", [(0,)]),
+            "subject, if it is no factorisation, must be a tensor.*str",
+        ),
+        (
+            lambda: node_spectra([[1.0, 2.0], [3.0]], [(0,)]),
+            "must be a tensor or an array.* got builtins.list",
+        ),
+        (lambda: cp_rank({"a": 1}), "tensor must be a tensor or an array of numbers, got builtins.dict"),
+        (lambda: dense_spectra(np.array(["a"]), [(0,)]), "tensor must be a tensor or an array of numbers"),
+        (lambda: participation_ratios(DENSE), "model must be a factorisation, got ndarray: node_spectra measures"),
+        (lambda: cut_share(DENSE, torch.zeros(8, 1, 2, 2), halves(2, 2)), "model must be a network.* got ndarray"),
+        (lambda: cut_share(nn.Flatten(), nn.Flatten(), halves(2, 2)), "images must be a tensor or an array.*Flatten"),
+        (lambda: cut_share(nn.Flatten(), torch.zeros(8, 1, 2, 2), None), "mask must be a tensor or an array.*NoneType"),
+        (lambda: effective_rank("abc"), "spectrum must be a tensor or an array of numbers, got builtins.str"),
+    ],
+)
+def test_what_is_no_tensor_is_said_in_one_line(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
-from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
+from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra, as_tensor
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
@@ -40,6 +40,7 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
         >>> grid_tensor(product, templates, torch.eye(3, dtype=torch.bool)[:, None]).flatten().int().tolist()
         [1, 2, 2, 4, 2, 4, 4, 8]
     """
+    templates, blocks = as_tensor(templates, "templates"), as_tensor(blocks, "blocks")
     labels, parts, number = _labels(blocks, templates), len(blocks), len(templates)
     if number**parts > _MAX_POINTS:
         raise ValueError(
@@ -95,6 +96,7 @@ def tree_separation(
         >>> tree_separation(pairs, images, columns, ModeTree.perfect(4), size=6).ranks()
         {(0,): 2, (1,): 2, (2,): 2, (3,): 2, (0, 1): 2, (2, 3): 2}
     """
+    images, blocks = as_tensor(images, "images"), as_tensor(blocks, "blocks")
     labels, parts = _labels(blocks, images), len(blocks)
     if tree.order != parts:
         raise ValueError(f"tree must have as many modes as there are blocks, {parts}, got {tree.order}")

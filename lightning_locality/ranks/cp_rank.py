@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.levenberg_marquardt import fit_cp
-from lightning_locality.ranks.spectra import NodeSpectra, epsilon_rank
+from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, epsilon_rank
 from lightning_locality.tensors.mode_tree import Node
 
 
@@ -136,6 +136,7 @@ class _Search:
         for rtol in tolerances:
             if not 0 < rtol < 1:
                 raise ValueError(f"rtol must be between 0 and 1, relative to the tensor's norm, got {rtol}")
+        tensor = as_tensor(tensor, "tensor")
         if not tensor.ndim or not tensor.numel() or tensor.is_complex():
             raise ValueError(
                 f"tensor must be real and have modes and entries, got {tensor.dtype} {tuple(tensor.shape)}"

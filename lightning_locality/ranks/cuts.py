@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
-from lightning_locality.ranks.spectra import ROUNDING
+from lightning_locality.ranks.spectra import ROUNDING, as_tensor
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
 
@@ -129,6 +129,7 @@ def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
 
 def _checked(matrix: Tensor, least: int) -> Tensor:
     """Return the matrix in float64 and as (K, L, C)."""
+    matrix = as_tensor(matrix, "matrix")
     if matrix.ndim not in (2, 3) or min(matrix.shape[:2]) < least:
         raise ValueError(
             f"matrix must be (K, L) or (K, L, C) with at least {least} samples of each block, got "
@@ -200,6 +201,7 @@ def two_way_table(
         >>> two_way_table(product, images, images, torch.tensor([[True, False]]))[..., 0].int().tolist()
         [[1, 2, 3], [2, 4, 6], [3, 6, 9]]
     """
+    images_i, images_j = as_tensor(images_i, "images_i"), as_tensor(images_j, "images_j")
     mask = checked_mask(mask, images_i)
     if images_j.ndim != 4 or images_i.shape[1:] != images_j.shape[1:] or not len(images_i) or not len(images_j):
         raise ValueError(
@@ -300,6 +302,7 @@ def cut_share(
         >>> round(float(cut_share(near, torch.randn(100, 1, 1, 4), torch.tensor([[True, True, False, False]]))), 6)
         0.0
     """
+    images = as_tensor(images, "images")
     mask = checked_mask(mask, images)
     size = min(len(images) // 2, 64) if size is None else size
     if size < 4 or 2 * size > len(images):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.ranks.gram import all_but_one
-from lightning_locality.ranks.spectra import NodeSpectra, entanglement_entropy
+from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, entanglement_entropy
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 _EPS = torch.finfo(torch.float64).eps
@@ -54,6 +54,7 @@ def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
 
 def _checked_samples(samples: Tensor, tree: ModeTree | None, theta: float) -> tuple[Tensor, ModeTree]:
     """Samples as ``(N, C, M)`` in float64, and their tree."""
+    samples = as_tensor(samples, "samples")
     if samples.ndim not in (2, 4) or len(samples) < 2:
         raise ValueError(
             f"samples must be features (M, N) or images (M, C, H, W), at least two samples, got {tuple(samples.shape)}"
@@ -273,6 +274,7 @@ def data_alignment(
 
 def _signs(labels: Tensor, positive: int | None, modes: Tensor) -> Tensor:
     """Labels as -1 and 1, in float64 on the samples' device."""
+    labels = as_tensor(labels, "labels")
     if labels.shape != modes.shape[2:]:
         raise ValueError(f"labels must be ({modes.shape[2]},), one for every sample, got {tuple(labels.shape)}")
     values = set(labels.tolist())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.spectra import NodeSpectra, singular_values
+from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, singular_values
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 
@@ -38,7 +38,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
         >>> dense_spectra(tensor, [(0, 1)])[(0, 1)].round(decimals=6).tolist()
         [3.0, 2.0]
     """
-    return stacked_spectra(tensor.unsqueeze(0), cuts)[0]
+    return stacked_spectra(as_tensor(tensor, "tensor").unsqueeze(0), cuts)[0]
 
 
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
@@ -49,6 +49,7 @@ def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[No
         >>> [spectra.rank((0,)) for spectra in stacked_spectra(stack, [(0,)])]
         [3, 1]
     """
+    tensors = as_tensor(tensors, "tensors")
     shape = tuple(tensors.shape[1:])
     if tensors.is_complex() or not tensors.numel():
         raise ValueError(f"tensor must be real and have entries, got {tensors.dtype} {shape}")

@@ -14,6 +14,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.regularizer.state import restored
+
 # rows per call by default: the larger of a number and a part of all rows (few calls for many small inputs), as long as
 # what goes into a call is no more than this many numbers; a network's activations take a few hundred times as many
 _MIN_ROWS, _PARTS, _NUMBERS, _NUMBERS_CPU = 512, 64, 2**27, 2**20
@@ -42,14 +44,8 @@ def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn
     """
     training = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
     tensors = [*model.parameters(), *model.buffers()]
-    cuda = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with torch.random.fork_rng(devices=cuda), _exact_float32():
+    with restored(model), _exact_float32():
         try:
             model.eval()
             for parameter in model.parameters():
@@ -66,12 +62,6 @@ def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn
                 if parameter.requires_grad != required:
                     parameter.requires_grad_(required)
                 parameter.grad = gradient
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                # written only if it changed: a graph built before may still need it
-                if buffer is not None and value is not None and not torch.equal(buffer, value):
-                    with torch.no_grad():
-                        buffer.copy_(value)
 
 
 @contextmanager

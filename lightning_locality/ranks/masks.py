@@ -18,6 +18,8 @@ __all__ = ["blocks", "checkerboard", "halves", "quad_tree", "standard_cuts"]
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.spectra import as_tensor
+
 
 def halves(height: int, width: int, axis: int = 1) -> Tensor:
     """The left half of an image, or the top one along axis 0, as a mask ``(H, W)`` that is True in block I.
@@ -105,6 +107,7 @@ def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
 
 def checked_mask(mask: Tensor, images: Tensor, name: str = "mask") -> Tensor:
     """Return a mask ``(H, W)`` on the device of images ``(B, C, H, W)``, or raise a ValueError if they do not fit."""
+    mask = as_tensor(mask, name)
     size, got = tuple(images.shape[2:]), tuple(images.shape)
     if images.ndim != 4:
         raise ValueError(f"images must be (B, C, H, W), whose blocks of pixels can be exchanged, got {got}")

@@ -15,7 +15,7 @@ from lightning_locality.ranks.dense import dense_spectra, mode_groups
 from lightning_locality.ranks.factored import FactoredTree, check_finite, factored
 from lightning_locality.ranks.gram import gram_ratios, gram_spectra
 from lightning_locality.ranks.qr import qr_spectra
-from lightning_locality.ranks.spectra import NodeSpectra
+from lightning_locality.ranks.spectra import NodeSpectra, as_tensor
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node, TensorTrain
 from lightning_locality.tensors.mode_tree import node_name
 
@@ -52,7 +52,8 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
     """
     if method not in ("qr", "gram"):
         raise ValueError(f"method must be 'qr' or 'gram', got {method!r}")
-    if isinstance(subject, Tensor):
+    if not isinstance(subject, Factorization):
+        subject = as_tensor(subject, "subject, if it is no factorisation,")
         if method != "qr":
             raise _no_gramians("a tensor")
         if tree is None:
@@ -98,6 +99,8 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
 
 def _nodes_and_form(model: Factorization, tree: Tree | None) -> tuple[tuple[Node, ...], FactoredTree | None]:
     """The groups of modes to measure, checked, and the form of a tree if the factorisation has one there."""
+    if not isinstance(model, Factorization):
+        raise ValueError(f"model must be a factorisation, got {type(model).__name__}: node_spectra measures tensors")
     check_finite(model)
     if tree is None:
         match model:

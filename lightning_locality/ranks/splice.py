@@ -38,6 +38,8 @@ def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluati
         raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
     if not len(images):
         raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
+    if not callable(model):
+        raise ValueError(f"model must be a network or a function of images, got {type(model).__name__}")
     if not isinstance(model, nn.Module):
         function, owner, model = model, getattr(model, "__self__", None), nn.Module()
         model.forward = function

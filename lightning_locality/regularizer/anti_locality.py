@@ -7,8 +7,8 @@ from __future__ import annotations
 
 __all__ = ["AntiLocality", "input_gradient_change"]
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, final
 
 import numpy as np
@@ -16,31 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
 from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
+from lightning_locality.regularizer.state import function_of, modules_of, restored
 
 Model = Callable[[Tensor], Any]
 Output = Callable[[Any, Tensor | None], Tensor]
 Sides = Literal["both", "first"]
-
-
-@contextmanager
-def _statistics(model: Model, update: bool) -> Iterator[None]:
-    """Let batch normalisations update their running statistics and count the batch, or keep them from it."""
-    modules = model.modules() if isinstance(model, nn.Module) and not update else ()
-    # in train mode this flag is read for the update alone, whatever the momentum
-    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    try:
-        for module in tracking:
-            module.track_running_stats = False
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
 
 
 @final
@@ -89,7 +75,14 @@ def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
     """The scores to differentiate, summed over the batch."""
     if output is not None:
-        return output(out, y).sum()
+        score = output(out, y)
+        if not isinstance(score, Tensor) or score.shape not in ((batch,), (batch, 1)):
+            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(
+                f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {found}: sum or average "
+                "over all axes but the first"
+            )
+        return score.sum()
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
         raise ValueError(
@@ -110,18 +103,24 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
     return out.gather(1, y.long().unsqueeze(1)).sum()
 
 
-def _check_images(x: Tensor) -> None:
+def _check_images(model: Model, x: Tensor, y: Tensor | None) -> None:
+    if not callable(model):
+        raise ValueError(f"model must be a network or a function of x, got {type(model).__name__}: pass (model, x, y)")
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor) and (name == "x" or value is not None):
+            remedy = f"pass torch.as_tensor({name}), on the model's device"
+            raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}: {remedy}")
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point images (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
 
 
-def _check_differentiable_twice(model: Model, x: Tensor) -> None:
-    _check_images(x)
+def _check_differentiable_twice(model: Model, x: Tensor, y: Tensor | None) -> None:
+    _check_images(model, x, y)
     if not torch.is_grad_enabled():
         raise RuntimeError("gradients are disabled here, so there is nothing to train; use measure(model, x, y)")
     device = x.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    for module in modules_of(model):
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             raise ValueError("SyncBatchNorm has no second derivative: use BatchNorm2d (sync_batchnorm=False)")
         if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(module).__mro__):
@@ -134,6 +133,9 @@ def _check_differentiable_twice(model: Model, x: Tensor) -> None:
                 "from before torch.compile, with the same weights, and use the compiled one for the loss alone"
             )
         half = half or any(parameter.dtype is torch.float16 for parameter in module.parameters(recurse=False))
+    if hasattr(function_of(model), "_torchdynamo_orig_callable"):
+        remedy = "pass the one given to torch.compile"
+        raise ValueError(f"model is a compiled function and cannot be differentiated twice: {remedy}")
     if half or x.dtype is torch.float16:
         raise ValueError("float16 overflows in the second derivatives: use bf16 (precision='bf16-mixed') or float32")
 
@@ -153,25 +155,36 @@ def _with_output(
 ) -> tuple[Any, Tensor]:
     """The model's output on ``x`` and the mean absolute cosine; ``update_statistics`` of the passes on x and on x'."""
 
-    def input_gradient(x: Tensor, leaf: bool, update: bool, create_graph: bool) -> tuple[Any, Tensor]:
-        mode = FastDoubleBackward(x if leaf else None)
-        # only torch's plain attention can be differentiated twice
-        attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-        with _statistics(model, update):
-            with attention, mode if fast else nullcontext():
-                out = model(x)
-            with mode.inputs_only():
-                (gradient,) = torch.autograd.grad(_score(out, y, output, len(x)), x, create_graph=create_graph)
+    def input_gradient(x: Tensor, leaf: bool, update: bool, constant: bool = False) -> tuple[Any, Tensor]:
+        # a copy: the model may change its input in place
+        x = x.clone()
+        edge = get_gradient_edge(x)
+        with ExitStack() as twice:
+            if create_graph:
+                # only torch's plain attention can be differentiated twice
+                twice.enter_context(sdpa_kernel(SDPBackend.MATH))
+                twice.enter_context(FastDoubleBackward(x, leaf, fast=fast, update_statistics=update))
+            out = model(x)
+        score = _score(out, y, output, len(x))
+        gradient = None
+        if score.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                score, edge, create_graph=create_graph and not constant, allow_unused=True
+            )
+        if gradient is None:
+            raise ValueError(
+                "the model's output does not depend on x, or not by differentiable steps: detach, no_grad?"
+            )
         return out, gradient
 
-    # a view keeps the graph behind x
+    # the graph behind x is kept
     leaf = not (create_graph and x.requires_grad)
-    first = x.detach().requires_grad_() if leaf else x.view_as(x)
+    first = x.detach().requires_grad_() if leaf else x
     with torch.no_grad():
         # out=: keeps the memory format of x
         second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
-    out, u = input_gradient(first, leaf, update_statistics[0], create_graph)
-    _, v = input_gradient(second, True, update_statistics[1], create_graph and sides == "both")
+    out, u = input_gradient(first, leaf, update_statistics[0])
+    _, v = input_gradient(second, True, update_statistics[1], constant=sides == "first")
     return out, AbsoluteCosine.apply(u, v, pair.i).mean()
 
 
@@ -215,7 +228,7 @@ def input_gradient_change(
     (Razin, Maman, Cohen, 2022).
 
     Args:
-        model: Network or function of ``x``.
+        model: Network or function of ``x``; it may change its input in place, and take gradients itself.
         x: Images ``(B, C, H, W)``; neither they nor their ``grad`` are changed.
         y: Labels ``(B,)``, required for multi-class outputs.
         box_i: Where gradients are compared: ``(top, left, height, width)`` in pixels, or a boolean mask ``(H, W)``,
@@ -223,13 +236,13 @@ def input_gradient_change(
         box_j: What is replaced, in the same form; disjoint from ``box_i``.
         donor: For every sample the index of the one whose patch J it takes, int64 ``(B,)``.
         output: f as a function of the model's output and y, one number per sample.
-        update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation (as
+        update_statistics: Whether the forward pass on x' updates the running statistics of normalisations (as
             published); that on x, which repeats the caller's, never does.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
 
     Raises:
         ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
-            SyncBatchNorm, FSDP or a compiled module, which cannot be differentiated twice.
+            SyncBatchNorm, FSDP, a compiled model or a layer that torch can differentiate once only.
 
     >>> model = lambda x: (x[..., :2] * x[..., 2:]).sum((1, 2, 3))
     >>> x = torch.tensor([[1.0, 1.0, 3.0, 4.0], [1.0, 1.0, 4.0, 3.0]]).reshape(2, 1, 1, 4)
@@ -237,7 +250,7 @@ def input_gradient_change(
     >>> round(input_gradient_change(model, x, box_i=(0, 0, 1, 2), box_j=(0, 2, 1, 2), donor=donor).item(), 6)
     0.96
     """
-    _check_differentiable_twice(model, x)
+    _check_differentiable_twice(model, x, y)
     if donor.shape != (len(x),) or donor.dtype is not torch.int64:
         raise ValueError(f"donor must be int64 ({len(x)},), got {donor.dtype} {tuple(donor.shape)}")
     if not bool(((donor >= 0) & (donor < len(x))).all()):
@@ -263,7 +276,7 @@ class AntiLocality(nn.Module):
         donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": of the next one
             in a random circle of the samples, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
-        update_statistics: Whether the forward pass on x' updates the running statistics of batch normalisation
+        update_statistics: Whether the forward pass on x' updates the running statistics of normalisations
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
@@ -287,8 +300,8 @@ class AntiLocality(nn.Module):
         super().__init__()
         if donor not in ("shift", "permutation"):
             raise ValueError(f"donor must be 'shift' or 'permutation', got {donor!r}")
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed!r}: pass an integer, such as 0")
         if sides not in ("both", "first"):
             raise ValueError(f"sides must be 'both' or 'first', got {sides!r}")
         self.patches, self.donor, self.output = patches, donor, output
@@ -306,7 +319,7 @@ class AntiLocality(nn.Module):
 
     def forward(self, model: Model, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The term, a scalar, for images ``(B, C, H, W)`` and labels ``(B,)``; two forward passes of the model."""
-        value: Tensor = self._training(model, x.detach(), y, None, with_output=False)
+        value: Tensor = self._training(model, x, y, None, with_output=False)
         return value
 
     def with_output(
@@ -319,11 +332,12 @@ class AntiLocality(nn.Module):
     def measure(
         self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The value only, also in inference mode; the model, its mode, statistics and gradients are left unchanged.
+        """The value only, also in inference mode; the model, its buffers and random numbers are left unchanged.
 
         Without a generator, calls are counted separately, so that measuring does not change training.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        _check_images(model, x, y)
+        with torch.inference_mode(False), torch.enable_grad(), restored(model, x):
             # clones: tensors made in inference mode cannot be differentiated
             x, y = x.detach().clone(), None if y is None else y.detach().clone()
             pair, donated = self._draw(x, generator, "measurement")
@@ -332,13 +346,11 @@ class AntiLocality(nn.Module):
     def _training(
         self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, with_output: bool
     ) -> Any:
-        _check_differentiable_twice(model, x)
+        _check_differentiable_twice(model, x, y)
+        x = x if with_output else x.detach()
         pair, donated = self._draw(x.detach(), generator, "training")
-        options: Any = {
-            "fast": self.fast,
-            "update_statistics": (with_output, self.update_statistics),
-            "sides": self.sides,
-        }
+        passes = (with_output, self.update_statistics)
+        options: Any = {"fast": self.fast, "update_statistics": passes, "sides": self.sides}
 
         def step(x: Tensor, y: Tensor | None, i: Tensor, j: Tensor, donated: Tensor) -> Any:
             out, value = _with_output(model, x, y, PatchPair(i, j), donated, self.output, **options)
@@ -347,10 +359,9 @@ class AntiLocality(nn.Module):
         inputs = (x, y, *pair, donated)
         if not self.cuda_graph:
             return step(*inputs)
-        return self.graphed(step, model, inputs, version=(with_output, self.output, *map(str, options.values())))
+        return self.graphed(step, model, inputs, version=(self.output, *options.values()))
 
     def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:
-        _check_images(x)
         if len(x) < 2:
             raise ValueError(f"x has {len(x)} sample and no donor for it: use larger batches or drop_last=True")
         if generator is None:

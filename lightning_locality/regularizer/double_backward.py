@@ -7,22 +7,64 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormModule
 from torch.overrides import TorchFunctionMode
 
+from lightning_locality.regularizer.batch_norm import are_fusable, are_plain, batch_norm, fused_kernels
+
 _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_OWN = ("weight", "bias", "running_mean", "running_var")
+# arguments in order; in training, running statistics are only written
+_NORMALIZATIONS: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", *_OWN[2:], *_OWN[:2], "training"),
+    F.instance_norm: ("input", *_OWN[2:], *_OWN[:2], "use_input_stats"),
+    torch.batch_norm: ("input", *_OWN, "training", "momentum", "eps", "cudnn_enabled"),
+    torch.instance_norm: ("input", *_OWN, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
+}
+_RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
+# what torch differentiates once only, and this module does not help: a test compares with torch's own table
+_ONCE = frozenset(
+    f"{name}Backward{n}"
+    for n in (0, 1)
+    for name in (
+        *("CtcLoss", "CudnnAffineGridGenerator", "CudnnRnn", "EmbeddingBag", "FakeQuantizeLearnablePerChannelAffine"),
+        *("FakeQuantizeLearnablePerTensorAffine", "MaskedSoftmax", "MkldnnAdaptiveAvgPool2D", "MkldnnLinear"),
+        *("MkldnnMaxPool2D", "MkldnnMaxPool3D", "MpsConvolutionTranspose", "MultiMarginLoss", "MultilabelMarginLoss"),
+        *("SegmentReduce", "SparseLogSoftmax", "SparseMmReduceImpl", "SparseSoftmax", "SparseSum"),
+    )
+)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """The same function of operations with second derivatives."""
+    out = F.relu6((x.clone() if inplace else x) + 3) / 6
+    return x.copy_(out) if inplace else out
+
+
+_SUPPLIED: dict[Any, Callable[..., Tensor]] = {
+    F.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid_: lambda x: _hardsigmoid(x, inplace=True),
+}
+
+
+def _needed(node: Node | None) -> bool:
+    """Whether the backward pass that is running goes through a node, which a Function is not told."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # a leaf whose gradient is asked for
+        return True
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
@@ -40,19 +82,20 @@ def _convolve_backward(
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, mode: FastDoubleBackward, leaf: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, mode: FastDoubleBackward | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.mode, ctx.leaf = geometry, mode, leaf
+        ctx.geometry, ctx.mode = geometry, mode
         return _convolve(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (need_x, need_weight, need_bias), last = ctx.needs_input_grad[:3], not ctx.mode.only_inputs
-        # the network's input is our own leaf: its gradient is not read after the input gradients are taken
-        mask = (need_x and not (last and ctx.leaf), need_weight and last, need_bias and last)
-        return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None, None)
+        needed = [_needed(node) for node, _ in ctx.next_functions]
+        if ctx.mode is not None and ctx.mode.nobody_reads_input_gradient():
+            needed[0] = False
+        mask = (needed[0], needed[1], len(needed) > 2 and needed[2])
+        return (*_ConvolutionBackward.apply(g, x, weight, ctx.geometry, mask), None, None)
 
 
 class _ConvolutionBackward(Function):
@@ -86,141 +129,6 @@ class _ConvolutionBackward(Function):
             # torch uses a convolution with a kernel as large as the image here; this is the usual weight gradient
             grad_weight = _convolve_backward(g, v, weight, geometry, (False, True, False))[1]
         return grad_g, grad_x, grad_weight, None, None
-
-
-class _FusedBatchNorm(Function):
-    """Kernels of our own for what :class:`_BatchNorm` does; ``ctx.masked`` once a ReLU is known to follow."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]) -> Tensor:
-        mean, var, momentum, eps = options
-        running = None if mean is None or var is None else (mean, var)
-        out, numbers = _fused().batch_norm(x, weight, bias, running, momentum, eps)
-        ctx.save_for_backward(x, weight, numbers)
-        ctx.masked = False
-        return cast("Tensor", out)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _FusedBatchNormBackward.apply(g, *ctx.saved_tensors, ctx.masked)
-        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return (*(gradient if need else None for gradient, need in needed), None)
-
-
-class _FusedBatchNormBackward(Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool) -> tuple[Tensor, ...]:
-        grad_x, sum_gx, sum_g = _fused().batch_norm_backward(g, x, weight, numbers, masked)
-        ctx.save_for_backward(g, x, weight, numbers, sum_gx, sum_g)
-        ctx.masked = masked
-        ctx.set_materialize_grads(False)
-        return grad_x, sum_gx.to(weight.dtype), sum_g.to(weight.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None) -> tuple[Any, ...]:
-        _check_no_parameter_gradients(v_weight, v_bias)
-        if v is None:
-            return (None,) * 5
-        return *_fused().batch_norm_double_backward(v, *ctx.saved_tensors, ctx.masked), None, None
-
-
-def _check_no_parameter_gradients(v_weight: Tensor | None, v_bias: Tensor | None) -> None:
-    if v_weight is not None or v_bias is not None:
-        raise NotImplementedError(
-            "second derivatives through the parameter gradients of batch normalisation are not implemented: "
-            "pass fast=False to AntiLocality or input_gradient_change"
-        )
-
-
-class _BatchNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
-        mean, var, momentum, eps = options
-        out, mean, rstd, reserve, kind = torch.ops.aten._batch_norm_impl_index(
-            x, weight, bias, mean, var, True, momentum, eps, torch.backends.cudnn.enabled
-        )
-        ctx.save_for_backward(x, weight, mean, rstd, reserve)
-        ctx.kind, ctx.eps = kind, eps
-        return cast("Tensor", out)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _BatchNormBackward.apply(g, *ctx.saved_tensors, ctx.kind, ctx.eps)
-        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return (*(gradient if need else None for gradient, need in needed), None)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _fused() -> Any:
-    from lightning_locality.regularizer import fused
-
-    return fused
-
-
-def _are_fusable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether Triton's kernels take these tensors; its interpreter, for tests, also takes those of the CPU."""
-    known = x.is_cuda or (_has_triton() and os.environ.get("TRITON_INTERPRET") == "1")
-    short = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and short and _has_triton() and all(t is None or t.dtype is torch.float32 for t in others)
-
-
-def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> Any:
-    """Input gradient, and the sums of ``g x_hat`` and ``g`` per channel."""
-    x, weight, mean, rstd, reserve = saved
-    return torch.ops.aten._batch_norm_impl_index_backward(
-        kind, x, g, weight, None, None, mean, rstd, True, eps, [True, True, True], reserve
-    )
-
-
-class _BatchNormBackward(Function):
-    r"""``γ σ (g - mean(g) - x_hat mean(g x_hat))`` and its derivatives with respect to ``g``, ``x`` and ``γ``."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, *saved_kind_eps: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *saved, kind, eps = saved_kind_eps
-        grad_x, sum_gx, sum_g = _batch_norm_backward(g, saved, kind, eps)
-        ctx.save_for_backward(g, *saved, sum_gx, sum_g)
-        ctx.kind, ctx.eps = kind, eps
-        ctx.set_materialize_grads(False)
-        return grad_x, sum_gx, sum_g
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        _check_no_parameter_gradients(v_weight, v_bias)
-        if v is None:
-            return (None,) * 8
-        g, *saved, sum_gx, sum_g = ctx.saved_tensors
-        x, weight, mean, rstd, _ = saved
-        # linear and symmetric in g: its derivative with respect to g applied to v is the same map of v
-        grad_g, sum_vx, sum_v = _batch_norm_backward(v, saved, ctx.kind, ctx.eps)
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        weight_, mean, rstd, sum_gx, sum_g, sum_vx, sum_v = (
-            t.to(accumulate) for t in (weight, mean, rstd, sum_gx, sum_g, sum_vx, sum_v)
-        )
-        n = x.numel() // x.shape[1]
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        # sum(v g) per channel: the weight gradient of a normalisation with mean 0 and deviation 1, one fused pass
-        sum_vg = torch.ops.aten.native_batch_norm_backward(
-            g, v, one, None, None, zero, one, True, 0.0, [False, True, True]
-        )[1].to(accumulate)
-        inner = sum_vg - sum_v * sum_g / n - sum_vx * sum_gx / n
-        # grad_x = -γ σ² [inner x_hat + sum_gx (v - mean v - x_hat mean(v x_hat)) + sum_vx (the same of g)] / n,
-        # collected as a x + b v + c g + d with one number per channel each
-        scale = weight_ * rstd.square() / n
-        a = scale * rstd * (2 * sum_vx * sum_gx / n - inner)
-        b, c = -scale * sum_gx, -scale * sum_vx
-        d = -a * mean - (b * sum_v + c * sum_g) / n
-        a, b, c, d = (number.reshape(-1, *[1] * (x.dim() - 2)) for number in (a, b, c, d))
-        grad_x = torch.addcmul(d, x, a).addcmul_(v, b).addcmul_(g, c).to(x.dtype)
-        return grad_g, grad_x, (inner * rstd).to(weight.dtype), None, None, None, None, None
 
 
 class _ReLU(Function):
@@ -275,12 +183,11 @@ class _MaxPoolBackward(Function):
     def forward(ctx: Any, g: Tensor, x: Tensor, index: Tensor, geometry: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(index)
         kernel, stride, padding, dilation, _ = geometry
-        if dilation == [1, 1] and _are_fusable(g):
-            return cast("Tensor", _fused().max_pool_backward(g, index, x.shape[2:], kernel, stride, padding))
+        if dilation == [1, 1] and are_fusable(g):
+            return cast("Tensor", fused_kernels().max_pool_backward(g, index, x.shape[2:], kernel, stride, padding))
         return cast("Tensor", torch.ops.aten.max_pool2d_with_indices_backward(g, x, *geometry, index))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
         if index.is_contiguous():
@@ -300,7 +207,7 @@ def _max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | None:
-    if return_indices or input.dim() != 4 or not (_are_plain(input) and input.requires_grad):
+    if return_indices or input.dim() != 4 or not (are_plain(input) and input.requires_grad):
         return None
     sides = (kernel_size, stride if stride is not None else kernel_size, padding, dilation)
     geometry = [[n, n] if isinstance(n, int) else [*n] * (2 // len(n)) for n in sides]
@@ -309,47 +216,100 @@ def _max_pool(
 
 @final
 class FastDoubleBackward(TorchFunctionMode):
-    r"""Make convolutions and train-mode batch normalisations in the context twice differentiable at the usual cost.
+    r"""Make the layers called in the context twice differentiable, and convolution and batch norm at the usual cost.
 
     The results equal torch's up to rounding. Torch's second derivative of a convolution uses one with a kernel as
     large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight gradient,
     and two fused and three elementwise passes. Everything else (transposed convolutions, padding given as a word,
-    tensor subclasses, other layers) is passed on to torch. If ``x``, the network's input, is a leaf whose gradient is
-    read only in :meth:`inputs_only`, that gradient is not computed again in the last backward pass.
+    tensor subclasses, transforms of torch.func, other layers) is passed on to torch, or refused by name if torch has no
+    second derivative.
+
+    Args:
+        x: The network's input, neither a leaf nor changed in place before the context.
+        leaf: Whether ``x`` is a clone of a leaf whose gradient nobody reads: the last backward pass leaves it out.
+        fast: Whether to replace convolution and batch normalisation.
+        update_statistics: Whether normalisations in training may update their running statistics and count the batch.
+
+    Raises:
+        ValueError: A layer that torch can differentiate once only, or under gradient checkpointing.
     """
 
-    def __init__(self, x: Tensor | None = None) -> None:
+    def __init__(
+        self, x: Tensor | None = None, leaf: bool = False, *, fast: bool = True, update_statistics: bool = True
+    ) -> None:
         super().__init__()
-        self.x, self.only_inputs = x, False
-        # what a batch normalisation has returned, until anything else is called
-        self._fresh: Tensor | None = None
+        self.x, self.node, self.closed = x, None if x is None else x.grad_fn, False
+        self.leaf, self.fast, self.update_statistics = leaf, fast, update_statistics
+        self.counted: list[Tensor] = []
+        # what a fused batch normalisation has returned, until anything else is called
+        self.fresh: Tensor | None = None
 
-    @contextmanager
-    def inputs_only(self) -> Iterator[None]:
-        """Compute input gradients only in backward passes in the context, not those of the weights."""
-        self.only_inputs, self._fresh = True, None
-        try:
-            yield
-        finally:
-            self.only_inputs = False
+    def __exit__(self, *error: Any) -> None:
+        """The network has run, and so have the gradients that it takes inside."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.closed, self.fresh = True, None
+        while self.counted:
+            self.counted.pop().sub_(1)
+
+    def nobody_reads_input_gradient(self) -> bool:
+        """Whether this is a pass to the leaf behind ``x`` that only accumulates there."""
+        x = cast("Tensor", self.x)
+        if not (self.leaf and self.closed) or x._backward_hooks or x.retains_grad:
+            return False
+        return _needed(cast("Node", self.node).next_functions[0][0])
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace the known calls, pass on the others."""
         kwargs, out = kwargs or {}, None
-        fresh, self._fresh = self._fresh, None
-        if func in _CONVOLUTIONS:
+        fresh, self.fresh = self.fresh, None
+        if func in _NORMALIZATIONS:
+            out = self._normalization(func, dict(zip(_NORMALIZATIONS[func], args, strict=False)) | kwargs)
+        elif func is Tensor.add_ and not self.update_statistics and (norm := _counting(args[0], sys._getframe(1))):
+            # a cumulative average divides by the count
+            if norm.momentum is not None:
+                return args[0]
+            self.counted.append(args[0])
+        elif self.fast and func in _CONVOLUTIONS:
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
-        elif func is F.batch_norm:
-            out = self._fresh = _batch_norm(*args, **kwargs)
-        elif func in (F.relu, torch.relu, Tensor.relu):
+        elif self.fast and func in (F.relu, torch.relu, Tensor.relu):
             out = _relu(fresh, *args, **kwargs)
-        elif func in (torch.relu_, Tensor.relu_):
+        elif self.fast and func in (torch.relu_, Tensor.relu_):
             out = _relu(fresh, *args, **kwargs | {"inplace": True})
-        elif func is F.max_pool2d:
+        elif self.fast and func is F.max_pool2d:
             out = _max_pool(*args, **kwargs)
-        return func(*args, **kwargs) if out is None else out
+        elif func in _SUPPLIED or func is F.scaled_dot_product_attention:
+            _refuse_checkpoint()
+            out = _SUPPLIED[func](*args, **kwargs) if func in _SUPPLIED else None
+        elif func in _RECURRENT:
+            # cuDNN has no second derivative
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
+            self._refuse_once(func, out)
+        return out
+
+    def _normalization(self, func: Any, arguments: dict[str, Any]) -> Tensor:
+        training = arguments.get("training", arguments.get("use_input_stats", True))
+        if training and arguments.get("running_mean") is not None:
+            _refuse_checkpoint()
+            if not self.update_statistics:
+                arguments |= {"running_mean": None, "running_var": None}
+        fast = func is F.batch_norm and self.fast and not _checkpointed()
+        out = self.fresh = batch_norm(**arguments) if fast else None
+        return func(**arguments) if out is None else out
+
+    def _refuse_once(self, func: Any, out: Any) -> None:
+        node = getattr(out, "grad_fn", None)
+        name = "" if node is None else node.name()
+        once = name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")
+        if node is not None and once and any(behind is self.node for behind in _behind(node)):
+            operation = getattr(func, "__name__", str(func))
+            raise ValueError(
+                f"{_layer(operation)}: torch has no second derivative of {operation}, which the term needs: replace it"
+            )
 
     def _convolution(
         self,
@@ -363,41 +323,24 @@ class FastDoubleBackward(TorchFunctionMode):
         *,
         axes: int,
     ) -> Tensor | None:
-        if isinstance(padding, str) or input.dim() != axes + 2 or not _are_plain(input, weight, bias):
+        if isinstance(padding, str) or input.dim() != axes + 2 or not are_plain(input, weight, bias):
             return None
         stride, padding, dilation = (
             [n] * axes if isinstance(n, int) else [*n] * (axes // len(n)) for n in (stride, padding, dilation)
         )
         geometry = (stride, padding, dilation, False, [0] * axes, groups)
-        is_input, device = input is self.x, input.device.type
+        # a view or a change in place would put something else between this layer and the leaf
+        mode = self if self.leaf and input is self.x and input.grad_fn is self.node else None
+        device = input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, self, is_input))
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    # one value per channel is an error that torch explains well
-    several = input.dim() >= 2 and input.numel() > input.shape[1]
-    if not (training and several and weight is not None and _are_plain(input, weight, bias)):
-        return None
-    fused = bias is not None and _are_fusable(input, weight, bias, running_mean, running_var)
-    kind = _FusedBatchNorm if fused else _BatchNorm
-    return cast("Tensor", kind.apply(input, weight, bias, (running_mean, running_var, momentum, eps)))
+            return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, mode))
 
 
 def _relu(fresh: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor | None:
-    if not (_are_plain(input) and input.requires_grad):
+    if not (are_plain(input) and input.requires_grad):
         return None
     # in place, a normalisation's output has no other use
     node: Any = input.grad_fn
@@ -407,6 +350,45 @@ def _relu(fresh: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor 
     return cast("Tensor", _ReLU.apply(input, inplace, masked))
 
 
-def _are_plain(*tensors: Tensor | None) -> bool:
-    plain = all(t is None or (type(t) in (Tensor, Parameter) and t.is_floating_point()) for t in tensors)
-    return plain and torch.is_grad_enabled()
+def _counting(counter: Any, frame: FrameType) -> BatchNormModule | None:
+    """The batch normalisation that is about to count a batch in this frame, if that is what it does."""
+    if not isinstance(counter, Tensor) or counter.dim():
+        return None
+    owner = frame.f_locals.get("self")
+    return owner if isinstance(owner, BatchNormModule) and owner.num_batches_tracked is counter else None
+
+
+def _checkpointed() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _refuse_checkpoint() -> None:
+    if _checkpointed():
+        raise ValueError(
+            f"{_layer('a layer')}: gradient checkpointing runs it again after the term, with other derivatives and "
+            "another update of its statistics: switch checkpointing off there"
+        )
+
+
+def _layer(otherwise: str) -> str:
+    """Name of the innermost module that is running."""
+    frame: FrameType | None = sys._getframe()
+    running: list[nn.Module] = []
+    while frame is not None and frame.f_code.co_name != "_with_output":
+        owner = frame.f_locals.get("self")
+        running += [owner] if isinstance(owner, nn.Module) else []
+        frame = frame.f_back
+    names = {module: name for outer in running for name, module in outer.named_modules()}
+    # the outermost network has the longest names
+    return f"{names[running[0]] or 'model'} ({type(running[0]).__name__})" if running else otherwise
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """All nodes of the graph behind one."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        yield (last := waiting.pop())
+        new = {behind for behind, _ in last.next_functions if behind is not None} - seen
+        seen |= new
+        waiting += new

@@ -16,10 +16,11 @@ __all__ = [
     "UniformPatches",
 ]
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ def box_mask(boxes: Sequence[Tensor | int], image: Tensor) -> Tensor:
 
 def check_boxes(boxes: Sequence[Box], height: int, width: int, name: str = "boxes") -> None:
     """Raise ValueError unless the boxes lie inside the image and do not overlap."""
-    for top, left, tall, wide in boxes:
+    for box in boxes:
+        top, left, tall, wide = (_check_integer(number, name) for number in box)
         if min(top, left) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width:
             raise ValueError(
                 f"{name}: (top, left, height, width) = {top, left, tall, wide} is not a box inside an image of "
@@ -72,14 +74,29 @@ def check_boxes(boxes: Sequence[Box], height: int, width: int, name: str = "boxe
             raise ValueError(f"{name}: {tuple(a)} and {tuple(b)} overlap; move one so that they share no pixel")
 
 
+def _check_integer(number: Any, name: str) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        remedy = "RandomPatches samples from ranges" if isinstance(number, Sequence) else "pass an integer"
+        raise ValueError(f"{name} must be a whole number of pixels, got {number!r}: {remedy}") from None
+
+
 def _check_size(size: int) -> int:
-    if size < 1:
+    if (size := _check_integer(size, "size")) < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     return size
 
 
+def _check_distance(distance: int) -> int:
+    return _check_range(_check_integer(distance, "distance"), "distance")[0]
+
+
 def _check_range(distance: int | tuple[int, int | None], name: str, smallest: int = 0) -> tuple[int, int | None]:
-    low, high = (distance, distance) if isinstance(distance, int) else distance
+    ends = tuple(distance) if isinstance(distance, Sequence) else (distance, distance)
+    if len(ends) != 2:
+        raise ValueError(f"{name} must be a number of pixels, or the smallest and the largest, got {distance}")
+    low, high = _check_integer(ends[0], name), None if ends[1] is None else _check_integer(ends[1], name)
     if low < smallest or (high is not None and high < low):
         raise ValueError(f"{name} must be ascending and at least {smallest} pixels, got {distance}")
     return low, high
@@ -239,7 +256,7 @@ class UniformPatches(AbstractPatches):
     """
 
     def __init__(self, size: int = 2, distance: int = 0, per_sample: bool = False) -> None:
-        self.size, self.distance = _check_size(size), _check_range(distance, "distance")[0]
+        self.size, self.distance = _check_size(size), _check_distance(distance)
         self.per_sample = per_sample
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
@@ -310,7 +327,7 @@ class ContentPatches(AbstractPatches):
     """
 
     def __init__(self, size: int = 2, distance: int = 0) -> None:
-        self.size, self.distance = _check_size(size), _check_range(distance, "distance")[0]
+        self.size, self.distance = _check_size(size), _check_distance(distance)
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
         """One pair per sample."""

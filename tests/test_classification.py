@@ -78,9 +78,12 @@ def penalty() -> AntiLocality:
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("weight", [0.0, 2.0])
-def test_training_equals_the_loop_written_out(tmp_path: Path, classes: int, weight: float) -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_training_equals_the_loop_written_out(tmp_path: Path, classes: int, weight: float, graph: bool) -> None:
     data = Images(classes)
     task = Classification(Net(), penalty(), weight=weight, num_classes=classes, in_channels=1)
+    for graphed in (task.graphed, *task.penalty.graphed.values()):
+        graphed.emulate = graph
     network, term = copy.deepcopy(task.network), penalty()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     trainer(tmp_path, max_epochs=2).fit(task, data)
@@ -98,6 +101,31 @@ def test_training_equals_the_loop_written_out(tmp_path: Path, classes: int, weig
             optimizer.step()
     for name, expected in network.state_dict().items():
         torch.testing.assert_close(task.network.state_dict()[name], expected, rtol=0, atol=1e-12, msg=name)
+    used = task.penalty.graphed[None] if weight else task.graphed
+    assert used.captured == graph
+
+
+def test_the_term_at_every_other_batch_with_twice_the_weight(tmp_path: Path) -> None:
+    data = Images()
+    task = Classification(Net(), penalty(), weight=2.0, num_classes=2, in_channels=1, every_n_batches=2)
+    network, term = copy.deepcopy(task.network).train(), penalty()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(task, data)
+    values = []
+    for k, (x, y) in enumerate(data.loader()):
+        logits, value = term.with_output(network, x, y) if k in (0, 2) else (network(x), None)
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], y.double())
+        optimizer.zero_grad()
+        (loss if value is None else loss + 4 * value).backward()
+        optimizer.step()
+        values += [] if value is None else [value.item()]
+    for name, expected in network.state_dict().items():
+        torch.testing.assert_close(task.network.state_dict()[name], expected, rtol=0, atol=1e-12, msg=name)
+    # the mean of the batches that had it
+    assert float(run.callback_metrics["train/regularizer"]) == pytest.approx(sum(values) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match="every_n_batches must be at least 1, got 0"):
+        Classification(Net(), penalty(), every_n_batches=0)
 
 
 def test_logged_values_equal_their_definitions(tmp_path: Path) -> None:

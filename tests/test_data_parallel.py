@@ -158,6 +158,13 @@ def script(folder: Path) -> None:
         trainer.fit(module, Random(SIZES, LOCAL), ckpt_path=checkpoint)
         trainer.save_checkpoint(folder / f"{name}.ckpt")
         found[name] = module.network.state_dict()
+    module = task("train")
+    for graphed in (module.graphed, *module.penalty.graphed.values()):
+        graphed.emulate = True
+    for name, own in (("graphed", module), ("eager", task("train"))):
+        quiet(2, 3).fit(own, Random(SIZES, LOCAL))
+        found[name] = own.network.state_dict()
+    found["captured"] = module.penalty.graphed[None].captured
     torch.save(found, folder / f"{trainer.global_rank}.pt")
     # else gloo's threads may end the interpreter while it shuts down
     torch.distributed.destroy_process_group()
@@ -237,6 +244,13 @@ def gradient(net: nn.Module, value: Tensor) -> list[Tensor]:
 
 def largest(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return max(float((s - t).abs().max()) for s, t in zip(a, b, strict=True))
+
+
+def test_captured_steps_are_reduced_as_eager_ones(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    for found in runs[1]:
+        assert found["captured"]
+        for name, expected in found["eager"].items():
+            torch.testing.assert_close(found["graphed"][name], expected, rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("norm", ["none", "eval"])

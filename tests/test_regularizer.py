@@ -701,3 +701,76 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         penalty.with_output(model, x, y)[1].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class AverageHead(nn.Module):
+    """One logit, linear in the average of a batch normalisation's outputs: its sum over the batch is constant."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), between)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_noise_in_place_of_gradients_is_said_once(dtype: torch.dtype) -> None:
+    x, y = images()
+    x, penalty = x.to(dtype), AntiLocality(UniformPatches(2))
+    model = AverageHead(nn.Identity()).to(dtype)
+    with pytest.warns(UserWarning, match=r"R is rounding noise: .*two outputs, or a nonlinearity"):
+        penalty(model, x, y)
+    penalty(model, x, y)
+    with pytest.warns(UserWarning, match="R is rounding noise"):
+        input_gradient_change(model, x, y, box_i=I, box_j=J, donor=torch.arange(len(x)).roll(1))
+    # warnings are errors
+    AntiLocality(UniformPatches(2))(AverageHead(nn.ReLU()).to(dtype), x, y)
+    AntiLocality(UniformPatches(2))(model.eval(), x, y)
+
+
+def test_one_side_as_a_constant() -> None:
+    """Both sides' gradients add up, and the coin gives either."""
+    (x, y), model = images(), Residual(1)
+    gradients = {}
+    for sides in ("both", "first", "coin"):
+        penalty, found = AntiLocality(GivenPatches([I, J]), seed=2, sides=sides), []
+        for draw in range(6):
+            penalty.set_extra_state(torch.tensor([draw, 0]))
+            out, value = penalty.with_output(model, x, y)
+            # the output is still differentiable, whatever side is a constant
+            parts = [
+                torch.autograd.grad(t, [*model.parameters()], retain_graph=True, allow_unused=True)
+                for t in (value, out.sum())
+            ]
+            assert any(g is not None and g.abs().sum() > 0 for g in parts[1])
+            found.append((value.item(), torch.cat([g.flatten() for g in parts[0] if g is not None])))
+        gradients[sides] = found
+    first = 0
+    for (a, both), (b, one), (c, coin) in zip(*gradients.values(), strict=True):
+        assert a == b == c
+        second = both - one
+        is_first = bool(torch.allclose(coin, one, rtol=1e-9, atol=1e-12))
+        assert is_first or torch.allclose(coin, second, rtol=1e-7, atol=1e-10)
+        assert not torch.allclose(one, second, rtol=1e-2)
+        first += is_first
+    assert 0 < first < 6
+    with pytest.raises(ValueError, match="sides must be 'both', 'first' or 'coin', got 'second'"):
+        AntiLocality(UniformPatches(), sides="second")  # type: ignore[arg-type]
+
+
+def test_the_term_on_a_part_of_the_batch() -> None:
+    (x, y), model = images(), Residual(1)
+    part, whole = (AntiLocality(FarField(3), seed=4, samples=n) for n in (4, None))
+    twin = copy.deepcopy(model)
+    out, value = part.with_output(model, x, y)
+    expected_out, expected = twin(x), whole(twin, x[:4], y[:4])
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(value, expected)
+    for out_, value_ in ((out, value), (expected_out, expected)):
+        (out_.sum() + value_).backward()
+    assert_same(model, twin)
+    torch.testing.assert_close(part(model, x, y), whole(twin, x[:4], y[:4]))
+    with pytest.raises(ValueError, match="samples must be at least 2, for a donor, or None"):
+        AntiLocality(UniformPatches(), samples=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["AntiLocality", "input_gradient_change"]
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal, final
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
@@ -26,7 +27,7 @@ from lightning_locality.regularizer.state import function_of, modules_of, restor
 
 Model = Callable[[Tensor], Any]
 Output = Callable[[Any, Tensor | None], Tensor]
-Sides = Literal["both", "first"]
+Sides = Literal["both", "first", "coin"]
 
 
 @final
@@ -72,8 +73,8 @@ def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return masked / norm.masked_fill(zero, 1.0), norm * largest, zero
 
 
-def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
-    """The scores to differentiate, summed over the batch."""
+def _scores(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:
+    """The scores to differentiate, one per sample."""
     if output is not None:
         score = output(out, y)
         if not isinstance(score, Tensor) or score.shape not in ((batch,), (batch, 1)):
@@ -82,7 +83,7 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
                 f"output= must give one number per sample, ({batch},) or ({batch}, 1), got {found}: sum or average "
                 "over all axes but the first"
             )
-        return score.sum()
+        return score.flatten()
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
         raise ValueError(
@@ -90,7 +91,7 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
             "function of the model's output and the labels that gives one number per sample"
         )
     if out.dim() == 1 or out.shape[1] == 1:
-        return out.sum()
+        return out.flatten()
     if y is None or y.is_floating_point() or y.shape != (batch,):
         got = "none" if y is None else f"{y.dtype} {tuple(y.shape)}"
         raise ValueError(
@@ -100,7 +101,20 @@ def _score(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Ten
     if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]:
         got = f"{int(y.min())}..{int(y.max())}"
         raise ValueError(f"y must lie in 0..{out.shape[1] - 1}, the model's outputs, got {got}")
-    return out.gather(1, y.long().unsqueeze(1)).sum()
+    return out.gather(1, y.long().unsqueeze(1)).flatten()
+
+
+def _warn_of_noise(scores: Tensor, edge: GradientEdge, gradient: Tensor) -> None:
+    """Warn if the gradient of the summed scores is what rounding has left of those of the single scores."""
+    (own,) = torch.autograd.grad(scores[0], edge, retain_graph=True)
+    device = scores.device.type
+    short = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scores.dtype
+    if gradient[0].abs().amax() < torch.finfo(short).eps ** 0.5 * own[0].abs().amax():
+        warnings.warn(
+            "R is rounding noise: the scores depend on x but their sum over the batch does not, as with a head that "
+            "is linear in the average of a batch normalisation; give the model two outputs, or a nonlinearity between",
+            stacklevel=4,
+        )
 
 
 def _check_images(model: Model, x: Tensor, y: Tensor | None) -> None:
@@ -151,11 +165,15 @@ def _with_output(
     fast: bool = False,
     update_statistics: tuple[bool, bool] = (False, False),
     create_graph: bool = True,
-    sides: Sides = "both",
+    constant: Literal["x", "x'"] | None = None,
+    check_noise: bool = False,
 ) -> tuple[Any, Tensor]:
-    """The model's output on ``x`` and the mean absolute cosine; ``update_statistics`` of the passes on x and on x'."""
+    """The model's output on ``x`` and the mean absolute cosine.
 
-    def input_gradient(x: Tensor, leaf: bool, update: bool, constant: bool = False) -> tuple[Any, Tensor]:
+    ``update_statistics`` is of the passes on x and on x', ``constant`` the one whose gradient is not differentiated.
+    """
+
+    def input_gradient(name: Literal["x", "x'"], x: Tensor, leaf: bool, update: bool) -> tuple[Any, Tensor]:
         # a copy: the model may change its input in place
         x = x.clone()
         edge = get_gradient_edge(x)
@@ -165,16 +183,23 @@ def _with_output(
                 twice.enter_context(sdpa_kernel(SDPBackend.MATH))
                 twice.enter_context(FastDoubleBackward(x, leaf, fast=fast, update_statistics=update))
             out = model(x)
-        score = _score(out, y, output, len(x))
-        gradient = None
-        if score.requires_grad:
+        scores, gradient = _scores(out, y, output, len(x)), None
+        if scores.requires_grad:
+            again = create_graph and name != constant
+            # the output on x is still to be differentiated
             (gradient,) = torch.autograd.grad(
-                score, edge, create_graph=create_graph and not constant, allow_unused=True
+                scores.sum(),
+                edge,
+                retain_graph=again or (create_graph and name == "x"),
+                create_graph=again,
+                allow_unused=True,
             )
         if gradient is None:
             raise ValueError(
                 "the model's output does not depend on x, or not by differentiable steps: detach, no_grad?"
             )
+        if check_noise and name == "x":
+            _warn_of_noise(scores, edge, gradient)
         return out, gradient
 
     # the graph behind x is kept
@@ -183,8 +208,8 @@ def _with_output(
     with torch.no_grad():
         # out=: keeps the memory format of x
         second = torch.where(pair.j, donated, x, out=torch.empty_like(x)).requires_grad_()
-    out, u = input_gradient(first, leaf, update_statistics[0])
-    _, v = input_gradient(second, True, update_statistics[1], constant=sides == "first")
+    out, u = input_gradient("x", first, leaf, update_statistics[0])
+    _, v = input_gradient("x'", second, True, update_statistics[1])
     return out, AbsoluteCosine.apply(u, v, pair.i).mean()
 
 
@@ -259,7 +284,9 @@ def input_gradient_change(
     if bool((pair.i & pair.j).any()):
         raise ValueError("box_i and box_j overlap; move one so that they share no pixel")
     x, passes = x.detach(), (False, update_statistics)
-    return _with_output(model, x, y, pair, x[donor.to(x.device)], output, fast=fast, update_statistics=passes)[1]
+    return _with_output(
+        model, x, y, pair, x[donor.to(x.device)], output, fast=fast, update_statistics=passes, check_noise=True
+    )[1]
 
 
 class AntiLocality(nn.Module):
@@ -281,7 +308,8 @@ class AntiLocality(nn.Module):
         seed: Seed of all samples.
         fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which
-            takes 8/12 of the operations and less memory.
+            takes 8/12 of the operations and less memory; "coin": that at x or that at x', drawn at every call.
+        samples: Take the term on the first ``samples`` of a batch alone, in less time and memory; None: on all.
         cuda_graph: On a CUDA device, replay the step from CUDA graphs (see :class:`GraphedStep` for what that asks of
             the model).
     """
@@ -295,6 +323,7 @@ class AntiLocality(nn.Module):
         seed: int = 0,
         fast: bool = True,
         sides: Sides = "both",
+        samples: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
@@ -302,12 +331,17 @@ class AntiLocality(nn.Module):
             raise ValueError(f"donor must be 'shift' or 'permutation', got {donor!r}")
         if not isinstance(seed, (int, np.integer)) or seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed!r}: pass an integer, such as 0")
-        if sides not in ("both", "first"):
-            raise ValueError(f"sides must be 'both' or 'first', got {sides!r}")
+        if sides not in ("both", "first", "coin"):
+            raise ValueError(f"sides must be 'both', 'first' or 'coin', got {sides!r}")
+        if samples is not None and samples < 2:
+            raise ValueError(f"samples must be at least 2, for a donor, or None for the whole batch, got {samples}")
         self.patches, self.donor, self.output = patches, donor, output
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
-        self.sides, self.cuda_graph, self.graphed = sides, cuda_graph, GraphedStep()
+        self.sides, self.samples, self.cuda_graph = sides, samples, cuda_graph
+        # one for each side that is constant
+        self.graphed = {constant: GraphedStep() for constant in (None, "x", "x'")}
         self._draws = {"training": 0, "measurement": 0}
+        self._checked = False
 
     def get_extra_state(self) -> Tensor:
         """Numbers of calls so far, in training and in measurements."""
@@ -348,18 +382,30 @@ class AntiLocality(nn.Module):
     ) -> Any:
         _check_differentiable_twice(model, x, y)
         x = x if with_output else x.detach()
-        pair, donated = self._draw(x.detach(), generator, "training")
-        passes = (with_output, self.update_statistics)
-        options: Any = {"fast": self.fast, "update_statistics": passes, "sides": self.sides}
+        part = slice(self.samples)
+        whole = self.samples is None or self.samples >= len(x)
+        constant: Literal["x", "x'"] | None = None if self.sides == "both" else "x'"
+        if self.sides == "coin":
+            coin = np.random.SeedSequence((self.seed, 2, self._draws["training"])).generate_state(1)[0]
+            constant = "x" if coin % 2 else "x'"
+        pair, donated = self._draw(x[part].detach(), generator, "training")
+        passes = (with_output and whole, self.update_statistics)
+        options: Any = {"fast": self.fast, "update_statistics": passes, "constant": constant}
+        version = (self.output, whole, *options.values())
+        # at the first call, which is never replayed
+        options["check_noise"], self._checked = not self._checked, True
 
         def step(x: Tensor, y: Tensor | None, i: Tensor, j: Tensor, donated: Tensor) -> Any:
-            out, value = _with_output(model, x, y, PatchPair(i, j), donated, self.output, **options)
-            return (out, value) if with_output else value
+            full = model(x) if with_output and not whole else None
+            some = x[part].detach() if not whole else x
+            labels = y if y is None else y[part]
+            out, value = _with_output(model, some, labels, PatchPair(i, j), donated, self.output, **options)
+            return (out if whole else full, value) if with_output else value
 
         inputs = (x, y, *pair, donated)
         if not self.cuda_graph:
             return step(*inputs)
-        return self.graphed(step, model, inputs, version=(self.output, *options.values()))
+        return self.graphed[constant](step, model, inputs, version=version)
 
     def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:
         if len(x) < 2:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,6 +256,17 @@ def test_hooks_of_parameters_are_called_once(device: str) -> None:
     assert captured(penalty)
     # the third draw of both
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
+
+
+def test_the_loop_of_the_page() -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(), re.DOTALL
+    )
+    x, y = batches("cpu", [6])[0]
+    names: dict[str, Any] = {"model": network("cpu"), "x": x, "y": y}
+    exec(compile(block, "docs/gpu.md", "exec"), names)
+    (names["logits"].sum() + names["term"]).backward()
+    assert names["penalty"].cuda_graph
 
 
 def test_copies_capture_for_themselves() -> None:

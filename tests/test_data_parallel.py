@@ -609,5 +609,15 @@ def test_a_checkpoint_is_whole_wherever_its_writing_stops(tmp_path: Path, monkey
     assert contents(tmp_path) == {"last.ckpt"}
 
 
+@pytest.mark.slow
+def test_the_script_for_two_gpus_on_a_cpu() -> None:
+    command = [sys.executable, "benchmarks/two_gpus.py", "--device", "cpu", "--batch", "2", "--shape", "1", "32", "32"]
+    folder = Path(__file__).parent.parent
+    result = subprocess.run([*command, "--steps", "1"], cwd=folder, capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.startswith("largest difference from one process: eager "), result.stdout
+    assert len(re.findall(r"(eager|captured): [\d.]+ images a second on one, [\d.]+ on two", result.stdout)) == 2
+
+
 if __name__ == "__main__":
     script(Path(sys.argv[1]))

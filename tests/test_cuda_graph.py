@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,38 @@ class Draws(Reads):
         return self.conv(x).tanh().mean((1, 2, 3)) * (10 + next(self.numbers))
 
 
+class Lists(Reads):
+    """Makes a new object at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.made = [object()]
+        return self.conv(x).tanh().mean((1, 2, 3))
+
+
+class Outside(Counts):
+    """Uses a module that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [nn.Conv2d(3, 3, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.parts[0].to(x.device)(x)).tanh().mean((1, 2, 3))
+
+
+class Tosses(Counts):
+    """Leaves out a layer at random, as LayerDrop does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).tanh().mean((1, 2, 3)) if random.random() < 2 else x.mean((1, 2, 3))
+
+
+def pre_hooked() -> nn.Module:
+    model = Reads()
+    model.conv.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
 def hooked() -> nn.Module:
     model = Reads()
     model.conv.register_forward_hook(lambda *_: None)
@@ -187,8 +221,12 @@ class Synchronizes(Counts):
     ("build", "reason"),
     [
         (Draws, "differs by .* from the eager step"),
-        (Counts, "attributes of the model, or the shape of the batches, change at every call"),
+        (Counts, ".calls is another at every call"),
+        (Lists, r"\.made is another at every call"),
         (hooked, "conv has hooks"),
+        (pre_hooked, "conv has hooks"),
+        (Outside, "parameters that are not among those of the model"),
+        (Tosses, "draws random numbers on the processor"),
         (lambda: lambda x: x.mean((1, 2, 3)), "the model is a function, not a module"),
         pytest.param(Reads, "called a synchronizing CUDA operation", marks=pytest.mark.gpu),
         pytest.param(Synchronizes, "captur", marks=pytest.mark.gpu),
@@ -239,6 +277,55 @@ def test_a_changed_model_is_captured_anew(device: str) -> None:
             if a.grad is not None and b.grad is not None:
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-12)
     assert penalty.graphed[None]._captures == 3
+
+
+CHANGES: dict[str, Any] = {
+    "another activation": lambda m: setattr(m, "act", nn.Sigmoid()),
+    "a value in a list": lambda m: m.factors.__setitem__(0, 3.0),
+    "a value in a dictionary": lambda m: m.options["scale"].__setitem__(0, 2.0),
+    "a tensor": lambda m: setattr(m, "shift", torch.ones(1)),
+    "a number of numpy": lambda m: setattr(m, "power", np.float64(3)),
+    "a function": lambda m: setattr(m, "last", torch.sin),
+    "the parameter itself": lambda m: setattr(m.conv, "weight", nn.Parameter(m.conv.weight.data)),
+    "the memory format of a parameter": lambda m: setattr(m.conv.weight, "data", m.conv.weight.data.transpose(2, 3)),
+    "a frozen parameter": lambda m: m.conv.bias.requires_grad_(False),
+    "the mode of a part": lambda m: m.norm.eval(),
+}
+
+
+class Attributes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Tanh()
+        self.factors, self.options, self.shift = [2.0], {"scale": [1.0]}, torch.zeros(1)
+        self.power, self.last = np.float64(2), torch.cos
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x)) * self.factors[0] * self.options["scale"][0] + self.shift)
+        return self.last(x.abs() ** float(self.power)).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_replay_of_what_has_changed(change: str) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Attributes(), batches("cpu", [6])[0]
+    penalty, eager, twin = penalty_of(True), penalty_of(False), copy.deepcopy(model)
+    for step in range(5):
+        if step == 3:
+            CHANGES[change](model)
+            CHANGES[change](twin)
+        captures = penalty.graphed[None]._captures
+        terms = [term.with_output(net, x, y) for term, net in ((penalty, model), (eager, twin))]
+        for net, (out, term) in zip((model, twin), terms, strict=True):
+            net.zero_grad()
+            (out.sum() + term).backward()
+        torch.testing.assert_close(terms[0], terms[1])
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None)
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-12)
+        # captured at the second and, anew, at the fifth step
+        assert penalty.graphed[None]._captures - captures == (step in (1, 4))
 
 
 @pytest.mark.parametrize("device", DEVICES)

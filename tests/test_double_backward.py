@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -50,6 +51,20 @@ LAYERS = {
     "batch norm without parameters": (nn.BatchNorm2d(3, affine=False), (4, 3, 2, 3)),
     "batch norm without statistics": (nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 3)),
     "batch norm at evaluation": (nn.BatchNorm2d(3).eval(), (4, 3, 2, 3)),
+    "relu": (nn.ReLU(), (2, 3, 4, 5)),
+    "relu in place": (nn.ReLU(inplace=True), (2, 3, 4, 5)),
+    "gelu": (nn.GELU(), (2, 3, 4, 5)),
+    "gelu by tanh": (nn.GELU(approximate="tanh"), (2, 3, 4, 5)),
+    "silu": (nn.SiLU(), (2, 3, 4, 5)),
+    "silu in place": (nn.SiLU(inplace=True), (2, 3, 4, 5)),
+    "max pooling": (nn.MaxPool2d(3, 2, 1), (2, 3, 7, 8)),
+    "max pooling, dilated": (nn.MaxPool2d((2, 3), dilation=(1, 2), ceil_mode=True), (2, 3, 7, 8)),
+    "max pooling by integers of numpy": (nn.MaxPool2d(np.int64(2), stride=np.int32(1)), (2, 3, 7, 8)),
+    "max pooling of one image": (nn.MaxPool2d(2), (3, 6, 6)),
+    "layer norm": (nn.LayerNorm(6), (3, 5, 6)),
+    "layer norm without bias": (nn.LayerNorm(6, bias=False), (3, 5, 6)),
+    "layer norm without parameters": (nn.LayerNorm((4, 5), elementwise_affine=False), (2, 3, 4, 5)),
+    "layer norm of images": (nn.LayerNorm((3, 4, 5)), (2, 3, 4, 5)),
     "instance norm": (nn.InstanceNorm2d(3, affine=True), (4, 3, 2, 3)),
 }
 
@@ -61,9 +76,11 @@ def second_order(layer: nn.Module, x: Tensor, fast: bool, upstream: bool = True)
     with FastDoubleBackward(fast=fast):
         out = layer(before)
     torch.manual_seed(5)
-    score = (out * torch.randn_like(out) + out.sin()).sum()
+    # not randn_like, whose numbers depend on the memory format
+    noise = torch.randn(out.shape, device=out.device), torch.randn(x.shape, device=x.device)
+    score = (out * noise[0] + out.sin()).sum()
     (gradient,) = torch.autograd.grad(score, x, create_graph=True)
-    loss = (gradient * torch.randn_like(gradient)).sum() + gradient.cos().sum() + out.sin().sum()
+    loss = (gradient * noise[1]).sum() + gradient.cos().sum() + out.sin().sum()
     loss.backward()
     gradients = [x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
     return [out.detach(), gradient.detach(), *(g for g in gradients if g is not None)]

@@ -104,6 +104,55 @@ def test_max_pooling(layout: Any, geometry: Any) -> None:
     assert results[0][1].stride() == x.stride()
 
 
+@kernels
+def test_statistics_of_a_channel_with_an_outlier() -> None:
+    x = 1e-3 * torch.randn(64, 2, 16, 16, device=DEVICE)
+    x[0, :, 0, 0] = 5.0
+    with FastDoubleBackward():
+        out = nn.BatchNorm2d(2).to(DEVICE)(x.clone().requires_grad_())
+    close(out.detach(), nn.BatchNorm2d(2).double().to(DEVICE)(x.double()).detach(), torch.float32)
+
+
+@kernels
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.SiLU(inplace=True)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations(layer: nn.Module, layout: Any, dtype: torch.dtype) -> None:
+    compare(layer, (3 * torch.randn(3, 5, 7, 6)).contiguous(memory_format=layout), dtype)
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(2, 7, 33), (3, 1, 768), (600, 5)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_normalization(shape: Any, weighted: bool, dtype: torch.dtype) -> None:
+    layer = nn.LayerNorm(shape[-1], elementwise_affine=weighted)
+    for parameter in layer.parameters():
+        parameter.data.uniform_(0.5, 1.5)
+    compare(layer, 2 * torch.randn(shape) + 1, dtype)
+
+
+def compare(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """Output, input gradient, and the gradients of that by all that it depends on."""
+    results = []
+    g, v = torch.randn(2, *x.shape).to(DEVICE, dtype)
+    for fast in (True, False):
+        own = copy.deepcopy(layer).to(DEVICE, dtype if fast else torch.float64)
+        if not fast:
+            for parameter, short in zip(own.parameters(), layer.parameters(), strict=True):
+                parameter.data = short.data.to(DEVICE, dtype).double()
+        xs, gs, vs = ((t.to(DEVICE, dtype) if fast else t.to(DEVICE, dtype).double()).detach() for t in (x, g, v))
+        xs.requires_grad_(), gs.requires_grad_()
+        with FastDoubleBackward() if fast else torch.enable_grad():
+            out = own(xs.clone())
+        (u,) = torch.autograd.grad(out, xs, gs, create_graph=True)
+        weights = [p for p in own.parameters() if p.dim() and p is getattr(own, "weight", None)]
+        results.append((out, u, *torch.autograd.grad(u, [gs, xs, *weights], vs)))
+    for a, b in zip(*results, strict=True):
+        error = float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+        assert error < (1e-4 if dtype is torch.float32 else 2e-2), error
+
+
 class Residual(nn.Module):
     """The parts of a residual network, small: the interpreter is slow."""
 

@@ -19,7 +19,7 @@ from lightning_locality import (
     UniformPatches,
     input_gradient_change,
 )
-from lightning_locality.regularizer import AbstractPatches
+from lightning_locality.regularizer import AbstractPatches, anti_locality
 from lightning_locality.regularizer.anti_locality import AbsoluteCosine
 from lightning_locality.regularizer.patches import Box
 
@@ -774,3 +774,32 @@ def test_the_term_on_a_part_of_the_batch() -> None:
     torch.testing.assert_close(part(model, x, y), whole(twin, x[:4], y[:4]))
     with pytest.raises(ValueError, match="samples must be at least 2, for a donor, or None"):
         AntiLocality(UniformPatches(), samples=1)
+    with pytest.raises(ValueError, match=r"samples .*2\.5"):
+        AntiLocality(UniformPatches(), samples=2.5)  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_batch_of_a_model_that_works_in_place_on_its_input() -> None:
+    """And of images that something trainable has made."""
+    (x, y), model = images(), Residual(1)
+
+    def inplace(z: Tensor) -> Tensor:
+        z -= 0.5
+        return model(z)
+
+    part, kept, factor = AntiLocality(FarField(3), seed=4, samples=4), x.clone(), torch.ones(1, requires_grad=True)
+    expected = AntiLocality(FarField(3), seed=4)(inplace, x[:4], y[:4])
+    torch.testing.assert_close(part.with_output(inplace, x, y)[1], expected)
+    assert torch.equal(x, kept)
+    terms = [AntiLocality(FarField(3), seed=4, samples=n).with_output(model, x * factor, y)[1] for n in (4, 6)]
+    for term in terms:
+        (gradient,) = torch.autograd.grad(term, factor)
+        assert gradient.abs() > 0
+
+
+def test_a_coin_is_thrown_at_every_call_also_with_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, own = [], anti_locality._with_output
+    monkeypatch.setattr(anti_locality, "_with_output", lambda *a, **k: found.append(k["constant"]) or own(*a, **k))
+    (x, y), penalty, generator = images(), AntiLocality(UniformPatches(2), sides="coin"), torch.Generator()
+    for _ in range(12):
+        penalty.with_output(Residual(1), x, y, generator=generator)
+    assert set(found) == {"x", "x'"}

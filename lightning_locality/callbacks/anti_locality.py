@@ -71,9 +71,8 @@ class AntiLocalityCallback(Callback):
         self._penalties  # noqa: B018 (raises ValueError)
         self._images: tuple[Tensor, Tensor | None] | None = None
         self._has_donors, self._left_out = DonorCheck(), False
-        if cuda_graph:
-            for one, _ in self._penalties.values():
-                one.cuda_graph = True
+        for one, _ in self._penalties.values():
+            one.cuda_graph = cuda_graph
 
     @property
     def _penalties(self) -> dict[str, tuple[AntiLocality, float]]:

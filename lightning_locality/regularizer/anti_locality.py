@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
-from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
+from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes, check_integer
 from lightning_locality.regularizer.state import function_of, modules_of, restored
 
 Model = Callable[[Tensor], Any]
@@ -263,7 +263,7 @@ def input_gradient_change(
         output: f as a function of the model's output and y, one number per sample.
         update_statistics: Whether the forward pass on x' updates the running statistics of normalisations (as
             published); that on x, which repeats the caller's, never does.
-        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
+        fast: Use faster second derivatives of the usual layers, equal up to rounding.
 
     Raises:
         ValueError: Boxes that leave the image, overlap or are empty; labels or outputs that do not fit; float16,
@@ -306,10 +306,11 @@ class AntiLocality(nn.Module):
         update_statistics: Whether the forward pass on x' updates the running statistics of normalisations
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
-        fast: Use faster second derivatives of convolutions and batch normalisations, equal up to rounding.
+        fast: Use faster second derivatives of the usual layers, equal up to rounding.
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which
             takes 8/12 of the operations and less memory; "coin": that at x or that at x', drawn at every call.
-        samples: Take the term on the first ``samples`` of a batch alone, in less time and memory; None: on all.
+        samples: Take the term on the first ``samples`` of a training batch alone, in less time and memory; None, as
+            :meth:`measure`: on all.
         cuda_graph: On a CUDA device, replay the step from CUDA graphs (see :class:`GraphedStep` for what that asks of
             the model).
     """
@@ -333,7 +334,7 @@ class AntiLocality(nn.Module):
             raise ValueError(f"seed must be 0 or more, got {seed!r}: pass an integer, such as 0")
         if sides not in ("both", "first", "coin"):
             raise ValueError(f"sides must be 'both', 'first' or 'coin', got {sides!r}")
-        if samples is not None and samples < 2:
+        if samples is not None and check_integer(samples, "samples") < 2:
             raise ValueError(f"samples must be at least 2, for a donor, or None for the whole batch, got {samples}")
         self.patches, self.donor, self.output = patches, donor, output
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
@@ -386,8 +387,8 @@ class AntiLocality(nn.Module):
         whole = self.samples is None or self.samples >= len(x)
         constant: Literal["x", "x'"] | None = None if self.sides == "both" else "x'"
         if self.sides == "coin":
-            coin = np.random.SeedSequence((self.seed, 2, self._draws["training"])).generate_state(1)[0]
-            constant = "x" if coin % 2 else "x'"
+            heads = self._generator("training", more=(1,)) if generator is None else generator
+            constant = "x" if torch.randint(2, (), generator=heads) else "x'"
         pair, donated = self._draw(x[part].detach(), generator, "training")
         passes = (with_output and whole, self.update_statistics)
         options: Any = {"fast": self.fast, "update_statistics": passes, "constant": constant}
@@ -396,8 +397,9 @@ class AntiLocality(nn.Module):
         options["check_noise"], self._checked = not self._checked, True
 
         def step(x: Tensor, y: Tensor | None, i: Tensor, j: Tensor, donated: Tensor) -> Any:
-            full = model(x) if with_output and not whole else None
-            some = x[part].detach() if not whole else x
+            # a copy: the model may change its input in place
+            full = model(x.clone()) if with_output and not whole else None
+            some = x if whole else x[part]
             labels = y if y is None else y[part]
             out, value = _with_output(model, some, labels, PatchPair(i, j), donated, self.output, **options)
             return (out if whole else full, value) if with_output else value
@@ -411,9 +413,7 @@ class AntiLocality(nn.Module):
         if len(x) < 2:
             raise ValueError(f"x has {len(x)} sample and no donor for it: use larger batches or drop_last=True")
         if generator is None:
-            stream = list(self._draws).index(use)
-            word = np.random.SeedSequence((self.seed, stream, self._draws[use])).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(word))
+            generator = self._generator(use)
             self._draws[use] += 1
         if self.donor == "shift":
             donor = torch.arange(len(x)).roll(-1)
@@ -423,3 +423,9 @@ class AntiLocality(nn.Module):
         with torch.no_grad():
             donated = x[donor.to(x.device, non_blocking=True)]
             return self.patches.draw(x, donated, generator), donated
+
+    def _generator(self, use: str, more: tuple[int, ...] = ()) -> torch.Generator:
+        """Generator of the next call for this use."""
+        key = (self.seed, list(self._draws).index(use), self._draws[use], *more)
+        word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(word))

@@ -8,19 +8,14 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def fused_kernels() -> Any:
@@ -29,11 +24,25 @@ def fused_kernels() -> Any:
     return fused
 
 
+@cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether Triton can build kernels, which takes a C compiler, and run them; or its interpreter, for tests."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        x, one = torch.zeros(2, 1, 2, 2, device=device), torch.ones(1, device=device)
+        fused_kernels().batch_norm(x.float(), one.float(), one.float(), None, 0.1, 1e-5)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"the term runs without Triton's kernels, equal but slower: {reason}", stacklevel=2)
+        return False
+    return True
+
+
 def are_fusable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether Triton's kernels take these tensors; its interpreter, for tests, also takes those of the CPU."""
-    known = x.is_cuda or (_has_triton() and os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether Triton's kernels take these tensors, all of one device, of which only ``x`` may be of a short type."""
     short = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and short and _has_triton() and all(t is None or t.dtype is torch.float32 for t in others)
+    return short and all(t is None or t.dtype is torch.float32 for t in others) and _kernels_run(x.device)
 
 
 class _BatchNorm(Function):

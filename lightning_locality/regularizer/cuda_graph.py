@@ -4,17 +4,25 @@ from __future__ import annotations
 
 __all__ = ["GraphedStep"]
 
+import pickle
+import random
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self, cast, final
+from enum import Enum
+from types import MethodType
+from typing import Any, NamedTuple, Self, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_locality.regularizer.state import restored
 
 Tensors = Sequence[Tensor]
 Inputs = Sequence[Tensor | None]
@@ -83,9 +91,14 @@ class _Graph:
         self.inputs = [None if t is None else t.detach().clone() for t in inputs]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         with _unchanged(model, self.inputs):
+            before = _numbers_of_the_host(self.inputs)
             eager, leaves = self._step()
+            if _numbers_of_the_host(self.inputs) != before:
+                raise _NotCapturedError("the model draws random numbers on the processor, which a graph would repeat")
             if not all(isinstance(output, Tensor) and output.requires_grad for output in eager):
                 raise _NotCapturedError("the model's output has parts other than differentiable tensors")
+            if any(isinstance(getattr(node, "variable", None), nn.Parameter) for node in _nodes(eager)):
+                raise _NotCapturedError("the output depends on parameters that are not among those of the model")
             generator = torch.Generator().manual_seed(0)
             # one output at a time, so that a small gradient does not hide behind a large one
             weights = [torch.rand(t.shape, generator=generator).to(t) for t in eager]
@@ -208,19 +221,31 @@ def _precision(output: Tensor) -> torch.dtype:
 def _unchanged(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Leave buffers, inputs and random numbers as they were; no cache of autocast, which a graph must not read."""
     given = [t for t in inputs if t is not None]
-    device, kind = given[0].device, given[0].device.type
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if kind == "cuda" else []))
-        for tensor in (*model.buffers(), *given):
-            stack.callback(_restore, tensor, tensor.clone())
-        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-        yield
+    kind, copies = given[0].device.type, [t.clone() for t in given]
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    with restored(model, *given), torch.autocast(kind, dtype, enabled, cache_enabled=False):
+        try:
+            yield
+        finally:
+            for tensor, copied in zip(given, copies, strict=True):
+                tensor.copy_(copied)
 
 
-def _restore(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(value)
+def _numbers_of_the_host(inputs: Inputs) -> tuple[Hashable, ...]:
+    """States of the generators that a replay does not advance."""
+    own = torch.get_rng_state().numpy().tobytes() if any(t is not None and t.is_cuda for t in inputs) else b""
+    return own, random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+
+
+def _nodes(outputs: Tensors) -> Iterator[Node]:
+    """All nodes of a graph."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        yield (last := waiting.pop())
+        new = {behind for behind, _ in last.next_functions if behind is not None} - seen
+        seen |= new
+        waiting += new
 
 
 @final
@@ -232,10 +257,15 @@ class GraphedStep:
     optimizer, gradient accumulation, clipping and the reduction of DistributedDataParallel need not know. Random layers
     draw anew at every replay, and buffers are updated once, as eagerly.
 
-    The first replay is compared with the eager step: outputs and gradients, in the norm, to 2e-3 (float32) or 5e-2
-    (bf16). If they differ, or if something cannot be captured (a model that reads numbers back from the device, has
-    hooks, or changes its plain attributes at every call), the step is taken eagerly, after one warning with the reason.
-    A batch of another shape is taken eagerly; two of them in succession replace the graph.
+    The first replay is compared with the eager step: every output and its gradient, in the norm, to 2e-3 (float32) or
+    5e-2 (bf16). If they differ, or if something cannot be captured (a model that reads numbers back from the device,
+    has hooks, draws random numbers on the processor, uses parameters that are not its own, or changes its attributes at
+    every call), the step is taken eagerly, after one warning with the reason. A batch of another shape is taken
+    eagerly; two of them in succession replace the graph.
+
+    A graph holds as long as the modules, their parameters and buffers, modes and public attributes (lists and
+    dictionaries included) stay the same. It does not see private attributes, what is inside objects, closures or
+    globals. A parameter that the outputs used do not depend on has a gradient of zeros in place of None.
 
     On a CPU the same code runs if ``emulate`` is set, with the eager step in place of the replays.
     """
@@ -243,8 +273,8 @@ class GraphedStep:
     def __init__(self, emulate: bool = False) -> None:
         self.emulate = emulate
         self._graph: _Graph | None = None
-        self._key: Hashable = None
-        self._last: Hashable = None
+        self._key: _Key | None = None
+        self._last: _Key | None = None
         self._captures = self._misses = 0
         self._refused = False
 
@@ -264,7 +294,8 @@ class GraphedStep:
         if not usable or any(t is not None and t.requires_grad for t in inputs):
             return function(*inputs)
         try:
-            graph = self._find(function, model, inputs, version)
+            with torch.cuda.device_of(next(t for t in inputs if t is not None)):  # type: ignore[no-untyped-call]
+                graph = self._find(function, model, inputs, version)
         except (_NotCapturedError, RuntimeError) as error:
             self._refused, self._graph = True, None
             reason = str(error).strip().partition("\n")[0]
@@ -276,12 +307,13 @@ class GraphedStep:
 
     def _find(self, function: Callable[..., Any], model: Any, inputs: Inputs, version: Hashable) -> _Graph | None:
         """The graph of this step, captured if it is the second of its kind in succession."""
-        key = version, *_state(model, inputs)
-        if key == self._key:
+        key = _key(model, inputs, version)
+        if self._key is not None and key.values == self._key.values:
             self._last, self._misses = key, 0
             return self._graph
-        repeated, self._last = key == self._last, key
-        if repeated:
+        # objects are known by their ids: the last ones are kept, lest new ones take their places
+        last, self._last = self._last, key
+        if last is not None and key.values == last.values:
             self._graph = self._key = None
             if self._captures == _MOST_CAPTURES:
                 raise _NotCapturedError(f"model or batches have changed {_MOST_CAPTURES} times")
@@ -289,28 +321,53 @@ class GraphedStep:
             self._graph, self._key = _Graph(function, model, inputs), key
             return self._graph
         self._misses += 1
-        if self._misses > _MOST_MISSES:
-            raise _NotCapturedError("plain attributes of the model, or the shape of the batches, change at every call")
+        if last is not None and self._misses > _MOST_MISSES:
+            changed = next((name for name, value in key.values.items() if last.values.get(name) != value), "the model")
+            raise _NotCapturedError(f"{changed} is another at every call")
         return None
 
 
-def _state(model: Any, inputs: Inputs) -> tuple[Hashable, ...]:
-    """Everything that a graph fixes: shapes, addresses, modes and plain attributes of the modules."""
+class _Key(NamedTuple):
+    """Everything that a graph fixes, by name, and the objects that are known by their ids."""
+
+    values: dict[str, Any]
+    objects: list[Any]
+
+
+def _key(model: Any, inputs: Inputs, version: Hashable) -> _Key:
     if not isinstance(model, nn.Module):
         raise _NotCapturedError(f"the model is a {type(model).__name__}, not a module whose parameters are known")
-    plain: list[Hashable] = []
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise _NotCapturedError(f"{name or 'the model'} has hooks, whose Python code a graph would not run")
-        plain.extend(value for key, value in vars(module).items() if key[0] != "_" and _is_plain(value))
-    tensors = [*model.parameters(), *model.buffers()]
-    shapes = tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+    objects: list[Any] = [version]
     kind = next(t.device.type for t in inputs if t is not None)
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return shapes, autocast, tuple(plain), tuple((t.data_ptr(), t.requires_grad) for t in tensors)
+    values: dict[str, Any] = {
+        "the batch": tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs),
+        "the step": (version, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)),
+    }
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise _NotCapturedError(f"{name or 'the model'} has hooks, whose Python code a graph would not run")
+        values[f"{name} (module)"] = type(module)
+        for key, value in vars(module).items():
+            if key[0] != "_":
+                values[f"{name}.{key}"] = _fingerprint(value, objects)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            values[f"{name}.{key}"] = _fingerprint(tensor, objects)
+    return _Key(values, objects)
 
 
-def _is_plain(value: Any) -> bool:
-    return (
-        value is None or type(value) in (bool, int, float, str) or (type(value) is tuple and all(map(_is_plain, value)))
-    )
+def _fingerprint(value: Any, objects: list[Any]) -> Hashable:
+    if value is None or isinstance(value, (bool, int, float, str, bytes, np.generic, Enum, torch.dtype)):
+        return type(value), value
+    if isinstance(value, Tensor):
+        # an address says all of a buffer, but a parameter is also who gets the gradient
+        objects += [value] if isinstance(value, nn.Parameter) else []
+        own = id(value) if isinstance(value, nn.Parameter) else 0
+        return own, value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_fingerprint(one, objects) for one in value)
+    if isinstance(value, dict):
+        return tuple((key, _fingerprint(one, objects)) for key, one in value.items())
+    if isinstance(value, MethodType):
+        return _fingerprint(value.__self__, objects), _fingerprint(value.__func__, objects)
+    objects.append(value)
+    return id(value)

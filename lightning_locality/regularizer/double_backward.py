@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation with fast second derivatives, for any unmodified network.
+"""Layers with fast second derivatives, for any unmodified network.
 
 Legend: n numbers per channel, g gradient at a layer's output, v gradient of the loss at the layer's input gradient.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -20,7 +21,9 @@ from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormModule
 from torch.overrides import TorchFunctionMode
 
+from lightning_locality.regularizer.activation import SMOOTH, relu, smooth
 from lightning_locality.regularizer.batch_norm import are_fusable, are_plain, batch_norm, fused_kernels
+from lightning_locality.regularizer.layer_norm import layer_norm
 
 _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _OWN = ("weight", "bias", "running_mean", "running_var")
@@ -65,6 +68,12 @@ def _needed(node: Node | None) -> bool:
     except RuntimeError:
         # a leaf whose gradient is asked for
         return True
+
+
+def _per_axis(number: Any, axes: int) -> list[int]:
+    """One integer per axis, from one for all or a sequence."""
+    numbers = [number] if hasattr(number, "__index__") else [*number]
+    return [operator.index(n) for n in numbers * (axes // len(numbers))]
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
@@ -131,38 +140,6 @@ class _ConvolutionBackward(Function):
         return grad_g, grad_x, grad_weight, None, None
 
 
-class _ReLU(Function):
-    """Torch's second derivative makes a tensor of zeros and adds it; here there is none.
-
-    After a fused batch normalisation that has no other use, that one sets the gradients to zero (``masked``).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool, masked: bool) -> Tensor:
-        out = torch.relu_(x) if inplace else torch.relu(x)
-        if inplace:
-            ctx.mark_dirty(x)
-        if not masked:
-            ctx.save_for_backward(out)
-        ctx.masked = masked
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g if ctx.masked else _ReLUBackward.apply(g, *ctx.saved_tensors), None, None
-
-
-class _ReLUBackward(Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, out: Tensor) -> Tensor:
-        ctx.save_for_backward(out)
-        return cast("Tensor", torch.ops.aten.threshold_backward(g, out, 0))
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        return _ReLUBackward.apply(v, *ctx.saved_tensors), None
-
-
 class _MaxPool(Function):
     """Torch's second derivative leaves the memory format of its input, and all that follows pays for it."""
 
@@ -209,25 +186,29 @@ def _max_pool(
 ) -> Tensor | None:
     if return_indices or input.dim() != 4 or not (are_plain(input) and input.requires_grad):
         return None
-    sides = (kernel_size, stride if stride is not None else kernel_size, padding, dilation)
-    geometry = [[n, n] if isinstance(n, int) else [*n] * (2 // len(n)) for n in sides]
+    stride = kernel_size if stride is None or (isinstance(stride, (list, tuple)) and not stride) else stride
+    geometry = [_per_axis(n, 2) for n in (kernel_size, stride, padding, dilation)]
     return cast("Tensor", _MaxPool.apply(input, (*geometry, ceil_mode)))
 
 
 @final
 class FastDoubleBackward(TorchFunctionMode):
-    r"""Make the layers called in the context twice differentiable, and convolution and batch norm at the usual cost.
+    r"""Make the layers called in the context twice differentiable, at the usual cost.
 
-    The results equal torch's up to rounding. Torch's second derivative of a convolution uses one with a kernel as
-    large as the image, that of batch normalisation some thirty elementwise passes; here they take one weight gradient,
-    and two fused and three elementwise passes. Everything else (transposed convolutions, padding given as a word,
+    The results equal torch's up to rounding. Torch's second derivative of a convolution uses one with a kernel as large
+    as the image, those of batch and layer normalisation, GELU and SiLU some ten to thirty elementwise passes, that of
+    ReLU a tensor of zeros; here a convolution takes one weight gradient, and the others as many passes as their
+    formulas demand, on CUDA in kernels of their own. Everything else (transposed convolutions, padding given as a word,
     tensor subclasses, transforms of torch.func, other layers) is passed on to torch, or refused by name if torch has no
     second derivative.
+
+    A ReLU that works in place, directly after a batch normalisation, is taken for its only use: so it is, unless the
+    output was given to compiled code (TorchScript, C++ extensions) in between, which Python does not see.
 
     Args:
         x: The network's input, neither a leaf nor changed in place before the context.
         leaf: Whether ``x`` is a clone of a leaf whose gradient nobody reads: the last backward pass leaves it out.
-        fast: Whether to replace convolution and batch normalisation.
+        fast: Whether to replace what torch can do more slowly.
         update_statistics: Whether normalisations in training may update their running statistics and count the batch.
 
     Raises:
@@ -274,11 +255,15 @@ class FastDoubleBackward(TorchFunctionMode):
         elif self.fast and func in _CONVOLUTIONS:
             out = self._convolution(*args, **kwargs, axes=_CONVOLUTIONS[func])
         elif self.fast and func in (F.relu, torch.relu, Tensor.relu):
-            out = _relu(fresh, *args, **kwargs)
+            out = relu(fresh, *args, **kwargs)
         elif self.fast and func in (torch.relu_, Tensor.relu_):
-            out = _relu(fresh, *args, **kwargs | {"inplace": True})
+            out = relu(fresh, *args, **kwargs | {"inplace": True})
         elif self.fast and func is F.max_pool2d:
             out = _max_pool(*args, **kwargs)
+        elif self.fast and func in SMOOTH:
+            out = smooth(func, *args, **kwargs)
+        elif self.fast and func is F.layer_norm:
+            out = layer_norm(*args, **kwargs)
         elif func in _SUPPLIED or func is F.scaled_dot_product_attention:
             _refuse_checkpoint()
             out = _SUPPLIED[func](*args, **kwargs) if func in _SUPPLIED else None
@@ -325,9 +310,7 @@ class FastDoubleBackward(TorchFunctionMode):
     ) -> Tensor | None:
         if isinstance(padding, str) or input.dim() != axes + 2 or not are_plain(input, weight, bias):
             return None
-        stride, padding, dilation = (
-            [n] * axes if isinstance(n, int) else [*n] * (axes // len(n)) for n in (stride, padding, dilation)
-        )
+        stride, padding, dilation = (_per_axis(n, axes) for n in (stride, padding, dilation))
         geometry = (stride, padding, dilation, False, [0] * axes, groups)
         # a view or a change in place would put something else between this layer and the leaf
         mode = self if self.leaf and input is self.x and input.grad_fn is self.node else None
@@ -337,17 +320,6 @@ class FastDoubleBackward(TorchFunctionMode):
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
             return cast("Tensor", _Convolution.apply(input, weight, bias, geometry, mode))
-
-
-def _relu(fresh: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor | None:
-    if not (are_plain(input) and input.requires_grad):
-        return None
-    # in place, a normalisation's output has no other use
-    node: Any = input.grad_fn
-    masked = inplace and input is fresh and hasattr(node, "masked")
-    if masked:
-        node.masked = True
-    return cast("Tensor", _ReLU.apply(input, inplace, masked))
 
 
 def _counting(counter: Any, frame: FrameType) -> BatchNormModule | None:

@@ -1,7 +1,7 @@
-"""Batch normalisation with its first and second derivative, and the gradient of max pooling, as Triton kernels.
+"""Batch normalisation, and derivatives of other layers, as Triton kernels.
 
 Every tensor of full size is read and written as often as the formulas demand, once per kernel, in its own type; sums
-and numbers per channel are float32. The eager twins are in :mod:`double_backward`.
+and numbers per channel are float32. The eager twins are beside what calls them.
 
 Legend: x input, g gradient at the output, v gradient of the loss at the input gradient, n numbers per channel, C
 channels. A tensor is addressed as rows x C with ``inner`` rows beside each other in memory: 1 if channels come last.
@@ -11,11 +11,17 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Pair = tuple[int, int]
 _ELEMENTS = 1024
 
@@ -24,13 +30,20 @@ _ELEMENTS = 1024
 def _sums(x, u, g, center, affine, sums, rows, inner, channels, rows_per_block, WHAT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip  # noqa: E501
     """Partial sums ``(2 or 3, blocks, C)``.
 
-    WHAT 0: of x - center and its square; 1: of g and g (x - center), u being g; 2: of v, v (x - center) and v g, u
-    being v. MASKED: g counts where the affine map of x is positive.
+    WHAT 0: of x - center and its square, and, third, the center, here the mean of the first rows, so that squares do
+    not cancel; 1: of g and g (x - center), u being g; 2: of v, v (x - center) and v g, u being v. MASKED: g counts
+    where the affine map of x is positive.
     """
     block = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = c < channels
-    middle = tl.load(center + c * (inner if WHAT == 0 else 1), known, 0.0).to(tl.float32)
+    if WHAT == 0:
+        row = tl.arange(0, ROWS).to(tl.int64)
+        at = (row // inner * channels * inner + row % inner)[:, None] + (c * inner)[None, :]
+        mask = (row < rows)[:, None] & known[None, :]
+        middle = tl.sum(tl.load(x + at, mask, 0.0).to(tl.float32), 0) / tl.minimum(rows, ROWS)
+    else:
+        middle = tl.load(center + c, known, 0.0)
     if MASKED:
         scale = tl.load(affine + c, known, 0.0)
         shift = tl.load(affine + channels + c, known, 0.0)
@@ -64,19 +77,21 @@ def _sums(x, u, g, center, affine, sums, rows, inner, channels, rows_per_block, 
     at = block * channels + c
     tl.store(sums + at, tl.sum(first, 0), known)
     tl.store(sums + size + at, tl.sum(second, 0), known)
+    if WHAT == 0:
+        tl.store(sums + 2 * size + at, middle, known)
     if WHAT == 2:
         tl.store(sums + 2 * size + at, tl.sum(third, 0), known)
 
 
 @triton.jit
-def _normalization(sums, center, weight, bias, running_mean, running_var, out, n, momentum, eps, inner, blocks, channels, TRACKED: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip  # noqa: E501
+def _normalization(sums, weight, bias, running_mean, running_var, out, n, momentum, eps, blocks, channels, TRACKED: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip  # noqa: E501
     """Mean, 1 / deviation, scale and shift per channel ``(4, C)``; the running statistics are updated."""
     channel = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     at = block * channels + channel
     first = tl.sum(tl.load(sums + at, block < blocks, 0.0), 0) / n
     second = tl.sum(tl.load(sums + blocks * channels + at, block < blocks, 0.0), 0) / n
-    mean = tl.load(center + channel * inner).to(tl.float32) + first
+    mean = tl.load(sums + 2 * blocks * channels + channel) + first
     var = tl.maximum(second - first * first, 0.0)
     rstd = 1 / tl.sqrt(var + eps)
     scale = tl.load(weight + channel).to(tl.float32) * rstd
@@ -197,6 +212,72 @@ def _unpool(g, index, out, size, channels, height, width, down, across, LAST: tl
     tl.store(out + at, total, mask)
 
 
+@triton.jit
+def _smooth(v, g, x, grad_g, grad_x, size, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """grad_g = v f'(x) and grad_x = v g f''(x) of GELU (0), its approximation by tanh (1) or SiLU (2)."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = at < size
+    xs = tl.load(x + at, mask, 0.0).to(tl.float32)
+    vs = tl.load(v + at, mask, 0.0).to(tl.float32)
+    gs = tl.load(g + at, mask, 0.0).to(tl.float32)
+    if KIND == 0:
+        density = tl.exp(-0.5 * xs * xs) * 0.3989422804014327
+        first = 0.5 * (1 + tl.erf(xs * 0.7071067811865476)) + xs * density
+        second = density * (2 - xs * xs)
+    elif KIND == 1:
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * xs * xs)
+        t = 2 * tl.sigmoid(2 * 0.7978845608028654 * (xs + 0.044715 * xs * xs * xs)) - 1
+        s = 1 - t * t
+        first = 0.5 * (1 + t) + 0.5 * xs * s * slope
+        second = s * slope + 0.5 * xs * s * (6 * 0.7978845608028654 * 0.044715 * xs - 2 * t * slope * slope)
+    else:
+        s = tl.sigmoid(xs)
+        first = s * (1 + xs * (1 - s))
+        second = s * (1 - s) * (2 + xs * (1 - 2 * s))
+    tl.store(grad_g + at, vs * first, mask)
+    tl.store(grad_x + at, vs * gs * second, mask)
+
+
+@triton.jit
+def _layer_norm_second(v, g, x, weight, mean, rstd, grad_g, grad_x, sums, rows, n, rows_per_block, WEIGHTED: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip  # noqa: E501
+    """grad_g and grad_x of the rows of a block, and their sum of g M(v), M the map of the first derivative."""
+    column = tl.arange(0, SIZE)
+    inside = column < n
+    gamma = tl.load(weight + column, inside, 0.0).to(tl.float32) if WEIGHTED else tl.where(inside, 1.0, 0.0)
+    total = tl.zeros((SIZE,), tl.float32)
+    for k in range(rows_per_block):
+        row = (tl.program_id(0) * rows_per_block + k).to(tl.int64)
+        mask = inside & (row < rows)
+        at = row * n + column
+        center = tl.load(mean + row, row < rows, 0.0).to(tl.float32)
+        scale = tl.load(rstd + row, row < rows, 0.0).to(tl.float32)
+        xs = tl.where(mask, (tl.load(x + at, mask, 0.0).to(tl.float32) - center) * scale, 0.0)
+        vs = tl.load(v + at, mask, 0.0).to(tl.float32)
+        gs = tl.load(g + at, mask, 0.0).to(tl.float32)
+        hs = gs * gamma
+        mean_v, mean_h = tl.sum(vs, 0) / n, tl.sum(hs, 0) / n
+        mean_vx, mean_hx, mean_vh = tl.sum(vs * xs, 0) / n, tl.sum(hs * xs, 0) / n, tl.sum(vs * hs, 0) / n
+        image = scale * (vs - mean_v - xs * mean_vx)
+        total += tl.where(mask, gs * image, 0.0)
+        tl.store(grad_g + at, gamma * image, mask)
+        within = mean_vh - mean_v * mean_h - 3 * mean_vx * mean_hx
+        moved = within * xs + mean_hx * (vs - mean_v) + mean_vx * (hs - mean_h)
+        tl.store(grad_x + at, -scale * scale * moved, mask)
+    if WEIGHTED:
+        tl.store(sums + tl.program_id(0) * n + column, total, inside)
+
+
+def _on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Launch kernels on the device of the first tensor, whatever the current one is."""
+
+    @wraps(function)
+    def on_its_device(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return on_its_device
+
+
 def layout(x: Tensor) -> torch.memory_format:
     """Format in which the kernels address a tensor."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -231,6 +312,7 @@ def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Te
     return out
 
 
+@_on_its_device
 def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -238,16 +320,16 @@ def batch_norm(
     x = x.contiguous(memory_format=layout(x))
     channels, n = x.shape[1], x.numel() // x.shape[1]
     numbers = torch.empty(4, channels, dtype=torch.float32, device=x.device)
-    # squares are taken around the first row, so that they do not cancel
     sums, blocks, inner = _reduce(0, x, x, x, x, numbers, False)
     mean, var = running or (numbers, numbers)
     _normalization[(channels,)](
-        sums, x, weight, bias, mean, var, numbers, float(n), float(momentum), float(eps), inner, blocks, channels,
+        sums, weight, bias, mean, var, numbers, float(n), float(momentum), float(eps), blocks, channels,
         TRACKED=running is not None, BLOCKS=triton.next_power_of_2(blocks),
     )  # fmt: skip
     return _map(0, x, x, x, numbers, numbers[2:], False, inner)[0], numbers
 
 
+@_on_its_device
 def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool) -> tuple[Tensor, ...]:
     """Gradient at x, and the sums ``(C,)`` of ``g x_hat`` and ``g``; masked: g is that behind a ReLU."""
     x = x.contiguous(memory_format=layout(x))
@@ -261,6 +343,7 @@ def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, m
     return _map(1, x, g, g, own, numbers[2:], masked, inner)[0], own[3], own[4]
 
 
+@_on_its_device
 def batch_norm_double_backward(
     v: Tensor, g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, sum_gx: Tensor, sum_g: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,6 +361,7 @@ def batch_norm_double_backward(
     return grad_g, grad_x, own[7]
 
 
+@_on_its_device
 def max_pool_backward(g: Tensor, index: Tensor, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
     """Gradient ``(B, C, *size)`` of g ``(B, C, H, W)`` whose windows were won by the pixels of these indices."""
     form = layout(index)
@@ -289,3 +373,34 @@ def max_pool_backward(g: Tensor, index: Tensor, size: Pair, kernel: Pair, stride
         K0=kernel[0], K1=kernel[1], S0=stride[0], S1=stride[1], P0=padding[0], P1=padding[1], SIZE=_ELEMENTS,
     )  # fmt: skip
     return out
+
+
+@_on_its_device
+def smooth_double_backward(v: Tensor, g: Tensor, x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """Gradients at g and x of ``g f'(x)``."""
+    x = x.contiguous(memory_format=layout(x))
+    v, g = (t.contiguous(memory_format=layout(x)) for t in (v, g))
+    grad_g, grad_x = torch.empty_like(g), torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), _ELEMENTS),)
+    _smooth[grid](v, g, x, grad_g, grad_x, x.numel(), KIND=kind, SIZE=_ELEMENTS)
+    return grad_g, grad_x
+
+
+@_on_its_device
+def layer_norm_double_backward(
+    v: Tensor, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients at g, x and the weight of the gradient at x; a row of x is what one mean belongs to."""
+    v, g, x = v.contiguous(), g.contiguous(), x.contiguous()
+    rows = mean.numel()
+    n = x.numel() // rows
+    blocks = min(rows, 512)
+    rows_per_block = triton.cdiv(rows, blocks)
+    blocks = triton.cdiv(rows, rows_per_block)
+    sums = torch.empty(blocks, n, dtype=torch.float32, device=x.device)
+    grad_g, grad_x = torch.empty_like(g), torch.empty_like(x)
+    _layer_norm_second[(blocks,)](
+        v, g, x, x if weight is None else weight, mean, rstd, grad_g, grad_x, sums, rows, n, rows_per_block,
+        WEIGHTED=weight is not None, SIZE=triton.next_power_of_2(n),
+    )  # fmt: skip
+    return grad_g, grad_x, None if weight is None else sums.sum(0).view_as(weight).to(weight.dtype)

@@ -63,7 +63,7 @@ def box_mask(boxes: Sequence[Tensor | int], image: Tensor) -> Tensor:
 def check_boxes(boxes: Sequence[Box], height: int, width: int, name: str = "boxes") -> None:
     """Raise ValueError unless the boxes lie inside the image and do not overlap."""
     for box in boxes:
-        top, left, tall, wide = (_check_integer(number, name) for number in box)
+        top, left, tall, wide = (check_integer(number, name) for number in box)
         if min(top, left) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width:
             raise ValueError(
                 f"{name}: (top, left, height, width) = {top, left, tall, wide} is not a box inside an image of "
@@ -74,7 +74,7 @@ def check_boxes(boxes: Sequence[Box], height: int, width: int, name: str = "boxe
             raise ValueError(f"{name}: {tuple(a)} and {tuple(b)} overlap; move one so that they share no pixel")
 
 
-def _check_integer(number: Any, name: str) -> int:
+def check_integer(number: Any, name: str) -> int:
     try:
         return operator.index(number)
     except TypeError:
@@ -83,20 +83,20 @@ def _check_integer(number: Any, name: str) -> int:
 
 
 def _check_size(size: int) -> int:
-    if (size := _check_integer(size, "size")) < 1:
+    if (size := check_integer(size, "size")) < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     return size
 
 
 def _check_distance(distance: int) -> int:
-    return _check_range(_check_integer(distance, "distance"), "distance")[0]
+    return _check_range(check_integer(distance, "distance"), "distance")[0]
 
 
 def _check_range(distance: int | tuple[int, int | None], name: str, smallest: int = 0) -> tuple[int, int | None]:
     ends = tuple(distance) if isinstance(distance, Sequence) else (distance, distance)
     if len(ends) != 2:
         raise ValueError(f"{name} must be a number of pixels, or the smallest and the largest, got {distance}")
-    low, high = _check_integer(ends[0], name), None if ends[1] is None else _check_integer(ends[1], name)
+    low, high = check_integer(ends[0], name), None if ends[1] is None else check_integer(ends[1], name)
     if low < smallest or (high is not None and high < low):
         raise ValueError(f"{name} must be ascending and at least {smallest} pixels, got {distance}")
     return low, high

@@ -21,6 +21,7 @@ from torchmetrics import Accuracy, MeanMetric
 from lightning_locality.networks import adapt
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.cuda_graph import GraphedStep
+from lightning_locality.regularizer.patches import check_integer
 from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
 
 
@@ -122,7 +123,7 @@ class Classification(LightningModule):
                 "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
             )
         weighted_penalties(penalty, weight)
-        if every_n_batches < 1:
+        if check_integer(every_n_batches, "every_n_batches") < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         for name, count in (("warmup_epochs", warmup_epochs), ("measured_batches", measured_batches)):
             if count < 0:
@@ -132,9 +133,8 @@ class Classification(LightningModule):
         self.weight, self.warmup_epochs, self.measured_batches = weight, warmup_epochs, measured_batches
         self.optimizer, self.scheduler = optimizer, scheduler
         self.every_n_batches, self.cuda_graph, self.graphed = every_n_batches, cuda_graph, GraphedStep()
-        if cuda_graph:
-            for one, _ in self._penalties.values():
-                one.cuda_graph = True
+        for one, _ in self._penalties.values():
+            one.cuda_graph = cuda_graph
         self.num_classes, self.in_channels = num_classes, in_channels
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.metrics = nn.ModuleDict()

@@ -1,0 +1,120 @@
+"""Activations with second derivatives of one pass.
+
+Legend: g gradient at the output, v gradient of the loss at the input gradient.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from lightning_locality.regularizer.batch_norm import are_fusable, are_plain, fused_kernels
+
+
+class _ReLU(Function):
+    """Torch's second derivative makes a tensor of zeros and adds it; here there is none.
+
+    After a fused batch normalisation that has no other use, that one sets the gradients to zero (``masked``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool, masked: bool) -> Tensor:
+        out = torch.relu_(x) if inplace else torch.relu(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        if not masked:
+            ctx.save_for_backward(out)
+        ctx.masked = masked
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g if ctx.masked else _ReLUBackward.apply(g, *ctx.saved_tensors), None, None
+
+
+class _ReLUBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(out)
+        return cast("Tensor", torch.ops.aten.threshold_backward(g, out, 0))
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return _ReLUBackward.apply(v, *ctx.saved_tensors), None
+
+
+def relu(fresh: Tensor | None, input: Tensor, inplace: bool = False) -> Tensor | None:
+    if not (are_plain(input) and input.requires_grad):
+        return None
+    # in place, a normalisation's output has no other use
+    node: Any = input.grad_fn
+    masked = inplace and input is fresh and hasattr(node, "masked")
+    if masked:
+        node.masked = True
+    return cast("Tensor", _ReLU.apply(input, inplace, masked))
+
+
+# also the numbers by which the kernel knows them
+SMOOTH: dict[Any, int] = {F.gelu: 0, F.silu: 2}
+_GELU_TANH = 1
+
+
+def _derivatives(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """First and second derivative of GELU, its approximation by tanh, or SiLU."""
+    if kind == SMOOTH[F.silu]:
+        s = torch.sigmoid(x)
+        return s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))
+    if kind == _GELU_TANH:
+        k, c = (2 / torch.pi) ** 0.5, 0.044715
+        t, slope = torch.tanh(k * (x + c * x**3)), k * (1 + 3 * c * x * x)
+        s = 1 - t * t
+        return 0.5 * (1 + t) + 0.5 * x * s * slope, s * slope + 0.5 * x * s * (6 * k * c * x - 2 * t * slope * slope)
+    density = torch.exp(-0.5 * x * x) / (2 * torch.pi) ** 0.5
+    return 0.5 * (1 + torch.erf(x / 2**0.5)) + x * density, density * (2 - x * x)
+
+
+class _Smooth(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        silu = kind == SMOOTH[F.silu]
+        return F.silu(x) if silu else F.gelu(x, approximate="tanh" if kind == _GELU_TANH else "none")
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _SmoothBackward.apply(g, *ctx.saved_tensors, ctx.kind), None
+
+
+class _SmoothBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, kind: int) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.kind = kind
+        if kind == SMOOTH[F.silu]:
+            return cast("Tensor", torch.ops.aten.silu_backward(g, x))
+        approximate = "tanh" if kind == _GELU_TANH else "none"
+        return cast("Tensor", torch.ops.aten.gelu_backward(g, x, approximate=approximate))
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, x = ctx.saved_tensors
+        if not torch.is_grad_enabled() and are_fusable(x):
+            return *fused_kernels().smooth_double_backward(v, g, x, ctx.kind), None
+        first, second = _derivatives(x.to(torch.promote_types(x.dtype, torch.float32)), ctx.kind)
+        return (v * first).to(g.dtype), (v * g * second).to(x.dtype), None
+
+
+def smooth(func: Any, input: Tensor, inplace: bool = False, approximate: str = "none") -> Tensor | None:
+    """GELU or SiLU, or None if torch should do it."""
+    if not (are_plain(input) and input.requires_grad) or approximate not in ("none", "tanh"):
+        return None
+    kind = _GELU_TANH if approximate == "tanh" else SMOOTH[func]
+    out = cast("Tensor", _Smooth.apply(input.clone() if inplace else input, kind))
+    return input.copy_(out) if inplace else out

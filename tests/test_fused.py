@@ -118,7 +118,17 @@ def test_statistics_of_a_channel_with_an_outlier() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations(layer: nn.Module, layout: Any, dtype: torch.dtype) -> None:
-    compare(layer, (3 * torch.randn(3, 5, 7, 6)).contiguous(memory_format=layout), dtype)
+    x = (3 * torch.randn(3, 5, 7, 6)).contiguous(memory_format=layout)
+    compare(layer, x, dtype)
+    thirds = []
+    for fast in (True, False):
+        xs = (x.to(DEVICE) if fast else x.to(DEVICE).double()).detach().requires_grad_()
+        with FastDoubleBackward() if fast else torch.enable_grad():
+            h = layer(xs.clone()).square().sum()
+        for _ in range(3):
+            (h,) = torch.autograd.grad(h.sum(), xs, create_graph=True)
+        thirds.append(h.detach())
+    close(thirds[0], thirds[1], torch.float32)
 
 
 @kernels

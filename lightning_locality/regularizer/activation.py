@@ -31,10 +31,13 @@ class _ReLU(Function):
         if not masked:
             ctx.save_for_backward(out)
         ctx.masked = masked
+        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None
         return g if ctx.masked else _ReLUBackward.apply(g, *ctx.saved_tensors), None, None
 
 
@@ -105,15 +108,17 @@ class _SmoothBackward(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, x = ctx.saved_tensors
-        if not torch.is_grad_enabled() and are_fusable(x):
+        if not torch.is_grad_enabled():
             return *fused_kernels().smooth_double_backward(v, g, x, ctx.kind), None
+        # a model that differentiates inside
         first, second = _derivatives(x.to(torch.promote_types(x.dtype, torch.float32)), ctx.kind)
         return (v * first).to(g.dtype), (v * g * second).to(x.dtype), None
 
 
 def smooth(func: Any, input: Tensor, inplace: bool = False, approximate: str = "none") -> Tensor | None:
-    """GELU or SiLU, or None if torch should do it."""
-    if not (are_plain(input) and input.requires_grad) or approximate not in ("none", "tanh"):
+    """GELU or SiLU, or None where torch does it: without kernels it takes no more passes (benchmarks/passes.py)."""
+    known = approximate in ("none", "tanh") and are_plain(input) and input.requires_grad
+    if not (known and are_fusable(input)):
         return None
     kind = _GELU_TANH if approximate == "tanh" else SMOOTH[func]
     out = cast("Tensor", _Smooth.apply(input.clone() if inplace else input, kind))

@@ -148,10 +148,13 @@ class _MaxPool(Function):
         out, index = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
         ctx.save_for_backward(x, index)
         ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
         return cast("Tensor", out)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None
         return _MaxPoolBackward.apply(g, *ctx.saved_tensors, ctx.geometry), None
 
 

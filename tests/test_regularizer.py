@@ -772,5 +772,14 @@ def test_the_term_on_a_part_of_the_batch() -> None:
         (out_.sum() + value_).backward()
     assert_same(model, twin)
     torch.testing.assert_close(part(model, x, y), whole(twin, x[:4], y[:4]))
-    with pytest.raises(ValueError, match="samples must be at least 2, for a donor, or None"):
-        AntiLocality(UniformPatches(), samples=1)
+    for samples in (1, 2.5, "4"):
+        with pytest.raises(
+            ValueError, match=r"samples must be an integer of at least 2, for a donor, or None .*, got "
+        ):
+            AntiLocality(UniformPatches(), samples=samples)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("patches", [2, None, "FarField", UniformPatches])
+def test_what_is_no_rule_for_patches_is_refused_at_once(patches: Any) -> None:
+    with pytest.raises(ValueError, match=r"patches must be a rule such as UniformPatches\(size=2\), got "):
+        AntiLocality(patches)

@@ -75,11 +75,13 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             import lightning_locality.datamodules
             from lightning_locality.datamodules.base import export_images
             from lightning_locality.datamodules.pathfinder.module import make_pathfinder
+            from lightning_locality.runner import SuggestingParser
 
             for name in lightning_locality.datamodules.__all__:
                 getattr(lightning_locality.datamodules, name)  # imported, a class can be given by its name alone
             commands: dict[str, Any] = {"pathfinder": make_pathfinder, "export": export_images}
-            auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False)
+            options: dict[str, Any] = {"parser_class": SuggestingParser, "description": "Write data to disk."}
+            auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False, **options)
         case _:
             from lightning_locality.results import nearest
 

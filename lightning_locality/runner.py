@@ -107,6 +107,12 @@ def _find_checkpoint(name: str, run_dir: str | None) -> Path:
     return path
 
 
+def _epochs(checkpoint: Path) -> int:
+    """Number of epochs that a checkpoint has trained."""
+    loops = torch.load(checkpoint, weights_only=True, map_location="cpu")["loops"]
+    return int(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
 class LocalityCLI(LightningCLI):
     """Lightning's command line; every run has a directory, and a checkpoint never overrides what was typed."""
 
@@ -123,6 +129,9 @@ class LocalityCLI(LightningCLI):
         run_dir = "Folder of config, metrics, checkpoints, figures (default: runs/<date_time>, or that of --ckpt_path)."
         test = "Test after fit, with the last weights (as published) or the best on validation."
         labels = "Labels copied to summary.json, by which tables and figures group runs."
+        groups = parser.groups or {}
+        groups["model"].title = "What is trained: network, loss, term and optimiser (Classification), or another"
+        groups["data"].title = "The data, one of the tasks or another"
         parser.add_argument("--run_dir", type=str | None, default=None, help=run_dir)
         parser.add_argument("--test_after_fit", type=Literal["no", "last", "best"], default="no", help=test)
         parser.add_argument("--labels", type=_Labels | None, default=None, help=labels)
@@ -163,6 +172,13 @@ class LocalityCLI(LightningCLI):
                 settings["trainer"] = {k: v for k, v in (settings.get("trainer") or {}).items() if k in _TRAINING}
         changes = [change for name in sections if name in old for change in _differences(old[name], new[name], name)]
         if changes:
+            last = config.trainer.max_epochs if self.config.subcommand == "fit" else None
+            if last is not None and 0 <= last <= _epochs(path):
+                # the summary would name settings with which nothing was trained
+                raise ValueError(
+                    f"{path} has all of its {last} epochs, so nothing would be trained with the new settings "
+                    f"({'; '.join(changes)}): raise --trainer.max_epochs, or start anew in another --run_dir"
+                )
             rank_zero_warn(
                 f"{path} was trained with other settings ({'; '.join(changes)}) and {then} with the new ones"
             )
@@ -324,7 +340,8 @@ def _in_words(scores: dict[str, float], counts: dict[str, float]) -> list[str]:
     if "iterations" in counts:
         errors = [f"{name} {scores[name]:.3g}" for name in ("train/loss", "reconstruction_error") if name in scores]
         return [f"{counts['iterations']:.0f} iterations ({counts['iterations_per_second']:.0f} per second)", *errors]
-    return [f"{counts['epochs']:.0f} epochs", *(f"{k} {v:.4f}" for k, v in scores.items() if k.endswith("accuracy"))]
+    epochs = f"{counts['epochs']:.0f} epoch{'s' * (counts['epochs'] != 1)}"
+    return [epochs, *(f"{k} {v:.4f}" for k, v in scores.items() if k.endswith("accuracy"))]
 
 
 def _write_predictions(path: Path, batches: Sequence[Any]) -> None:
@@ -372,23 +389,30 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
 
 # jsonargparse 4.39 says "Key 'x' is not expected", 4.53 "Option 'x' is not accepted"
 _UNKNOWN = re.compile(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|dot import path string: (\w+)|arguments: --([\w.]+)")
-_ROLE = re.compile(r":(?:py:)?\w+:`~?(?:[\w.]+\.)?(\w+)`")
+# of reST: roles, such as :class:`~torch.nn.Module`, links and literals
+_MARKUP = re.compile(r":(?:py:)?\w+:`~?(?:[\w.]+\.)?(\w+)`|`([^`<]+?)\s*<[^`]*>`_+|``([^`]+)``")
 _CLASS_PATH = re.compile(r"class_path '([\w.]+)\.(\w+)'")
+_NO_CLASS = re.compile(r"class_path 'pytorch_lightning\.Lightning|\.Abstract\w+ is abstract")
 
 
 class SuggestingParser(LightningArgumentParser):
     """Lightning's parser, which also suggests the option, argument or class that was probably meant."""
 
     def format_help(self, *args: Any) -> str:
-        """Lightning's help without the roles of reST, and with what ``ckpt_path`` means here."""
+        """Lightning's help without the markup of reST, and with what ``ckpt_path`` means here."""
         for action in self._actions:
             if action.dest == "ckpt_path":
                 action.help = "Checkpoint: its path, or last or best of --run_dir; a fit continues from there."
-        return _ROLE.sub(r"\1", super().format_help(*args))
+            # before lines are broken, also within a role
+            action.help = action.help and _MARKUP.sub(r"\1\2\3", action.help)
+        return _MARKUP.sub(r"\1\2\3", super().format_help(*args))
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Append the nearest known name of every unknown one to the message."""
         text = str(message)
+        if _NO_CLASS.search(text):
+            named = "--model Classification, --data SameClass"
+            super().error(f"{text}\nName the class before its options, as in {named}, or give a --config that does")
         bases = (LightningModule, LightningDataModule, nn.Module, AbstractPatches)
         known = {cls.__name__ for base in bases for cls in _subclasses(base)}
         for module, name in _CLASS_PATH.findall(text):
@@ -397,8 +421,9 @@ class SuggestingParser(LightningArgumentParser):
         options = {action.dest for parser in (self, *subcommands) for action in parser._actions}
         known |= options | {option.rpartition(".")[0] for option in options}
         for unknown in dict.fromkeys("".join(found) for found in _UNKNOWN.findall(text)):
-            if near := difflib.get_close_matches(unknown, known, n=1):
-                text += f"\nDid you mean {near[0]!r}?"
+            near = difflib.get_close_matches(unknown, known, n=1)
+            if near and near[0] != unknown and (hint := f"Did you mean {near[0]!r}?") not in text:
+                text += f"\n{hint}"
         super().error(text, *args, **kwargs)
 
 

@@ -272,6 +272,8 @@ def test_names_and_weights_are_checked(callback: bool) -> None:
         (one, {"a": 1.0}, "weight must be a number for a single penalty, got"),
         ({"a": one}, {"a": -1.0}, r"weight must be 0 or more, got \{'a': -1.0\}"),
         ({"a": one}, -1.0, "weight must be 0 or more, got -1.0"),
+        ({"a": one}, "3", "weight must be 0 or more, got '3'"),
+        (one, None, "weight must be 0 or more, got None"),
     ):
         with pytest.raises(ValueError, match=message):
             build(penalty=penalty, weight=weight)  # type: ignore[call-arg, arg-type]
@@ -397,6 +399,20 @@ def test_networks_that_are_not_there_are_named() -> None:
     with pytest.raises(ValueError, match="too many values to unpack") as error:
         fit(OfBatch(), callback)
     assert error.value.__notes__ == ["The penalty calls OfBatch(x) with images x unless model= names another network."]
+
+
+def test_a_batch_whose_labels_have_another_name_is_explained() -> None:
+    class Masks(Anybodys):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["image"], batch["mask"]), batch_idx)
+
+    module = Masks()
+    module.head = nn.Linear(6, 2)
+    loader = DataLoader([{"image": x, "mask": y} for x, y in data(4).dataset], batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"y must be the labels of the 2 classes, .* got none") as error:
+        fit(module, AntiLocalityCallback(new_penalty(), WEIGHT), loader=loader)
+    note = "The batch has no labels (label, labels, target, targets, y, or second in a tuple): see batch=."
+    assert error.value.__notes__[-1] == note
 
 
 def test_what_a_part_of_the_module_cannot_do_is_refused() -> None:

@@ -105,9 +105,9 @@ def test_training_equals_the_loop_written_out(tmp_path: Path, classes: int, weig
     assert used.captured == graph
 
 
-def test_the_term_at_every_other_batch_with_twice_the_weight(tmp_path: Path) -> None:
+def test_the_term_at_every_other_batch(tmp_path: Path) -> None:
     data = Images()
-    task = Classification(Net(), penalty(), weight=2.0, num_classes=2, in_channels=1, every_n_batches=2)
+    task = Classification(Net(), penalty(), weight=4.0, num_classes=2, in_channels=1, every_n_batches=2)
     network, term = copy.deepcopy(task.network).train(), penalty()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     run = trainer(tmp_path, max_epochs=1)

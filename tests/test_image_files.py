@@ -579,8 +579,11 @@ def test_an_export_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image.Image, "save", None)
     with pytest.raises(TypeError):
         data.export(tmp_path / "cut")
-    assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
+    for name in ("arrays.npy", "pictures.ZIP", "a.png"):
+        with pytest.raises(ValueError, match=rf"{name} would be a folder: write arrays to a name that ends in \.npz"):
+            data.export(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
     data.export(tmp_path / "whole")
     data.export(tmp_path / "whole.npz")
     for name in ("whole", "whole.npz"):

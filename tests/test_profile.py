@@ -630,9 +630,11 @@ def test_network_without_gradient_is_sent_to_the_exact_method(network: nn.Module
 
 def test_what_is_refused() -> None:
     images, function = normal(6, 1, 4, 4), coupled(1, 4)
-    with pytest.raises(ValueError, match=r"samples must be 2 to the number of images, got 7 of 6"):
+    with pytest.raises(
+        ValueError, match=r"samples must be 2 to the number of images, got 7 of 6: give more images or fewer"
+    ):
         interaction_profile(function, images, samples=7)
-    with pytest.raises(ValueError, match=r"got 1 of 6"):
+    with pytest.raises(ValueError, match=r"got 1 of 6: each needs another as its donor"):
         interaction_profile(function, images, samples=1)
     with pytest.raises(ValueError, match=r"got 1 of 1: give more images"):
         interaction_profile(function, images[:1])

@@ -772,10 +772,11 @@ def test_the_term_on_a_part_of_the_batch() -> None:
         (out_.sum() + value_).backward()
     assert_same(model, twin)
     torch.testing.assert_close(part(model, x, y), whole(twin, x[:4], y[:4]))
-    with pytest.raises(ValueError, match="samples must be at least 2, for a donor, or None"):
-        AntiLocality(UniformPatches(), samples=1)
-    with pytest.raises(ValueError, match=r"samples .*2\.5"):
-        AntiLocality(UniformPatches(), samples=2.5)  # type: ignore[arg-type]
+    for samples in (1, 2.5, "4"):
+        with pytest.raises(
+            ValueError, match=r"samples must be an integer of at least 2, for a donor, or None .*, got "
+        ):
+            AntiLocality(UniformPatches(), samples=samples)  # type: ignore[arg-type]
 
 
 def test_a_part_of_the_batch_of_a_model_that_works_in_place_on_its_input() -> None:
@@ -803,3 +804,9 @@ def test_a_coin_is_thrown_at_every_call_also_with_a_generator(monkeypatch: pytes
     for _ in range(12):
         penalty.with_output(Residual(1), x, y, generator=generator)
     assert set(found) == {"x", "x'"}
+
+
+@pytest.mark.parametrize("patches", [2, None, "FarField", UniformPatches])
+def test_what_is_no_rule_for_patches_is_refused_at_once(patches: Any) -> None:
+    with pytest.raises(ValueError, match=r"patches must be a rule such as UniformPatches\(size=2\), got "):
+        AntiLocality(patches)

@@ -242,6 +242,18 @@ def test_a_resumed_run_says_what_differs_and_which_value_is_the_old_one(longer: 
     assert changes_of(longer, "test", *back) == ["model.penalty: was None, now AntiLocality"]
 
 
+def test_a_run_that_has_its_epochs_refuses_settings_with_which_nothing_would_be_trained(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (f"--config={trained / 'config.yaml'}", f"--run_dir={trained}", "--ckpt_path=last")
+    for last in ([], ["--trainer.max_epochs=1"], ["--trainer.max_epochs=0"]):
+        message = refused(capsys, "fit", *given, "--model.weight=5", *last)
+        assert "nothing would be trained with the new settings (model.weight: was 3.0, now 5.0)" in message
+        assert "raise --trainer.max_epochs" in message
+    assert not list(trained.glob("config.*.yaml"))
+    assert summary_of(trained)["config"]["model"]["init_args"]["weight"] == 3.0
+
+
 def test_a_checkpoint_without_its_configuration_still_says_what_differs(trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "last.ckpt", tmp_path / "alone.ckpt")
     with pytest.warns(UserWarning, match=r"alone.ckpt was trained .*\(model.weight: was 3.0, now 4.0\) and is used"):
@@ -325,7 +337,7 @@ def test_a_plateau_follows_its_monitor(tmp_path: Path, capsys: pytest.CaptureFix
         (["sweep", str(CONFIGS / "sweeps" / "quickstart.yaml"), "--dry"], None),
         (["rank", "--checkp=a"], None),
         (["figure", "accuracy", ".", "--titl=a"], None),
-        (["make-data", "pathfinder", "--roo=a"], None),
+        (["make-data", "pathfinder", "--roo=a"], "root"),
     ],
 )
 def test_abbreviated_options_are_refused(args: list[str], near: str | None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,15 +354,44 @@ def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["fit", f"--config={CONFIGS / 'defaults.yaml'}", "--data.source=digits"], "Name the class before its options"),
+        (["fit", "--model.weight=5"], "Name the class before its options"),
+        (["make-data", "export", "--data.source=digits", "--out=a"], "Name the class before its options"),
+        (["make-data", "export", "--data=SameClas", "--out=a"], "Did you mean 'SameClass'?"),
+        (["make-data", "export", "--data=SameClass", "--data.distanc=3", "--out=a"], "Did you mean 'distance'?"),
+    ],
+)
+def test_options_of_no_class_or_of_a_misspelt_one(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, *args)
+    assert message.count(said) == 1
+    assert "weights_only'" not in message
+
+
+def test_a_class_of_another_kind_is_not_suggested_for_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Did you mean" not in refused(capsys, "make-data", "export", "--data=TensorRecovery", "--out=a")
+
+
 def test_help_without_roles_and_with_our_meaning_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    for args in (["fit", "--help"], ["fit", "--model.help", "Classification"]):
+    export = ["make-data", "export", "--data.help", "SameClass"]
+    for args in (
+        ["fit", "--help"],
+        ["fit", "--model.help", "Classification"],
+        ["make-data", "pathfinder", "--help"],
+        export,
+    ):
         with pytest.raises(SystemExit) as stop:
             main(args)
         assert stop.value.code == 0
         shown = capsys.readouterr().out
-        assert ":class:" not in shown
-        assert ":func:" not in shown
+        for markup in (":class:", ":func:", ":paramref:", "``", "<https", "<class 'pytorch_lightning.core"):
+            assert markup not in shown
         if args[1] == "--help":
+            assert "What is trained: network, loss, term and optimiser" in shown
             assert "Checkpoint: its path, or last or best of --run_dir" in " ".join(shown.split())
             assert "registry" not in shown.partition("--ckpt_path CKPT_PATH\n")[2]
 

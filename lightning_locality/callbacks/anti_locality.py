@@ -167,6 +167,9 @@ class AntiLocalityCallback(Callback):
                 except Exception as error:
                     name = type(pl_module).__name__
                     error.add_note(f"The penalty calls {name}(x) with images x unless model= names another network.")
+                    if y is None:
+                        names = ", ".join(_LABELS)
+                        error.add_note(f"The batch has no labels ({names}, or second in a tuple): see batch=.")
                     raise
                 term = value * (weight / trainer.accumulate_grad_batches)
             _add_gradient(trainer, parameters, term)

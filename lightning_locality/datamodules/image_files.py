@@ -294,6 +294,8 @@ def write_images(out: Path, splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]
     """Write uint8 images ``(B, 1 or 3, H, W)`` and labels ``(B,)`` as PNG in class folders, or as arrays in an .npz."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists: delete it or choose another name")
+    if out.suffix.lower() in (".npy", ".zip", ".png", ".h5"):
+        raise ValueError(f"{out} would be a folder: write arrays to a name that ends in .npz, PNG files to another")
     part = out.with_name(f".part-{out.name}")  # renamed once complete
     shutil.rmtree(part, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -54,8 +54,8 @@ class ClassImages:
         single = self.classes[(self.counts < 2) & needed]
         if len(single):
             raise ValueError(
-                f"classes {single.tolist()} have a single image to draw from, so no pair of two distinct images: "
-                "exclude them (classes=...), change holdout, or set distinct=False"
+                f"classes {single.tolist()} have a single image in one of the splits, so no pair of two distinct "
+                "images: raise holdout (if it is for validation), exclude them (classes=...), or set distinct=False"
             )
 
     def _image(self, kind: Tensor, place: Tensor) -> Tensor:

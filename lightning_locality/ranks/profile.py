@@ -96,8 +96,8 @@ def interaction_profile(
     samples = min(len(images), 64) if samples is None else samples
     if not 2 <= samples <= len(images):
         raise ValueError(
-            f"samples must be 2 to the number of images, got {samples} of {len(images)}: give more images or fewer "
-            "samples"
+            f"samples must be 2 to the number of images, got {samples} of {len(images)}: "
+            + ("give more images or fewer samples" if samples >= len(images) else "each needs another as its donor")
         )
     grid = PatchGrid(images.shape[2], images.shape[3], patch)
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
-from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes, check_integer
+from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
 from lightning_locality.regularizer.state import function_of, modules_of, restored
 
 Model = Callable[[Tensor], Any]
@@ -328,14 +328,17 @@ class AntiLocality(nn.Module):
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(patches, type) or not hasattr(patches, "draw"):
+            raise ValueError(f"patches must be a rule such as UniformPatches(size=2), got {patches!r}")
         if donor not in ("shift", "permutation"):
             raise ValueError(f"donor must be 'shift' or 'permutation', got {donor!r}")
         if not isinstance(seed, (int, np.integer)) or seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed!r}: pass an integer, such as 0")
         if sides not in ("both", "first", "coin"):
             raise ValueError(f"sides must be 'both', 'first' or 'coin', got {sides!r}")
-        if samples is not None and check_integer(samples, "samples") < 2:
-            raise ValueError(f"samples must be at least 2, for a donor, or None for the whole batch, got {samples}")
+        if samples is not None and not (isinstance(samples, (int, np.integer)) and samples >= 2):
+            wanted = "an integer of at least 2, for a donor, or None for the whole batch"
+            raise ValueError(f"samples must be {wanted}, got {samples!r}")
         self.patches, self.donor, self.output = patches, donor, output
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
         self.sides, self.samples, self.cuda_graph = sides, samples, cuda_graph

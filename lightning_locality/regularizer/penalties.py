@@ -6,7 +6,7 @@ __all__: list[str] = []
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import Tensor, nn
 
@@ -37,8 +37,8 @@ def weighted_penalties(penalty: Any, weight: float | Mapping[str, float]) -> dic
             raise ValueError(f"penalty: {name!r} cannot be the name of a penalty; choose a word such as 'far'")
     weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(named or [""], weight)
     for value in weights.values():
-        if not value >= 0:
-            raise ValueError(f"weight must be 0 or more, got {weight}: the term is minimised together with the loss")
+        if not (isinstance(value, SupportsFloat) and value >= 0):
+            raise ValueError(f"weight must be 0 or more, got {weight!r}: the term is minimised together with the loss")
     if isinstance(weight, Mapping) and (not several or weights.keys() != named.keys()):
         wanted = f"have the names of penalty, {', '.join(named)}" if several else "be a number for a single penalty"
         raise ValueError(f"weight must {wanted}, got {weight}")

@@ -87,8 +87,9 @@ class Classification(LightningModule):
         augmentation: Called with the images ``(B, C, H, W)`` of every training batch, such as
             :class:`~lightning_locality.transforms.RandomShift`, or a transform of torchvision (which changes all
             images of a batch alike); None, as published, for none.
-        every_n_batches: Add the terms at every n-th training batch, with n times their weight, and leave them out of
-            the others, which are as fast as without (an addition of ours; 1 as published).
+        every_n_batches: Add the terms at every n-th batch of an epoch, starting with the first, and leave them out of
+            the others, which are as fast as without. The weight there is ``weight``: pass n times as much for the same
+            gradient on average (an addition of ours; 1 as published).
         cuda_graph: On a CUDA device, replay training steps from CUDA graphs, a quarter of the time (see
             :class:`GraphedStep` for what that asks of the network).
 
@@ -212,7 +213,7 @@ class Classification(LightningModule):
         return F.cross_entropy(logits, y)
 
     def _current_weight(self, column: str = COLUMN) -> float:
-        weight = self._penalties[column][1] * self.every_n_batches if self.penalty is not None else 0.0
+        weight = self._penalties[column][1] if self.penalty is not None else 0.0
         if not self.warmup_epochs:
             return weight
         steps = self.warmup_epochs * max(1, int(self.trainer.num_training_batches))

@@ -453,7 +453,8 @@ def test_predictions_are_complete_and_in_order(plain: Path, tmp_path: Path) -> N
 def test_the_command_line_goes_on_in_one_process(plain: Path, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     one = ("--trainer.devices=1", "--data.batch_size=32", "--trainer.max_epochs=3", f"--run_dir={tmp_path}")
-    cli = run(["fit", f"--config={QUICKSTART}", *SMALL, *one, f"--ckpt_path={plain}/last.ckpt"])
+    with pytest.warns(UserWarning, match=r"data.batch_size: was 16, now 32; trainer.devices: was 2, now 1"):
+        cli = run(["fit", f"--config={QUICKSTART}", *SMALL, *one, f"--ckpt_path={plain}/last.ckpt"])
     assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     rows, _ = results(tmp_path)
     assert [row["epoch"] for row in rows if "train/loss" in row] == [2]

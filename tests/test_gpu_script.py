@@ -22,6 +22,7 @@ def call(tmp_path: Path, *args: str, **environment: str) -> str:
         "PYTHON": sys.executable,
         "DEVICE": "cpu",
         "TOY": "1",
+        "PROCESSES": "2",
         "RESULTS": str(tmp_path / "results"),
         "RUNS": str(tmp_path / "runs"),
         "ONLY": ONE_OF_EACH,

@@ -19,6 +19,8 @@ HISTORY = pd.DataFrame(
 
 def test_training_curves_hold_the_numbers() -> None:
     accuracy, loss, regularizer = training_curves(HISTORY).axes
+    labels = [axes.get_ylabel() for axes in (accuracy, loss, regularizer)]
+    assert labels == ["accuracy (%)", "loss", "regulariser $R$"]
     lines = {line.get_label(): line.get_xydata().tolist() for line in accuracy.lines}
     assert lines == {"train": [[1, 50], [2, 75]], "val": [[1, 25], [2, 50]]}
     assert [line.get_ydata().tolist() for line in loss.lines] == [[0.7, 0.6]]

@@ -46,8 +46,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
             found = [one for one in logged if f"{one}/".startswith(f"{name}/")]
             for stage, color in (("train", COLOURS[0]), ("val", COLOURS[1])):
                 for dashes, one in zip(itertools.cycle(_ROUND_DASHES), found, strict=False):
-                    label = stage + one.removeprefix(name)
-                    _plot(axes, history, f"{stage}/{one}", scale, color=color, linestyle=dashes, label=label)
+                    style = {"color": color, "linestyle": dashes, "label": stage + one.removeprefix(name)}
+                    _plot(axes, history, f"{stage}/{one}", scale, **style)
             if len(found) > 1:
                 axes.legend(fontsize=6)
             axes.set_ylabel(label)

@@ -252,7 +252,7 @@ def main() -> None:
 
 
 def reserved() -> float:
-    """What the allocator holds for good, in MiB."""
+    """Memory in MiB that the allocator keeps after unused blocks are freed."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved() / 2**20

@@ -120,7 +120,7 @@ def rate(device: torch.device, processes: int, options: argparse.Namespace, grap
 
 
 def process(rank: int, options: argparse.Namespace, port: int) -> None:
-    """What each of the two processes does."""
+    """Check and time in one of the two processes."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     cuda = options.device == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")

@@ -130,7 +130,7 @@ def list_pictures(root: Path, part: str) -> list[tuple[Path, int]]:
 
 
 def _entries(folder: Path, left: Counter[str]) -> Iterator[tuple[Path, bool]]:
-    """What is in a folder, by name, and whether it is a folder itself; hidden and system folders are left out."""
+    """Entries of a folder by name, each with whether it is a folder; hidden and system ones are left out."""
     with os.scandir(folder) as entries:
         found = sorted((entry.name, entry.is_dir()) for entry in entries)
     for name, is_folder in found:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_locality.regularizer.batch_norm import are_fusable, are_plain, fused_kernels
+from lightning_locality.regularizer.batch_norm import alias, are_fusable, are_plain, fused_kernels
 
 
 class _ReLU(Function):
@@ -68,18 +68,8 @@ SMOOTH: dict[Any, int] = {F.gelu: 0, F.silu: 2}
 _GELU_TANH = 1
 
 
-def _derivatives(x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """First and second derivative of GELU, its approximation by tanh, or SiLU."""
-    if kind == SMOOTH[F.silu]:
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))
-    if kind == _GELU_TANH:
-        k, c = (2 / torch.pi) ** 0.5, 0.044715
-        t, slope = torch.tanh(k * (x + c * x**3)), k * (1 + 3 * c * x * x)
-        s = 1 - t * t
-        return 0.5 * (1 + t) + 0.5 * x * s * slope, s * slope + 0.5 * x * s * (6 * k * c * x - 2 * t * slope * slope)
-    density = torch.exp(-0.5 * x * x) / (2 * torch.pi) ** 0.5
-    return 0.5 * (1 + torch.erf(x / 2**0.5)) + x * density, density * (2 - x * x)
+def _function(x: Tensor, kind: int) -> Tensor:
+    return F.silu(x) if kind == SMOOTH[F.silu] else F.gelu(x, approximate="tanh" if kind == _GELU_TANH else "none")
 
 
 class _Smooth(Function):
@@ -87,8 +77,7 @@ class _Smooth(Function):
     def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        silu = kind == SMOOTH[F.silu]
-        return F.silu(x) if silu else F.gelu(x, approximate="tanh" if kind == _GELU_TANH else "none")
+        return _function(x, kind)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,9 +99,10 @@ class _SmoothBackward(Function):
         g, x = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return *fused_kernels().smooth_double_backward(v, g, x, ctx.kind), None
-        # a model that differentiates inside
-        first, second = _derivatives(x.to(torch.promote_types(x.dtype, torch.float32)), ctx.kind)
-        return (v * first).to(g.dtype), (v * g * second).to(x.dtype), None
+        # for a model that differentiates inside
+        g, x = alias(g, higher=True), alias(x, higher=True)
+        (u,) = torch.autograd.grad(_function(x, ctx.kind), x, g, create_graph=True)
+        return *torch.autograd.grad(u, (g, x), v, create_graph=True), None
 
 
 def smooth(func: Any, input: Tensor, inplace: bool = False, approximate: str = "none") -> Tensor | None:

@@ -59,8 +59,7 @@ class _BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _BatchNormBackward.apply(g, *ctx.saved_tensors, ctx.kind, ctx.eps)
-        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return (*(gradient if need else None for gradient, need in needed), None)
+        return *those_needed(ctx, gradients), None
 
 
 def _batch_norm_backward(g: Tensor, saved: Sequence[Tensor], kind: int, eps: float) -> Any:
@@ -91,7 +90,8 @@ class _BatchNormBackward(Function):
             return (None,) * 8
         if torch.is_grad_enabled() or v_weight is not None or v_bias is not None:
             g, x, weight = ctx.saved_tensors[:3]
-            return (*_batch_norm_by_parts(g, x, weight, ctx.eps, (v, v_weight, v_bias)), *(None,) * 5)
+            axes = (0, *range(2, x.dim()))
+            return *normalization_by_parts(g, x, weight, ctx.eps, (v, v_weight, v_bias), axes), *(None,) * 5
         assert v is not None
         g, *saved, sum_gx, sum_g = ctx.saved_tensors
         x, weight, mean, rstd, _ = saved
@@ -134,8 +134,7 @@ class _FusedBatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _FusedBatchNormBackward.apply(g, *ctx.saved_tensors, ctx.masked, ctx.eps)
-        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return (*(gradient if need else None for gradient, need in needed), None)
+        return *those_needed(ctx, gradients), None
 
 
 class _FusedBatchNormBackward(Function):
@@ -157,34 +156,53 @@ class _FusedBatchNormBackward(Function):
             g, x, weight, numbers = ctx.saved_tensors[:4]
             scale, shift = (number.reshape(-1, *[1] * (x.dim() - 2)) for number in numbers[2:])
             mask = x * scale + shift > 0 if ctx.masked else None
-            vectors = (v, v_weight, v_bias)
-            return (*_batch_norm_by_parts(g, x, weight, ctx.eps, vectors, mask), None, None, None)
+            vectors, axes = (v, v_weight, v_bias), (0, *range(2, x.dim()))
+            return *normalization_by_parts(g, x, weight, ctx.eps, vectors, axes, mask), None, None, None
         return *fused_kernels().batch_norm_double_backward(v, *ctx.saved_tensors, ctx.masked), None, None, None
 
 
-def _batch_norm_by_parts(
+def alias(tensor: Tensor, higher: bool) -> Tensor:
+    """The tensor under another name, for partial derivatives: others may depend on it; ``higher``: with its graph."""
+    return tensor.view_as(tensor) if higher and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def normalization_by_parts(
     g: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     vectors: Sequence[Tensor | None],
+    axes: Sequence[int],
     mask: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """What the formula above lacks, for models that differentiate inside: parameter gradients, any order."""
+    """Differentiate the gradients of a normalisation over some axes to any order, those of its parameters included.
+
+    Slower than the closed formulas, and needed only by models that differentiate inside. ``vectors`` are the gradients
+    at those of x, weight and bias; what is returned is at g, x and weight.
+    """
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        # views: these are partial derivatives, and g may depend on x
-        alias = lambda t: t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
-        g, x, weight = map(alias, (g, x, weight))
-        exact, bias = x.to(torch.promote_types(x.dtype, torch.float32)), torch.zeros_like(weight, requires_grad=True)
-        variance, mean = torch.var_mean(exact, [0, *range(2, x.dim())], correction=0, keepdim=True)
-        scale, shift = (t.view_as(mean) for t in (weight, bias))
-        out = (exact - mean) * (variance + eps).rsqrt() * scale + shift
+        g, x = alias(g, higher), alias(x, higher)
+        own = [] if weight is None else [alias(weight, higher), torch.zeros_like(weight, requires_grad=True)]
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(exact, list(axes), correction=0, keepdim=True)
+        out = (exact - mean) * (variance + eps).rsqrt()
+        if own:
+            # of batch normalisation, whose axes leave out the channels, one number for each mean
+            scale, shift = (t.view_as(mean) if 0 in axes else t for t in own)
+            out = out * scale + shift
         masked = g if mask is None else g * mask
-        gradients = torch.autograd.grad(out.to(g.dtype), (x, weight, bias), masked, create_graph=True)
-        used = [(gradient, v) for gradient, v in zip(gradients, vectors, strict=True) if v is not None]
+        gradients = torch.autograd.grad(out.to(g.dtype), (x, *own), masked, create_graph=True)
+        used = [(gradient, v) for gradient, v in zip(gradients, vectors, strict=False) if v is not None]
         outputs, by = [gradient for gradient, _ in used], [v for _, v in used]
-        return torch.autograd.grad(outputs, (g, x, weight), by, create_graph=higher, allow_unused=True)
+        found = torch.autograd.grad(outputs, (g, x, *own[:1]), by, create_graph=higher, allow_unused=True)
+    return found if own else (*found, None)
+
+
+def those_needed(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of the first inputs of a Function, None for an input that needs none."""
+    pairs = zip(gradients, ctx.needs_input_grad[: len(gradients)], strict=True)
+    return tuple(gradient if need else None for gradient, need in pairs)
 
 
 def batch_norm(

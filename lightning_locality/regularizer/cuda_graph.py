@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_locality.regularizer.double_backward import nodes_behind
 from lightning_locality.regularizer.state import restored
 
 Tensors = Sequence[Tensor]
@@ -121,7 +121,8 @@ class _Graph:
                 raise _NotCapturedError("the model draws random numbers on the processor, which a graph would repeat")
             if not all(isinstance(output, Tensor) and output.requires_grad for output in outputs):
                 raise _NotCapturedError("the model's output has parts other than differentiable tensors")
-            if any(isinstance(getattr(node, "variable", None), nn.Parameter) for node in _nodes(outputs)):
+            nodes = nodes_behind(*(output.grad_fn for output in outputs if output.grad_fn is not None))
+            if any(isinstance(getattr(node, "variable", None), nn.Parameter) for node in nodes):
                 raise _NotCapturedError("the output depends on parameters that are not among those of the model")
             gradients: list[Sequence[Tensor | None]] = [
                 torch.autograd.grad([t], leaves, [_cotangent(t)], retain_graph=True, allow_unused=True) for t in outputs
@@ -183,7 +184,7 @@ class _Graph:
         return first.replay, second.replay
 
     def run(self, inputs: Inputs) -> Any:
-        """What the step returns for these inputs, differentiable with respect to the parameters."""
+        """Replay the step for these inputs; what it returns is differentiable with respect to the parameters."""
         for static, value in zip(self.inputs, inputs, strict=True):
             if static is not None and value is not None:
                 static.copy_(value.detach(), non_blocking=True)
@@ -251,17 +252,6 @@ def _numbers_of_the_host(inputs: Inputs) -> tuple[Hashable, ...]:
     """States of the generators that a replay does not advance."""
     own = torch.get_rng_state().numpy().tobytes() if any(t is not None and t.is_cuda for t in inputs) else b""
     return own, random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
-
-
-def _nodes(outputs: Tensors) -> Iterator[Node]:
-    """All nodes of a graph."""
-    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        yield (last := waiting.pop())
-        new = {behind for behind, _ in last.next_functions if behind is not None} - seen
-        seen |= new
-        waiting += new
 
 
 @final

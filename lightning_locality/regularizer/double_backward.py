@@ -293,7 +293,7 @@ class FastDoubleBackward(TorchFunctionMode):
         node = getattr(out, "grad_fn", None)
         name = "" if node is None else node.name()
         once = name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")
-        if node is not None and once and any(behind is self.node for behind in _behind(node)):
+        if node is not None and once and any(behind is self.node for behind in nodes_behind(node)):
             operation = getattr(func, "__name__", str(func))
             raise ValueError(
                 f"{_layer(operation)}: torch has no second derivative of {operation}, which the term needs: replace it"
@@ -359,9 +359,9 @@ def _layer(otherwise: str) -> str:
     return f"{names[running[0]] or 'model'} ({type(running[0]).__name__})" if running else otherwise
 
 
-def _behind(node: Node) -> Iterator[Node]:
-    """All nodes of the graph behind one."""
-    seen, waiting = {node}, [node]
+def nodes_behind(*nodes: Node) -> Iterator[Node]:
+    """These nodes of a graph and all that they depend on."""
+    seen, waiting = set(nodes), [*nodes]
     while waiting:
         yield (last := waiting.pop())
         new = {behind for behind, _ in last.next_functions if behind is not None} - seen

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_locality.regularizer.batch_norm import are_fusable, are_plain, fused_kernels
+from lightning_locality.regularizer.batch_norm import (
+    are_fusable,
+    are_plain,
+    fused_kernels,
+    normalization_by_parts,
+    those_needed,
+)
 
 _LONGEST_ROW = 8192
 
@@ -32,8 +38,7 @@ class _LayerNorm(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _LayerNormBackward.apply(g, *ctx.saved_tensors, ctx.shape, ctx.eps)
-        needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        return (*(gradient if need else None for gradient, need in needed), None, None)
+        return *those_needed(ctx, gradients), None, None
 
 
 class _LayerNormBackward(Function):
@@ -58,12 +63,13 @@ class _LayerNormBackward(Function):
         if v is None and v_weight is None and v_bias is None:
             return (None,) * 7
         g, x, weight, mean, rstd = ctx.saved_tensors
+        axes = [*range(-len(ctx.shape), 0)]
         if torch.is_grad_enabled() or v_weight is not None or v_bias is not None:
-            return (*_by_parts(g, x, weight, ctx.shape, ctx.eps, (v, v_weight, v_bias)), *(None,) * 4)
+            vectors = (v, v_weight, v_bias)
+            return *normalization_by_parts(g, x, weight, ctx.eps, vectors, axes), *(None,) * 4
         assert v is not None
         if are_fusable(x) and rstd.numel() * _LONGEST_ROW >= x.numel():
             return (*fused_kernels().layer_norm_double_backward(v, g, x, weight, mean, rstd), *(None,) * 4)
-        axes = [*range(-len(ctx.shape), 0)]
         exact = torch.promote_types(x.dtype, torch.float32)
         # linear and symmetric in h: its derivative with respect to h applied to v is the same map of v
         grad_h = torch.ops.aten.native_layer_norm_backward(
@@ -78,30 +84,6 @@ class _LayerNormBackward(Function):
         inner = (v * h).mean(axes, True) - mean_v * mean_h - 3 * mean_vx * mean_hx
         grad_x = x_hat.mul_(inner).addcmul_(v - mean_v, mean_hx).addcmul_(h - mean_h, mean_vx).mul_(-rstd.square())
         return grad_g.to(g.dtype), grad_x.to(x.dtype), of_weight, None, None, None, None
-
-
-def _by_parts(
-    g: Tensor, x: Tensor, weight: Tensor | None, shape: list[int], eps: float, vectors: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """What the formula above lacks, for models that differentiate inside: parameter gradients, any order."""
-    higher = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # views: these are partial derivatives, and g may depend on x
-        alias = lambda t: t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
-        g, x = map(alias, (g, x))
-        (own,) = map(alias, (weight,)) if weight is not None else (None,)
-        bias = None if weight is None else torch.zeros_like(weight, requires_grad=True)
-        axes, exact = [*range(-len(shape), 0)], x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(exact, axes, correction=0, keepdim=True)
-        out = (exact - mean) * (variance + eps).rsqrt()
-        if own is not None and bias is not None:
-            out = out * own + bias
-        into = [t for t in (x, own, bias) if t is not None]
-        gradients = torch.autograd.grad(out.to(g.dtype), into, g, create_graph=True)
-        used = [(gradient, v) for gradient, v in zip(gradients, vectors, strict=False) if v is not None]
-        outputs, by = [gradient for gradient, _ in used], [v for _, v in used]
-        of = torch.autograd.grad(outputs, [g, *into[:2]], by, create_graph=higher, allow_unused=True)
-        return of if weight is not None else (*of[:2], None)
 
 
 def layer_norm(

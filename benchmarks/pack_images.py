@@ -13,26 +13,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision import datasets
 
-from lightning_locality.datamodules.image_sets import load_images
+# torchvision alone: where this runs, the package need not be installed
+SETS = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder with the set in torchvision's layout")
-    parser.add_argument("--source", default="cifar10")
+    parser.add_argument("--source", choices=SETS, default="cifar10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=10_500, help="training images kept")
     parser.add_argument("--test", type=int, default=8_500, help="test images kept")
     args = parser.parse_args()
     arrays = {}
     for part, count in (("train", args.train), ("test", args.test)):
-        found = load_images(args.source, part, args.root)
-        classes = int(found.labels.max()) + 1
-        kept = [torch.nonzero(found.labels == c)[: count // classes, 0] for c in range(classes)]
+        found = SETS[args.source](args.root, train=part == "train")
+        images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        classes = int(labels.max()) + 1
+        kept = [torch.nonzero(labels == c)[: count // classes, 0] for c in range(classes)]
         index = torch.cat(kept).sort().values
-        arrays[f"{part}_images"] = found.images[index].numpy()
-        arrays[f"{part}_labels"] = found.labels[index].numpy()
+        arrays[f"{part}_images"] = images[index].numpy()
+        arrays[f"{part}_labels"] = labels[index].numpy()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.out, **arrays)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")

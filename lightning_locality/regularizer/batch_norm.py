@@ -41,7 +41,8 @@ def _kernels_run(device: torch.device) -> bool:
 
 def are_fusable(x: Tensor, *others: Tensor | None) -> bool:
     """Whether Triton's kernels take these tensors, all of one device, of which only ``x`` may be of a short type."""
-    short = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # the kernels count in 32 bits, which takes a fraction of the instructions
+    short = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() < 2**30
     return short and all(t is None or t.dtype is torch.float32 for t in others) and _kernels_run(x.device)
 
 

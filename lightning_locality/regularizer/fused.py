@@ -13,7 +13,7 @@ __all__: list[str] = []
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -24,6 +24,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Pair = tuple[int, int]
 _ELEMENTS = 1024
+
+
+@triton.jit
+def _at(row, c, inner, channels):
+    """Where the numbers of these rows and channels lie in memory."""
+    return (row // inner * channels * inner + row % inner)[:, None] + (c * inner)[None, :]
 
 
 @triton.jit
@@ -38,10 +44,9 @@ def _sums(x, u, g, center, affine, sums, rows, inner, channels, rows_per_block, 
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = c < channels
     if WHAT == 0:
-        row = tl.arange(0, ROWS).to(tl.int64)
-        at = (row // inner * channels * inner + row % inner)[:, None] + (c * inner)[None, :]
+        row = tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & known[None, :]
-        middle = tl.sum(tl.load(x + at, mask, 0.0).to(tl.float32), 0) / tl.minimum(rows, ROWS)
+        middle = tl.sum(tl.load(x + _at(row, c, inner, channels), mask, 0.0).to(tl.float32), 0) / tl.minimum(rows, ROWS)
     else:
         middle = tl.load(center + c, known, 0.0)
     if MASKED:
@@ -52,10 +57,8 @@ def _sums(x, u, g, center, affine, sums, rows, inner, channels, rows_per_block, 
     third = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, rows_per_block, ROWS):
         row = block * rows_per_block + start + tl.arange(0, ROWS)
-        inside = (start + tl.arange(0, ROWS) < rows_per_block) & (row < rows)
-        row = row.to(tl.int64)
-        at = (row // inner * channels * inner + row % inner)[:, None] + (c * inner)[None, :]
-        mask = inside[:, None] & known[None, :]
+        at = _at(row, c, inner, channels)
+        mask = (row < rows)[:, None] & known[None, :]
         xs = tl.load(x + at, mask, 0.0).to(tl.float32)
         if WHAT == 0:
             centred = tl.where(mask, xs - middle[None, :], 0.0)
@@ -154,68 +157,74 @@ def _second_numbers(sums, weight, mean, rstd, sum_gx, sum_g, out, n, blocks, cha
 
 
 @triton.jit
-def _apply(x, u, g, numbers, affine, first, second, size, inner, channels, WHAT: tl.constexpr, MASKED: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip  # noqa: E501
+def _apply(x, u, g, numbers, affine, first, second, rows, inner, channels, rows_per_block, WHAT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip  # noqa: E501
     """WHAT 0: first = scale x + shift; 1: first = grad_x, u being g; 2: first = grad_g, second = grad_x, u being v."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = at < size
-    channel = at // inner % channels
-    xs = tl.load(x + at, mask, 0.0).to(tl.float32)
+    block = tl.program_id(0)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = c < channels
     if MASKED or WHAT == 0:
-        moved = xs * tl.load(affine + channel, mask, 0.0) + tl.load(affine + channels + channel, mask, 0.0)
-    if WHAT == 0:
-        tl.store(first + at, moved, mask)
-    else:
-        us = tl.load(u + at, mask, 0.0).to(tl.float32)
-        if MASKED and WHAT == 1:
-            us = tl.where(moved > 0, us, 0.0)
-        p = tl.load(numbers + channel, mask, 0.0)
-        q = tl.load(numbers + channels + channel, mask, 0.0)
-        r = tl.load(numbers + 2 * channels + channel, mask, 0.0)
-        linear = p * us + q * xs + r
-        if MASKED and WHAT == 2:
-            linear = tl.where(moved > 0, linear, 0.0)
-        tl.store(first + at, linear, mask)
-        if WHAT == 2:
-            gs = tl.load(g + at, mask, 0.0).to(tl.float32)
-            if MASKED:
-                gs = tl.where(moved > 0, gs, 0.0)
-            a = tl.load(numbers + 3 * channels + channel, mask, 0.0)
-            b = tl.load(numbers + 4 * channels + channel, mask, 0.0)
-            c = tl.load(numbers + 5 * channels + channel, mask, 0.0)
-            d = tl.load(numbers + 6 * channels + channel, mask, 0.0)
-            tl.store(second + at, a * xs + b * us + c * gs + d, mask)
+        scale = tl.load(affine + c, known, 0.0)[None, :]
+        shift = tl.load(affine + channels + c, known, 0.0)[None, :]
+    if WHAT > 0:
+        p = tl.load(numbers + c, known, 0.0)[None, :]
+        q = tl.load(numbers + channels + c, known, 0.0)[None, :]
+        r = tl.load(numbers + 2 * channels + c, known, 0.0)[None, :]
+    if WHAT == 2:
+        a = tl.load(numbers + 3 * channels + c, known, 0.0)[None, :]
+        b = tl.load(numbers + 4 * channels + c, known, 0.0)[None, :]
+        d = tl.load(numbers + 5 * channels + c, known, 0.0)[None, :]
+        e = tl.load(numbers + 6 * channels + c, known, 0.0)[None, :]
+    for start in range(0, rows_per_block, ROWS):
+        row = block * rows_per_block + start + tl.arange(0, ROWS)
+        at = _at(row, c, inner, channels)
+        mask = (row < rows)[:, None] & known[None, :]
+        xs = tl.load(x + at, mask, 0.0).to(tl.float32)
+        if MASKED or WHAT == 0:
+            moved = xs * scale + shift
+        if WHAT == 0:
+            tl.store(first + at, moved, mask)
+        else:
+            us = tl.load(u + at, mask, 0.0).to(tl.float32)
+            if MASKED and WHAT == 1:
+                us = tl.where(moved > 0, us, 0.0)
+            linear = p * us + q * xs + r
+            if MASKED and WHAT == 2:
+                linear = tl.where(moved > 0, linear, 0.0)
+            tl.store(first + at, linear, mask)
+            if WHAT == 2:
+                gs = tl.load(g + at, mask, 0.0).to(tl.float32)
+                if MASKED:
+                    gs = tl.where(moved > 0, gs, 0.0)
+                tl.store(second + at, a * xs + b * us + d * gs + e, mask)
 
 
 @triton.jit
-def _unpool(g, index, out, size, channels, height, width, down, across, LAST: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Gradient at the input of a max pooling: every pixel gathers from the windows ``(down, across)`` it has won."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = at < size
-    if LAST:
-        channel, pixel = at % channels, at // channels
-        column, row, sample = pixel % width, pixel // width % height, pixel // (width * height)
-    else:
-        column, row, plane = at % width, at // width % height, at // (width * height)
-        channel, sample = plane % channels, plane // channels
-    own = row * width + column
-    total = tl.zeros((SIZE,), tl.float32)
+def _unpool(g, index, out, height, width, depth, down, across, K0: tl.constexpr, K1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Gradient at the input of a max pooling: every pixel gathers from the windows ``(down, across)`` it has won.
+
+    A program does part of a row of pixels of ``depth`` channels that lie beside each other.
+    """
+    plane, row = tl.program_id(0) // height, tl.program_id(0) % height
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    channel = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
+    mask = (column < width)[:, None] & (channel < depth)[None, :]
+    own = (row * width + column)[:, None]
+    total = tl.zeros((WIDTH, DEPTH), tl.float32)
     for i in tl.static_range((K0 + S0 - 1) // S0):
+        y = (row + P0) // S0 - i
         for j in tl.static_range((K1 + S1 - 1) // S1):
-            y, x = (row + P0) // S0 - i, (column + P1) // S1 - j
-            inside = mask & (y >= 0) & (y < down) & (x >= 0) & (x < across)
-            if LAST:
-                window = ((sample * down + y) * across + x) * channels + channel
-            else:
-                window = ((sample * channels + channel) * down + y) * across + x
+            x = (column + P1) // S1 - j
+            inside = mask & (y >= 0) & (y < down) & ((x >= 0) & (x < across))[:, None]
+            window = (((plane * down + y) * across + x) * depth)[:, None] + channel[None, :]
             won = tl.load(index + window, inside, -1) == own
             total += tl.load(g + window, inside & won, 0.0).to(tl.float32)
-    tl.store(out + at, total, mask)
+    tl.store(out + ((plane * height + row) * width + column)[:, None] * depth + channel[None, :], total, mask)
 
 
 @triton.jit
 def _smooth(v, g, x, grad_g, grad_x, size, KIND: tl.constexpr, SIZE: tl.constexpr):
     """grad_g = v f'(x) and grad_x = v g f''(x) of GELU (0), its approximation by tanh (1) or SiLU (2)."""
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = at < size
     xs = tl.load(x + at, mask, 0.0).to(tl.float32)
     vs = tl.load(v + at, mask, 0.0).to(tl.float32)
@@ -246,7 +255,7 @@ def _layer_norm_second(v, g, x, weight, mean, rstd, grad_g, grad_x, sums, rows, 
     gamma = tl.load(weight + column, inside, 0.0).to(tl.float32) if WEIGHTED else tl.where(inside, 1.0, 0.0)
     total = tl.zeros((SIZE,), tl.float32)
     for k in range(rows_per_block):
-        row = (tl.program_id(0) * rows_per_block + k).to(tl.int64)
+        row = tl.program_id(0) * rows_per_block + k
         mask = inside & (row < rows)
         at = row * n + column
         center = tl.load(mean + row, row < rows, 0.0).to(tl.float32)
@@ -284,30 +293,48 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _reduce(what: int, x: Tensor, u: Tensor, g: Tensor, center: Tensor, affine: Tensor, masked: bool) -> tuple[Tensor, int, int]:  # fmt: skip  # noqa: E501
+class _Tiles(NamedTuple):
+    """Tiles of rows and channels, and the blocks that a program does."""
+
+    inner: int
+    rows: int
+    channels: int
+    height: int
+    width: int
+    blocks: int
+    across: int
+    rows_per_block: int
+
+
+def _tiles(x: Tensor, tiles_per_block: int, most: int) -> _Tiles:
+    """At least so many tiles per block, where there are more than the most blocks."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     inner = 1 if layout(x) is torch.channels_last else rows // len(x)
-    columns = min(64, triton.next_power_of_2(channels)) if inner == 1 else 1
-    height = _ELEMENTS // columns
-    across = triton.cdiv(channels, columns)
-    # enough blocks for every multiprocessor, few enough that their sums are soon added
-    blocks = max(1, min(triton.cdiv(rows, 2 * height), triton.cdiv(1024, across)))
+    width = min(64, triton.next_power_of_2(channels)) if inner == 1 else 1
+    height = _ELEMENTS // width
+    across = triton.cdiv(channels, width)
+    blocks = max(1, min(triton.cdiv(rows, tiles_per_block * height), triton.cdiv(most, across)))
     rows_per_block = triton.cdiv(triton.cdiv(rows, blocks), height) * height
-    blocks = triton.cdiv(rows, rows_per_block)
-    sums = torch.empty(3, blocks, channels, dtype=torch.float32, device=x.device)
-    _sums[blocks, across](
-        x, u, g, center, affine, sums, rows, inner, channels, rows_per_block,
-        WHAT=what, MASKED=masked, ROWS=height, COLUMNS=columns,
+    return _Tiles(inner, rows, channels, height, width, triton.cdiv(rows, rows_per_block), across, rows_per_block)
+
+
+def _reduce(what: int, x: Tensor, u: Tensor, g: Tensor, center: Tensor, affine: Tensor, masked: bool) -> Tensor:
+    # enough blocks for every multiprocessor, few enough that their sums are soon added
+    t = _tiles(x, 2, 1024)
+    sums = torch.empty(3, t.blocks, t.channels, dtype=torch.float32, device=x.device)
+    _sums[t.blocks, t.across](
+        x, u, g, center, affine, sums, t.rows, t.inner, t.channels, t.rows_per_block,
+        WHAT=what, MASKED=masked, ROWS=t.height, COLUMNS=t.width,
     )  # fmt: skip
-    return sums, blocks, inner
+    return sums
 
 
-def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Tensor, masked: bool, inner: int) -> list[Tensor]:  # fmt: skip  # noqa: E501
+def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Tensor, masked: bool) -> list[Tensor]:
+    t = _tiles(x, 1, 4096)
     out = [torch.empty_like(x) for _ in range(2 if what == 2 else 1)]
-    grid = (triton.cdiv(x.numel(), _ELEMENTS),)
-    _apply[grid](
-        x, u, g, numbers, affine, out[0], out[-1], x.numel(), inner, x.shape[1],
-        WHAT=what, MASKED=masked, SIZE=_ELEMENTS,
+    _apply[t.blocks, t.across](
+        x, u, g, numbers, affine, out[0], out[-1], t.rows, t.inner, t.channels, t.rows_per_block,
+        WHAT=what, MASKED=masked, ROWS=t.height, COLUMNS=t.width,
     )  # fmt: skip
     return out
 
@@ -320,13 +347,13 @@ def batch_norm(
     x = x.contiguous(memory_format=layout(x))
     channels, n = x.shape[1], x.numel() // x.shape[1]
     numbers = torch.empty(4, channels, dtype=torch.float32, device=x.device)
-    sums, blocks, inner = _reduce(0, x, x, x, x, numbers, False)
+    sums = _reduce(0, x, x, x, x, numbers, False)
     mean, var = running or (numbers, numbers)
     _normalization[(channels,)](
-        sums, weight, bias, mean, var, numbers, float(n), float(momentum), float(eps), blocks, channels,
-        TRACKED=running is not None, BLOCKS=triton.next_power_of_2(blocks),
+        sums, weight, bias, mean, var, numbers, float(n), float(momentum), float(eps), sums.shape[1], channels,
+        TRACKED=running is not None, BLOCKS=triton.next_power_of_2(sums.shape[1]),
     )  # fmt: skip
-    return _map(0, x, x, x, numbers, numbers[2:], False, inner)[0], numbers
+    return _map(0, x, x, x, numbers, numbers[2:], False)[0], numbers
 
 
 @_on_its_device
@@ -335,12 +362,12 @@ def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, m
     x = x.contiguous(memory_format=layout(x))
     g = g.contiguous(memory_format=layout(x))
     channels, n = x.shape[1], x.numel() // x.shape[1]
-    sums, blocks, inner = _reduce(1, x, g, g, numbers, numbers[2:], masked)
+    sums = _reduce(1, x, g, g, numbers, numbers[2:], masked)
     own = torch.empty(5, channels, dtype=torch.float32, device=x.device)
     _gradient_numbers[(channels,)](
-        sums, weight, numbers, numbers[1:], own, float(n), blocks, channels, BLOCKS=triton.next_power_of_2(blocks)
+        sums, weight, numbers, numbers[1:], own, float(n), sums.shape[1], channels, BLOCKS=triton.next_power_of_2(sums.shape[1])
     )
-    return _map(1, x, g, g, own, numbers[2:], masked, inner)[0], own[3], own[4]
+    return _map(1, x, g, g, own, numbers[2:], masked)[0], own[3], own[4]
 
 
 @_on_its_device
@@ -351,13 +378,13 @@ def batch_norm_double_backward(
     x = x.contiguous(memory_format=layout(x))
     v, g = (t.contiguous(memory_format=layout(x)) for t in (v, g))
     channels, n = x.shape[1], x.numel() // x.shape[1]
-    sums, blocks, inner = _reduce(2, x, v, g, numbers, numbers[2:], masked)
+    sums = _reduce(2, x, v, g, numbers, numbers[2:], masked)
     own = torch.empty(8, channels, dtype=torch.float32, device=x.device)
     _second_numbers[(channels,)](
-        sums, weight, numbers, numbers[1:], sum_gx, sum_g, own, float(n), blocks, channels,
-        BLOCKS=triton.next_power_of_2(blocks),
+        sums, weight, numbers, numbers[1:], sum_gx, sum_g, own, float(n), sums.shape[1], channels,
+        BLOCKS=triton.next_power_of_2(sums.shape[1]),
     )  # fmt: skip
-    grad_g, grad_x = _map(2, x, v, g, own, numbers[2:], masked, inner)
+    grad_g, grad_x = _map(2, x, v, g, own, numbers[2:], masked)
     return grad_g, grad_x, own[7]
 
 
@@ -367,10 +394,14 @@ def max_pool_backward(g: Tensor, index: Tensor, size: Pair, kernel: Pair, stride
     form = layout(index)
     g, index = g.contiguous(memory_format=form), index.contiguous(memory_format=form)
     batch, channels, down, across = g.shape
+    height, width = size
+    planes, depth = (batch, channels) if form is torch.channels_last else (batch * channels, 1)
     out = torch.empty(batch, channels, *size, dtype=g.dtype, device=g.device, memory_format=form)
-    _unpool[(triton.cdiv(out.numel(), _ELEMENTS),)](
-        g, index, out, out.numel(), channels, *size, down, across, LAST=form is torch.channels_last,
-        K0=kernel[0], K1=kernel[1], S0=stride[0], S1=stride[1], P0=padding[0], P1=padding[1], SIZE=_ELEMENTS,
+    beside = min(64, triton.next_power_of_2(depth))
+    long = min(_ELEMENTS // beside, triton.next_power_of_2(width))
+    _unpool[planes * height, triton.cdiv(width, long), triton.cdiv(depth, beside)](
+        g, index, out, height, width, depth, down, across,
+        K0=kernel[0], K1=kernel[1], S0=stride[0], S1=stride[1], P0=padding[0], P1=padding[1], WIDTH=long, DEPTH=beside,
     )  # fmt: skip
     return out
 

@@ -365,8 +365,9 @@ def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, m
     sums = _reduce(1, x, g, g, numbers, numbers[2:], masked)
     own = torch.empty(5, channels, dtype=torch.float32, device=x.device)
     _gradient_numbers[(channels,)](
-        sums, weight, numbers, numbers[1:], own, float(n), sums.shape[1], channels, BLOCKS=triton.next_power_of_2(sums.shape[1])
-    )
+        sums, weight, numbers, numbers[1:], own, float(n), sums.shape[1], channels,
+        BLOCKS=triton.next_power_of_2(sums.shape[1]),
+    )  # fmt: skip
     return _map(1, x, g, g, own, numbers[2:], masked)[0], own[3], own[4]
 
 

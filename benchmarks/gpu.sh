@@ -23,7 +23,8 @@ results="${RESULTS:-benchmarks/results/gpu}"
 runs="${RUNS:-runs/gpu}"
 packed="benchmarks/inputs/cifar10.npz"
 mkdir -p "$results" "$runs"
-if [ "${1:-}" != --list ] && [ -d benchmarks/inputs/wheels ] && ! "$python" -c "import lightning_locality, jsonargparse, tensorly" 2>/dev/null; then
+if [ "${1:-}" != --list ] && [ -d benchmarks/inputs/wheels ] && ! 
+  ! "$python" -c "import jsonargparse, matplotlib, pandas, scipy, seaborn, submitit, tensorly" 2>/dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$runs/site" benchmarks/inputs/wheels/*.whl || exit 1
   export PYTHONPATH="$PWD/$runs/site:$PWD"
 fi

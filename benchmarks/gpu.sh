@@ -23,7 +23,7 @@ results="${RESULTS:-benchmarks/results/gpu}"
 runs="${RUNS:-runs/gpu}"
 packed="benchmarks/inputs/cifar10.npz"
 mkdir -p "$results" "$runs"
-if [ "${1:-}" != --list ] && [ -d benchmarks/inputs/wheels ] && ! 
+if [ "${1:-}" != --list ] && [ -d benchmarks/inputs/wheels ] &&
   ! "$python" -c "import jsonargparse, matplotlib, pandas, scipy, seaborn, submitit, tensorly" 2>/dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$runs/site" benchmarks/inputs/wheels/*.whl || exit 1
   export PYTHONPATH="$PWD/$runs/site:$PWD"
@@ -101,7 +101,7 @@ steps() {
   for shape in "${shapes[@]}"; do
     for options in "--dtype bfloat16 --channels-last" "--dtype float32"; do
       # shellcheck disable=SC2086
-      timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --no-check --repeats 10 \
+      timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --no-check --repeats 5 \
         --out "$RESULT.partial" --append --shape $shape $options "${toy_step[@]}" || return 1
     done
   done

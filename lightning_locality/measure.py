@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -34,14 +33,13 @@ from lightning_locality.measurements import Measurement, Record, TrainedRun, loa
 from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
 from lightning_locality.plotting.style import save_figure
 from lightning_locality.ranks import Evaluation, InteractionProfile, NodeSpectra, measuring
-from lightning_locality.results import atomic_write, gather, write_json
+from lightning_locality.results import atomic_write, gather, versions, write_json
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
 # label of a checkpoint -> name of a measurement -> its record
 Records = Mapping[str, Mapping[str, Record]]
 
 _COLUMNS = ["checkpoint", "quantity", "key", "value", "standard_error", "low", "high"]
-_PACKAGES = ("lightning-locality", "torch", "pytorch-lightning", "tensorly")
 
 
 def rank(
@@ -220,8 +218,12 @@ def _write(folder: Path, records: Records, runs: Mapping[str, TrainedRun], setti
     for label, own in records.items():
         kept = {name: {key: record[key] for key in record if key != "rows"} for name, record in own.items()}
         checkpoints[label] = {**runs[label].about, "measurements": kept}
-    versions = {package: version(package) for package in _PACKAGES}
-    document = {"settings": vars(settings), "versions": versions, "rtol": settings.rtol, "checkpoints": checkpoints}
+    document = {
+        "settings": vars(settings),
+        "versions": versions("torch", "pytorch-lightning", "tensorly"),
+        "rtol": settings.rtol,
+        "checkpoints": checkpoints,
+    }
     # numbers that are not finite, which JSON does not have, become null
     write_json(folder / "ranks.json", json.loads(json.dumps(document, default=str), parse_constant=lambda _: None))
     figures = _figures(records, settings.rtol)

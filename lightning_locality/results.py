@@ -6,6 +6,7 @@ __all__ = ["aggregate", "history", "read_runs"]
 
 import csv
 import difflib
+import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from typing import Any, TextIO
 import numpy as np
 import pandas as pd
 import yaml
+
+from lightning_locality import __version__
 
 COUNTS = ("epochs", "iterations", "seconds")
 IN_USE = 75  # exit status of a fit whose directory another process writes to: EX_TEMPFAIL, which Windows lacks
@@ -38,6 +41,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2) + "\n")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, which need not be installed, and of others by name."""
+    return {"lightning-locality": __version__} | {package: importlib.metadata.version(package) for package in packages}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from importlib import import_module
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -51,13 +50,13 @@ from lightning_locality.results import (
     history,
     last_metrics,
     read_settings,
+    versions,
     write_json,
 )
 
 _PROGRAM = "lightning-locality"
 # not Any, by which jsonargparse would read a variant "off" as False and "1e-3" as a number
 _Labels = dict[str, str | bool | int | float | list | dict | None]  # type: ignore[type-arg]
-_PACKAGES = ("lightning-locality", "torch", "torchvision", "pytorch-lightning")
 _TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
 # options of the Trainer that change what is trained, rather than how long, where and how it is shown
 _TRAINING = ("accumulate_grad_batches", "callbacks", "devices", "gradient_clip_algorithm", "gradient_clip_val")
@@ -285,7 +284,7 @@ class LocalityCLI(LightningCLI):
             "steps": self.trainer.global_step,
             "seconds": round(self.stopwatch.seconds, 1),
             "device": {"name": name, "processes": self.trainer.world_size, "threads": torch.get_num_threads()},
-            "versions": {package: version(package) for package in _PACKAGES},
+            "versions": versions("torch", "torchvision", "pytorch-lightning"),
             "seeds": {k: v for k, v in flatten(config) if k.split(".")[-1] in ("seed", "seed_everything")},
             "config": config,
         }

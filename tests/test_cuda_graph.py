@@ -256,6 +256,28 @@ def test_what_cannot_be_captured_goes_on_eagerly_after_one_warning(device: str, 
     assert captured(penalty)
 
 
+class FailsOnce(Reads):
+    """Fails at the third pass, which is the first that a capture makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if next(self._passes) == 3:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+        return self.conv(x).tanh().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_capture_that_fails_once_is_tried_again(device: str) -> None:
+    model, (x, y) = FailsOnce().to(device), batches(device, [6])[0]
+    penalty = penalty_of(True)
+    for step in range(1, 5):
+        penalty.with_output(model, x, y)
+        assert captured(penalty) == (step > 2)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_changed_model_is_captured_anew(device: str) -> None:
     model, data = network(device, dropout=0.5), batches(device, [6] * 9)

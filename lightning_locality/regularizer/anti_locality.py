@@ -41,36 +41,39 @@ class AbsoluteCosine(Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Absolute cosines ``(B,)`` of ``u`` and ``v`` ``(B, C, H, W)`` on ``mask`` ``(1 or B, 1, H, W)``."""
-        (unit_u, norm_u, zero_u), (unit_v, norm_v, zero_v) = _normalized(u, mask), _normalized(v, mask)
-        cosine = (unit_u * unit_v).sum((1, 2, 3), keepdim=True).masked_fill(zero_u | zero_v, 0.0)
-        ctx.save_for_backward(u, v, mask, norm_u, norm_v, cosine)
+        (unit_u, size_u, norm_u), (unit_v, size_v, norm_v) = _scaled(u, mask), _scaled(v, mask)
+        cosine = (unit_u * unit_v).sum((1, 2, 3), keepdim=True) / (norm_u * norm_v)
+        cosine = cosine.masked_fill((size_u == 0) | (size_v == 0), 0.0)
+        ctx.save_for_backward(unit_u, size_u, norm_u, unit_v, size_v, norm_v, cosine)
+        ctx.dtypes = u.dtype, v.dtype
         return cosine.abs().flatten()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients with respect to ``u`` and ``v``."""
-        u, v, mask, norm_u, norm_v, cosine = ctx.saved_tensors
-        (unit_u, _, _), (unit_v, _, _) = _normalized(u, mask), _normalized(v, mask)
+        unit_u, size_u, norm_u, unit_v, size_v, norm_v, cosine = ctx.saved_tensors
         floor = torch.finfo(cosine.dtype).tiny / torch.finfo(cosine.dtype).eps
-        factor = gradient.view_as(cosine) * cosine.sign()
-        factor = factor.masked_fill((norm_u < floor) | (norm_v < floor), 0.0)
-        by_u = by_v = None
-        if ctx.needs_input_grad[0]:
-            by_u = ((unit_v - cosine * unit_u) * (factor / norm_u.clamp(min=floor))).to(u.dtype)
-        if ctx.needs_input_grad[1]:
-            by_v = ((unit_u - cosine * unit_v) * (factor / norm_v.clamp(min=floor))).to(v.dtype)
+        factor: Tensor = gradient.view_as(cosine) * cosine.sign()
+        factor = factor.masked_fill((norm_u * size_u < floor) | (norm_v * size_v < floor), 0.0)
+
+        def along(u: Tensor, norm_u: Tensor, size_u: Tensor, v: Tensor, norm_v: Tensor) -> Tensor:
+            """``factor (v / |v| - cosine u / |u|) / |u|``."""
+            outer = factor / (norm_u * size_u).clamp(min=floor)
+            return v.mul(outer / norm_v).addcmul_(u, -outer * cosine / norm_u)
+
+        by_u = along(unit_u, norm_u, size_u, unit_v, norm_v).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        by_v = along(unit_v, norm_v, size_v, unit_u, norm_u).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
         return by_u, by_v, None
 
 
-def _normalized(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked ``u`` divided by its norm, the norm, and whether it is zero; in float32 or more."""
+def _scaled(u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked ``u`` divided by its largest entry, that entry, and the norm of the quotient; in float32 or more."""
     masked = u.to(torch.promote_types(u.dtype, torch.float32)) * mask
-    largest = masked.abs().amax((1, 2, 3), keepdim=True)
-    zero = largest == 0
-    masked = masked / largest.masked_fill(zero, 1.0)
-    norm = masked.square().sum((1, 2, 3), keepdim=True).sqrt()
-    return masked / norm.masked_fill(zero, 1.0), norm * largest, zero
+    size = torch.linalg.vector_norm(masked, torch.inf, (1, 2, 3), keepdim=True)
+    masked /= size.masked_fill(size == 0, 1.0)
+    norm = torch.linalg.vector_norm(masked, dim=(1, 2, 3), keepdim=True)
+    return masked, size, norm.masked_fill(norm == 0, 1.0)
 
 
 def _scores(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Tensor:

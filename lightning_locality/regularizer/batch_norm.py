@@ -121,45 +121,55 @@ class _BatchNormBackward(Function):
 
 
 class _FusedBatchNorm(Function):
-    """Kernels of our own for what :class:`_BatchNorm` does; ``ctx.masked`` once a ReLU is known to follow."""
+    """Kernels of our own for what :class:`_BatchNorm` does; ``ctx.masked`` once a ReLU is known to follow.
+
+    The second output is x for the second derivatives, so that the gradient they send there arrives here and is added
+    within the kernel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         mean, var, momentum, eps = options
         running = None if mean is None or var is None else (mean, var)
         out, numbers = fused_kernels().batch_norm(x, weight, bias, running, momentum, eps)
-        ctx.save_for_backward(x, weight, numbers)
+        same = x.view_as(x)
+        ctx.save_for_backward(same, weight, numbers)
         ctx.masked, ctx.eps = False, eps
-        return cast("Tensor", out)
+        ctx.set_materialize_grads(False)
+        return out, same
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _FusedBatchNormBackward.apply(g, *ctx.saved_tensors, ctx.masked, ctx.eps)
+    def backward(ctx: Any, g: Tensor | None, by_x: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return by_x, None, None, None
+        gradients = _FusedBatchNormBackward.apply(g, *ctx.saved_tensors, by_x, ctx.masked, ctx.eps)
         return *those_needed(ctx, gradients), None
 
 
 class _FusedBatchNormBackward(Function):
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool, eps: float
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, by_x: Tensor | None, masked: bool, eps: float
     ) -> tuple[Tensor, ...]:
-        grad_x, sum_gx, sum_g = fused_kernels().batch_norm_backward(g, x, weight, numbers, masked)
+        grad_x, sum_gx, sum_g = fused_kernels().batch_norm_backward(g, x, weight, numbers, masked, by_x)
         ctx.save_for_backward(g, x, weight, numbers, sum_gx, sum_g)
-        ctx.masked, ctx.eps = masked, eps
+        ctx.added, ctx.masked, ctx.eps = by_x is not None, masked, eps
         ctx.set_materialize_grads(False)
         return grad_x, sum_gx.to(weight.dtype), sum_g.to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, v_weight: Tensor | None, v_bias: Tensor | None) -> tuple[Any, ...]:
         if v is None and v_weight is None and v_bias is None:
-            return (None,) * 6
+            return (None,) * 7
         if torch.is_grad_enabled() or v_weight is not None or v_bias is not None:
             g, x, weight, numbers = ctx.saved_tensors[:4]
             scale, shift = (number.reshape(-1, *[1] * (x.dim() - 2)) for number in numbers[2:])
             mask = x * scale + shift > 0 if ctx.masked else None
             vectors, axes = (v, v_weight, v_bias), (0, *range(2, x.dim()))
-            return *normalization_by_parts(g, x, weight, ctx.eps, vectors, axes, mask), None, None, None
-        return *fused_kernels().batch_norm_double_backward(v, *ctx.saved_tensors, ctx.masked), None, None, None
+            gradients = normalization_by_parts(g, x, weight, ctx.eps, vectors, axes, mask)
+        else:
+            gradients = fused_kernels().batch_norm_double_backward(v, *ctx.saved_tensors, ctx.masked)
+        return *gradients, None, v if ctx.added else None, None, None
 
 
 def alias(tensor: Tensor, higher: bool) -> Tensor:
@@ -221,8 +231,10 @@ def batch_norm(
     if not (training and several and weight is not None and are_plain(input, weight, bias)):
         return None
     fused = bias is not None and are_fusable(input, weight, bias, running_mean, running_var)
-    kind = _FusedBatchNorm if fused else _BatchNorm
-    return cast("Tensor", kind.apply(input, weight, bias, (running_mean, running_var, momentum, eps)))
+    options = running_mean, running_var, momentum, eps
+    if fused:
+        return cast("Tensor", _FusedBatchNorm.apply(input, weight, bias, options)[0])
+    return cast("Tensor", _BatchNorm.apply(input, weight, bias, options))
 
 
 def are_plain(*tensors: Tensor | None) -> bool:

@@ -282,7 +282,7 @@ class GraphedStep:
         self._graph: _Graph | None = None
         self._key: _Key | None = None
         self._last: _Key | None = None
-        self._captures = self._misses = 0
+        self._captures = self._misses = self._failures = 0
         self._refused = False
 
     def __reduce__(self) -> tuple[type[Self], tuple[bool]]:
@@ -304,9 +304,13 @@ class GraphedStep:
             with torch.cuda.device_of(next(t for t in inputs if t is not None)):  # type: ignore[no-untyped-call]
                 graph = self._find(function, model, inputs, version)
         except (_NotCapturedError, RuntimeError) as error:
-            self._refused, self._graph = True, None
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"steps are taken without a CUDA graph, equal but slower: {reason}", stacklevel=3)
+            self._graph = self._key = None
+            # a device may fail once: cuDNN under the load of other processes, too little memory for a moment
+            self._failures += 1
+            self._refused = isinstance(error, _NotCapturedError) or self._failures > 1
+            if self._refused:
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"steps are taken without a CUDA graph, equal but slower: {reason}", stacklevel=3)
             return function(*inputs)
         # while outputs of the last replay wait for their backward pass, another would overwrite what it needs
         waiting = graph is not None and graph.pending is not None and graph.pending() is not None

@@ -162,9 +162,6 @@ class _MaxPoolBackward(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, index: Tensor, geometry: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(index)
-        kernel, stride, padding, dilation, _ = geometry
-        if dilation == [1, 1] and are_fusable(g):
-            return cast("Tensor", fused_kernels().max_pool_backward(g, index, x.shape[2:], kernel, stride, padding))
         return cast("Tensor", torch.ops.aten.max_pool2d_with_indices_backward(g, x, *geometry, index))
 
     @staticmethod
@@ -176,6 +173,37 @@ class _MaxPoolBackward(Function):
         flat = index.permute(0, 2, 3, 1).flatten(1, 2)
         picked = v.permute(0, 2, 3, 1).flatten(1, 2).gather(1, flat)
         return picked.view(len(index), *index.shape[2:], -1).permute(0, 3, 1, 2), None, None, None
+
+
+class _FusedMaxPool(Function):
+    """Kernels of our own, which keep one byte per window in place of an index of eight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, windows: Any) -> Tensor:
+        out, won = fused_kernels().max_pool(x, windows)
+        ctx.save_for_backward(won)
+        ctx.windows = windows
+        ctx.set_materialize_grads(False)
+        return cast("Tensor", out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if g is None else _MaxPoolMap.apply(g, *ctx.saved_tensors, ctx.windows, False), None
+
+
+class _MaxPoolMap(Function):
+    """The gradient of a max pooling as a linear map, or its transpose; each is the derivative of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, won: Tensor, windows: Any, transposed: bool) -> Tensor:
+        ctx.save_for_backward(won)
+        ctx.windows, ctx.transposed = windows, transposed
+        kernels = fused_kernels()
+        return cast("Tensor", (kernels.max_pool_pick if transposed else kernels.max_pool_backward)(g, won, windows))
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return _MaxPoolMap.apply(v, *ctx.saved_tensors, ctx.windows, not ctx.transposed), None, None, None
 
 
 def _max_pool(
@@ -191,6 +219,11 @@ def _max_pool(
         return None
     stride = kernel_size if stride is None or (isinstance(stride, (list, tuple)) and not stride) else stride
     geometry = [_per_axis(n, 2) for n in (kernel_size, stride, padding, dilation)]
+    (high, wide), *_, dilation = geometry
+    if dilation == [1, 1] and high * wide < 256 and are_fusable(input):
+        pooled = torch.ops.aten.max_pool2d(input.detach().to("meta"), *geometry, ceil_mode).shape[2:]
+        windows = fused_kernels().Windows(*(tuple(n) for n in (*geometry[:3], input.shape[2:], pooled)))
+        return cast("Tensor", _FusedMaxPool.apply(input, windows))
     return cast("Tensor", _MaxPool.apply(input, (*geometry, ceil_mode)))
 
 

@@ -13,7 +13,7 @@ __all__: list[str] = []
 
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -157,8 +157,11 @@ def _second_numbers(sums, weight, mean, rstd, sum_gx, sum_g, out, n, blocks, cha
 
 
 @triton.jit
-def _apply(x, u, g, numbers, affine, first, second, rows, inner, channels, rows_per_block, WHAT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip  # noqa: E501
-    """WHAT 0: first = scale x + shift; 1: first = grad_x, u being g; 2: first = grad_g, second = grad_x, u being v."""
+def _apply(x, u, g, numbers, affine, first, second, rows, inner, channels, rows_per_block, WHAT: tl.constexpr, MASKED: tl.constexpr, ADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip  # noqa: E501
+    """WHAT 0: first = scale x + shift; 1: first = grad_x, u being g; 2: first = grad_g, second = grad_x, u being v.
+
+    ADDED: the last argument g of 1 is added to the result.
+    """
     block = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = c < channels
@@ -190,6 +193,8 @@ def _apply(x, u, g, numbers, affine, first, second, rows, inner, channels, rows_
             linear = p * us + q * xs + r
             if MASKED and WHAT == 2:
                 linear = tl.where(moved > 0, linear, 0.0)
+            if ADDED:
+                linear += tl.load(g + at, mask, 0.0).to(tl.float32)
             tl.store(first + at, linear, mask)
             if WHAT == 2:
                 gs = tl.load(g + at, mask, 0.0).to(tl.float32)
@@ -199,25 +204,55 @@ def _apply(x, u, g, numbers, affine, first, second, rows, inner, channels, rows_
 
 
 @triton.jit
-def _unpool(g, index, out, height, width, depth, down, across, K0: tl.constexpr, K1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Gradient at the input of a max pooling: every pixel gathers from the windows ``(down, across)`` it has won.
+def _pool(x, won, out, height, width, depth, down, across, WHAT: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip  # noqa: E501
+    """WHAT 0: out = the largest of every window of x, won = its number in the window; 1: out = x where that was.
 
-    A program does part of a row of pixels of ``depth`` channels that lie beside each other.
+    A program does part of a row of windows of ``depth`` channels that lie beside each other.
     """
+    plane, y = tl.program_id(0) // down, tl.program_id(0) % down
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    channel = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
+    mask = (column < across)[:, None] & (channel < depth)[None, :]
+    window = ((plane * down + y) * across + column)[:, None] * depth + channel[None, :]
+    top, left = y * S0 - P0, (column * S1 - P1)[:, None]
+    if WHAT == 1:
+        code = tl.load(won + window, mask, 0).to(tl.int32)
+        pixel = (plane * height + top + code // K1) * width + left + code % K1
+        tl.store(out + window, tl.load(x + pixel * depth + channel[None, :], mask, 0.0), mask)
+    else:
+        best = tl.full((WIDTH, DEPTH), float("-inf"), tl.float32)
+        # the first pixel inside, should nothing be larger
+        code = tl.maximum(-top, 0) * K1 + tl.maximum(-left, 0) + tl.zeros((WIDTH, DEPTH), tl.int32)
+        for i in tl.static_range(K0):
+            for j in tl.static_range(K1):
+                inside = mask & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+                pixel = (plane * height + top + i) * width + left + j
+                value = tl.load(x + pixel * depth + channel[None, :], inside, float("-inf")).to(tl.float32)
+                # as torch does, a NaN is larger than all
+                larger = (value > best) | (value != value)
+                best = tl.where(larger, value, best)
+                code = tl.where(larger, i * K1 + j, code)
+        tl.store(out + window, best, mask)
+        tl.store(won + window, code.to(tl.uint8), mask)
+
+
+@triton.jit
+def _unpool(g, won, out, height, width, depth, down, across, WHAT: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Gradient at the input of a max pooling: every pixel gathers from the windows ``(down, across)`` it has won."""
     plane, row = tl.program_id(0) // height, tl.program_id(0) % height
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     channel = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
     mask = (column < width)[:, None] & (channel < depth)[None, :]
-    own = (row * width + column)[:, None]
     total = tl.zeros((WIDTH, DEPTH), tl.float32)
     for i in tl.static_range((K0 + S0 - 1) // S0):
-        y = (row + P0) // S0 - i
+        y, down_by = (row + P0) // S0 - i, (row + P0) % S0 + i * S0
         for j in tl.static_range((K1 + S1 - 1) // S1):
-            x = (column + P1) // S1 - j
-            inside = mask & (y >= 0) & (y < down) & ((x >= 0) & (x < across))[:, None]
+            x, right_by = (column + P1) // S1 - j, (column + P1) % S1 + j * S1
+            inside = ((x >= 0) & (x < across) & (right_by < K1))[:, None] & mask
+            inside = inside & (y >= 0) & (y < down) & (down_by < K0)
             window = (((plane * down + y) * across + x) * depth)[:, None] + channel[None, :]
-            won = tl.load(index + window, inside, -1) == own
-            total += tl.load(g + window, inside & won, 0.0).to(tl.float32)
+            mine = tl.load(won + window, inside, 255).to(tl.int32) == (down_by * K1 + right_by)[:, None]
+            total += tl.load(g + window, inside & mine, 0.0).to(tl.float32)
     tl.store(out + ((plane * height + row) * width + column)[:, None] * depth + channel[None, :], total, mask)
 
 
@@ -329,12 +364,12 @@ def _reduce(what: int, x: Tensor, u: Tensor, g: Tensor, center: Tensor, affine: 
     return sums
 
 
-def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Tensor, masked: bool) -> list[Tensor]:
+def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Tensor, masked: bool, added: bool = False) -> list[Tensor]:  # fmt: skip  # noqa: E501
     t = _tiles(x, 1, 4096)
     out = [torch.empty_like(x) for _ in range(2 if what == 2 else 1)]
     _apply[t.blocks, t.across](
         x, u, g, numbers, affine, out[0], out[-1], t.rows, t.inner, t.channels, t.rows_per_block,
-        WHAT=what, MASKED=masked, ROWS=t.height, COLUMNS=t.width,
+        WHAT=what, MASKED=masked, ADDED=added, ROWS=t.height, COLUMNS=t.width,
     )  # fmt: skip
     return out
 
@@ -357,10 +392,13 @@ def batch_norm(
 
 
 @_on_its_device
-def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool) -> tuple[Tensor, ...]:
+def batch_norm_backward(
+    g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, masked: bool, added: Tensor | None
+) -> tuple[Tensor, ...]:
     """Gradient at x, and the sums ``(C,)`` of ``g x_hat`` and ``g``; masked: g is that behind a ReLU."""
     x = x.contiguous(memory_format=layout(x))
     g = g.contiguous(memory_format=layout(x))
+    plus = g if added is None else added.contiguous(memory_format=layout(x))
     channels, n = x.shape[1], x.numel() // x.shape[1]
     sums = _reduce(1, x, g, g, numbers, numbers[2:], masked)
     own = torch.empty(5, channels, dtype=torch.float32, device=x.device)
@@ -368,7 +406,7 @@ def batch_norm_backward(g: Tensor, x: Tensor, weight: Tensor, numbers: Tensor, m
         sums, weight, numbers, numbers[1:], own, float(n), sums.shape[1], channels,
         BLOCKS=triton.next_power_of_2(sums.shape[1]),
     )  # fmt: skip
-    return _map(1, x, g, g, own, numbers[2:], masked)[0], own[3], own[4]
+    return _map(1, x, g, plus, own, numbers[2:], masked, added is not None)[0], own[3], own[4]
 
 
 @_on_its_device
@@ -389,22 +427,50 @@ def batch_norm_double_backward(
     return grad_g, grad_x, own[7]
 
 
-@_on_its_device
-def max_pool_backward(g: Tensor, index: Tensor, size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
-    """Gradient ``(B, C, *size)`` of g ``(B, C, H, W)`` whose windows were won by the pixels of these indices."""
-    form = layout(index)
-    g, index = g.contiguous(memory_format=form), index.contiguous(memory_format=form)
-    batch, channels, down, across = g.shape
-    height, width = size
+class Windows(NamedTuple):
+    """Geometry of a max pooling without dilation, of at most 255 pixels a window."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    size: Pair
+    pooled: Pair
+
+
+def _windows(
+    kernel: Any, x: Tensor, won: Tensor | None, w: Windows, onto: Pair, what: int = 0
+) -> tuple[Tensor, Tensor]:
+    form = layout(x if won is None else won)
+    x = x.contiguous(memory_format=form)
+    batch, channels = x.shape[:2]
     planes, depth = (batch, channels) if form is torch.channels_last else (batch * channels, 1)
-    out = torch.empty(batch, channels, *size, dtype=g.dtype, device=g.device, memory_format=form)
-    beside = min(64, triton.next_power_of_2(depth))
-    long = min(_ELEMENTS // beside, triton.next_power_of_2(width))
-    _unpool[planes * height, triton.cdiv(width, long), triton.cdiv(depth, beside)](
-        g, index, out, height, width, depth, down, across,
-        K0=kernel[0], K1=kernel[1], S0=stride[0], S1=stride[1], P0=padding[0], P1=padding[1], WIDTH=long, DEPTH=beside,
+    out = torch.empty(batch, channels, *onto, dtype=x.dtype, device=x.device, memory_format=form)
+    won = torch.empty_like(out, dtype=torch.uint8) if won is None else won.contiguous(memory_format=form)
+    deep = min(64, triton.next_power_of_2(depth))
+    wide = min(_ELEMENTS // deep, triton.next_power_of_2(onto[1]))
+    kernel[planes * onto[0], triton.cdiv(onto[1], wide), triton.cdiv(depth, deep)](
+        x, won, out, *w.size, depth, *w.pooled, WHAT=what, K0=w.kernel[0], K1=w.kernel[1],
+        S0=w.stride[0], S1=w.stride[1], P0=w.padding[0], P1=w.padding[1], WIDTH=wide, DEPTH=deep,
     )  # fmt: skip
-    return out
+    return out, won
+
+
+@_on_its_device
+def max_pool(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Largest number of every window of ``(B, C, H, W)``, and which of its pixels that was, uint8."""
+    return _windows(_pool, x, None, windows, windows.pooled)
+
+
+@_on_its_device
+def max_pool_backward(g: Tensor, won: Tensor, windows: Windows) -> Tensor:
+    """Gradient ``(B, C, H, W)`` at the input."""
+    return _windows(_unpool, g, won, windows, windows.size)[0]
+
+
+@_on_its_device
+def max_pool_pick(v: Tensor, won: Tensor, windows: Windows) -> Tensor:
+    """The numbers of ``v`` ``(B, C, H, W)`` at the pixels that won, the transposed map of the gradient."""
+    return _windows(_pool, v, won, windows, windows.pooled, 1)[0]
 
 
 @_on_its_device

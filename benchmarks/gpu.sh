@@ -98,8 +98,8 @@ steps() {
   local shapes=("1 150 150" "3 224 224") shape
   [ "${TOY:-0}" = 1 ] && shapes=("1 32 32")
   rm -f "$RESULT.partial"
-  for shape in "${shapes[@]}"; do
-    for options in "--dtype bfloat16 --channels-last" "--dtype float32"; do
+  for options in "--dtype bfloat16 --channels-last" "--dtype float32"; do
+    for shape in "${shapes[@]}"; do
       # shellcheck disable=SC2086
       timeout "$(left)" "$python" benchmarks/regularized_step.py --device "$device" --no-check --repeats 5 \
         --out "$RESULT.partial" --append --shape $shape $options "${toy_step[@]}" || return 1
@@ -138,8 +138,11 @@ train() {
   local folder="$runs/$item" resume=()
   [ -f "$folder/last.ckpt" ] && resume=(--ckpt_path "$folder/last.ckpt")
   timeout "$(left)" "$python" -m lightning_locality fit "$@" "${overlay[@]}" --run_dir "$folder" "${resume[@]}" "${toy_run[@]}" \
-    --trainer.callbacks+=StopAfter "--trainer.callbacks.seconds=$(slice)" || return 1
-  cp "$folder/metrics.csv" "$results/$item.unfinished.csv"
+    --trainer.callbacks+=StopAfter "--trainer.callbacks.seconds=$(slice)"
+  local status=$?
+  # also of a run that was killed
+  [ -s "$folder/metrics.csv" ] && cp "$folder/metrics.csv" "$results/$item.unfinished.csv"
+  [ "$status" = 0 ] || return "$status"
   [ -s "$folder/summary.json" ] || { echo "out of time, to be continued: $item"; pending=1; return 0; }
   mv "$results/$item.unfinished.csv" "$results/$item.csv" && cp "$folder/summary.json" "$RESULT"
 }

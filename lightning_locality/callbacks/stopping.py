@@ -61,17 +61,13 @@ class StopAfter(Callback):
     unfinished: it is not tested and writes no summary.
 
     Args:
-        seconds: Time after the start of training; ValueError unless it is positive.
+        seconds: Time since this callback was made, so with the preparation of data; ValueError unless it is positive.
     """
 
     def __init__(self, seconds: float) -> None:
         if not seconds > 0:
             raise ValueError(f"seconds must be positive, got {seconds}")
-        self.seconds, self.stopped, self._start = seconds, False, 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.monotonic()
+        self.seconds, self.stopped, self._start = seconds, False, time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop if the time is up on any process."""

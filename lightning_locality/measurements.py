@@ -20,11 +20,11 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
-from lightning_locality import __version__, ranks
+from lightning_locality import ranks
 from lightning_locality.callbacks.anti_locality import images_and_labels
 from lightning_locality.datamodules.base import AbstractImageDataModule, seeded_generator
 from lightning_locality.networks import ConvolutionalArithmeticCircuit
-from lightning_locality.results import read_settings
+from lightning_locality.results import read_settings, versions
 from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree, node_name
@@ -182,7 +182,7 @@ def measurements(label: str, run: TrainedRun, settings: Any, folder: Path) -> li
     found: list[Measurement] = []
 
     def add(kind: Any, name: str, model: nn.Module, function: Any, **own: Any) -> None:
-        depends = {"measurement": name, "settings": own, "version": [__version__, _FORMAT]}
+        depends = {"measurement": name, "settings": own, "version": [versions()["lightning-locality"], _FORMAT]}
         depends |= {"checkpoint": run.about["sha256"], "config": run.about["config_sha256"]}
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         path = folder / f"{name.replace(' ', '_').replace('/', '_')}-{digest[:20]}.json"

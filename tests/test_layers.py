@@ -10,7 +10,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # units (modules of the root, sub-packages) and the units that they may import
 MAY_IMPORT = {
     "__init__": "",
-    "tensors regularizer optim transforms results": "",
+    # the version
+    "tensors regularizer optim transforms results": "__init__",
     "networks": "tensors",
     # plotting only inside InteractionProfile.plot(), of regularizer only state
     "ranks": "tensors plotting regularizer",
@@ -68,7 +69,7 @@ def test_lightning_stays_above() -> None:
 def test_files_stay_few_and_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     assert len(lines) <= 87
-    assert sum(lines.values()) <= 17_300
+    assert sum(lines.values()) <= 17_400
     assert len([path for path in FILES if path.parent == PACKAGE]) <= 12
     faces = ("__init__.py", "__main__.py")
     assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

@@ -141,42 +141,7 @@ class _ConvolutionBackward(Function):
 
 
 class _MaxPool(Function):
-    """Torch's second derivative leaves the memory format of its input, and all that follows pays for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-        out, index = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
-        ctx.save_for_backward(x, index)
-        ctx.geometry = geometry
-        ctx.set_materialize_grads(False)
-        return cast("Tensor", out)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, None
-        return _MaxPoolBackward.apply(g, *ctx.saved_tensors, ctx.geometry), None
-
-
-class _MaxPoolBackward(Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, index: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(index)
-        return cast("Tensor", torch.ops.aten.max_pool2d_with_indices_backward(g, x, *geometry, index))
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        if index.is_contiguous():
-            return v.flatten(2).gather(2, index.flatten(2)).view_as(index), None, None, None
-        # pixels x channels, as they lie in memory
-        flat = index.permute(0, 2, 3, 1).flatten(1, 2)
-        picked = v.permute(0, 2, 3, 1).flatten(1, 2).gather(1, flat)
-        return picked.view(len(index), *index.shape[2:], -1).permute(0, 3, 1, 2), None, None, None
-
-
-class _FusedMaxPool(Function):
-    """Kernels of our own, which keep one byte per window in place of an index of eight."""
+    """Keeps one byte per window where torch keeps eight, and the memory format in its second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, windows: Any) -> Tensor:
@@ -215,16 +180,17 @@ def _max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | None:
-    if return_indices or input.dim() != 4 or not (are_plain(input) and input.requires_grad):
+    known = not return_indices and input.dim() == 4 and are_plain(input) and input.requires_grad
+    if not (known and are_fusable(input)):
         return None
     stride = kernel_size if stride is None or (isinstance(stride, (list, tuple)) and not stride) else stride
     geometry = [_per_axis(n, 2) for n in (kernel_size, stride, padding, dilation)]
     (high, wide), *_, dilation = geometry
-    if dilation == [1, 1] and high * wide < 256 and are_fusable(input):
-        pooled = torch.ops.aten.max_pool2d(input.detach().to("meta"), *geometry, ceil_mode).shape[2:]
-        windows = fused_kernels().Windows(*(tuple(n) for n in (*geometry[:3], input.shape[2:], pooled)))
-        return cast("Tensor", _FusedMaxPool.apply(input, windows))
-    return cast("Tensor", _MaxPool.apply(input, (*geometry, ceil_mode)))
+    if dilation != [1, 1] or high * wide > 255:
+        return None
+    pooled = torch.ops.aten.max_pool2d(input.detach().to("meta"), *geometry, ceil_mode).shape[2:]
+    windows = fused_kernels().Windows(*(tuple(n) for n in (*geometry[:3], input.shape[2:], pooled)))
+    return cast("Tensor", _MaxPool.apply(input, windows))
 
 
 @final

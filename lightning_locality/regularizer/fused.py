@@ -328,49 +328,31 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-class _Tiles(NamedTuple):
-    """Tiles of rows and channels, and the blocks that a program does."""
-
-    inner: int
-    rows: int
-    channels: int
-    height: int
-    width: int
-    blocks: int
-    across: int
-    rows_per_block: int
-
-
-def _tiles(x: Tensor, tiles_per_block: int, most: int) -> _Tiles:
-    """At least so many tiles per block, where there are more than the most blocks."""
+def _tiles(x: Tensor, tiles: int, most: int) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+    """Grid, sizes and tile of a kernel whose blocks do at least so many tiles; more, lest there be too many blocks."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     inner = 1 if layout(x) is torch.channels_last else rows // len(x)
     width = min(64, triton.next_power_of_2(channels)) if inner == 1 else 1
     height = _ELEMENTS // width
     across = triton.cdiv(channels, width)
-    blocks = max(1, min(triton.cdiv(rows, tiles_per_block * height), triton.cdiv(most, across)))
+    blocks = max(1, min(triton.cdiv(rows, tiles * height), triton.cdiv(most, across)))
     rows_per_block = triton.cdiv(triton.cdiv(rows, blocks), height) * height
-    return _Tiles(inner, rows, channels, height, width, triton.cdiv(rows, rows_per_block), across, rows_per_block)
+    sizes = (rows, inner, channels, rows_per_block)
+    return (triton.cdiv(rows, rows_per_block), across), sizes, {"ROWS": height, "COLUMNS": width}
 
 
 def _reduce(what: int, x: Tensor, u: Tensor, g: Tensor, center: Tensor, affine: Tensor, masked: bool) -> Tensor:
     # enough blocks for every multiprocessor, few enough that their sums are soon added
-    t = _tiles(x, 2, 1024)
-    sums = torch.empty(3, t.blocks, t.channels, dtype=torch.float32, device=x.device)
-    _sums[t.blocks, t.across](
-        x, u, g, center, affine, sums, t.rows, t.inner, t.channels, t.rows_per_block,
-        WHAT=what, MASKED=masked, ROWS=t.height, COLUMNS=t.width,
-    )  # fmt: skip
+    grid, sizes, tile = _tiles(x, 2, 1024)
+    sums = torch.empty(3, grid[0], x.shape[1], dtype=torch.float32, device=x.device)
+    _sums[grid](x, u, g, center, affine, sums, *sizes, WHAT=what, MASKED=masked, **tile)
     return sums
 
 
 def _map(what: int, x: Tensor, u: Tensor, g: Tensor, numbers: Tensor, affine: Tensor, masked: bool, added: bool = False) -> list[Tensor]:  # fmt: skip  # noqa: E501
-    t = _tiles(x, 1, 4096)
+    grid, sizes, tile = _tiles(x, 1, 4096)
     out = [torch.empty_like(x) for _ in range(2 if what == 2 else 1)]
-    _apply[t.blocks, t.across](
-        x, u, g, numbers, affine, out[0], out[-1], t.rows, t.inner, t.channels, t.rows_per_block,
-        WHAT=what, MASKED=masked, ADDED=added, ROWS=t.height, COLUMNS=t.width,
-    )  # fmt: skip
+    _apply[grid](x, u, g, numbers, affine, out[0], out[-1], *sizes, WHAT=what, MASKED=masked, ADDED=added, **tile)
     return out
 
 

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_locality.regularizer.anti_locality import AntiLocality
+from lightning_locality.regularizer.batch_norm import launches_cost_nothing
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
 from lightning_locality.regularizer.patches import UniformPatches
 
@@ -36,9 +38,25 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.fixture(autouse=True)
-def single_precision() -> None:
+def single_precision() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
+    token = launches_cost_nothing.set(True)
+    yield
+    launches_cost_nothing.reset(token)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_small_batch_normalizations_are_left_to_torch_unless_launches_cost_nothing(
+    free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[int]()
+    monkeypatch.setattr("lightning_locality.regularizer.batch_norm.are_fusable", lambda x, *_: seen.append(x.numel()))
+    launches_cost_nothing.set(free)
+    with FastDoubleBackward():
+        for size in (2, 2048):
+            nn.BatchNorm2d(1)(torch.randn(1, 1, 2048, size, requires_grad=True))
+    assert seen == ([4096] if free else []) + [2**22]
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str = "", flips: bool = False) -> None:
@@ -86,7 +104,8 @@ def test_batch_normalization_and_its_derivatives(shape: Any, layout: Any, dtype:
 @pytest.mark.parametrize("geometry", [(3, 2, 1), (2, 2, 0), (3, 1, 1), ((3, 2), (2, 1), (1, 0)), (2, 3, 0)])
 @pytest.mark.parametrize(("ceil", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_max_pooling(layout: Any, geometry: Any, ceil: bool, dtype: torch.dtype) -> None:
-    x = torch.relu(torch.randn(3, 70 if layout is torch.channels_last else 6, 11, 9, device=DEVICE)).to(dtype)
+    channels = 70 if layout is torch.channels_last and geometry == (3, 2, 1) else 4
+    x = torch.relu(torch.randn(3, channels, 9, 7, device=DEVICE)).to(dtype)
     x[0], x[1, :, :5] = -torch.inf, -2
     x[2, 0, 3, 3] = torch.nan
     x = x.contiguous(memory_format=layout)

@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_locality.regularizer.batch_norm import launches_cost_nothing
 from lightning_locality.regularizer.double_backward import nodes_behind
 from lightning_locality.regularizer.state import restored
 
@@ -131,8 +132,12 @@ class _Graph:
 
     def _step(self) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs, and the leaves that they depend on."""
-        with _aliases(self.model) as leaves:
-            outputs, self.structure = tree_flatten(self.function(*self.inputs))
+        token = launches_cost_nothing.set(True)
+        try:
+            with _aliases(self.model) as leaves:
+                outputs, self.structure = tree_flatten(self.function(*self.inputs))
+        finally:
+            launches_cost_nothing.reset(token)
         return outputs, [leaves[p] for p in self.parameters]
 
     def _differentiate(self, outputs: Tensors, leaves: Tensors) -> list[Tensor]:

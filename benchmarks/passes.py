@@ -23,6 +23,7 @@ from lightning_locality.regularizer.double_backward import FastDoubleBackward
 LAYERS = {
     "batch normalisation": nn.BatchNorm2d(8),
     "layer normalisation": nn.LayerNorm((8, 16, 16)),
+    "group normalisation, 2 groups": nn.GroupNorm(2, 8),
     "ReLU": nn.ReLU(),
     "GELU": nn.GELU(),
     "GELU by tanh": nn.GELU(approximate="tanh"),

@@ -1,4 +1,4 @@
-"""The anti-locality regulariser R = mean |cos(df/dx_I, df/dx'_I)|: gradients at patch I must depend on patch J.
+"""The anti-locality regulariser: what patch I does to the output must depend on patch J.
 
 Legend: B batch, C channels, H height, W width, K classes.
 """
@@ -9,7 +9,7 @@ __all__ = ["AntiLocality", "input_gradient_change"]
 
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, final
 
 import numpy as np
@@ -22,12 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
-from lightning_locality.regularizer.patches import AbstractPatches, Box, PatchPair, box_mask, check_boxes
+from lightning_locality.regularizer.interaction import compositions, locality, table
+from lightning_locality.regularizer.patches import AbstractPatches, Box, FarField, PatchPair, box_mask, check_boxes
 from lightning_locality.regularizer.state import function_of, modules_of, restored
 
 Model = Callable[[Tensor], Any]
 Output = Callable[[Any, Tensor | None], Tensor]
 Sides = Literal["both", "first", "coin"]
+Term = Literal["interaction", "cosine"]
 
 
 @final
@@ -293,34 +295,49 @@ def input_gradient_change(
 
 
 class AntiLocality(nn.Module):
-    r"""The anti-locality term of a loss: input-gradient change with patches and donors sampled at every call.
+    r"""The anti-locality term of a loss, with patches and donors sampled at every call.
 
-    ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, with one forward pass less,
-    ``out, term = penalty.with_output(model, x, y)``. The formula, f, limits, errors and source are those of
-    :func:`input_gradient_change`; a batch of one sample is a ValueError, too. Samples depend only on ``seed`` and the
-    number of previous calls; they are the same on every device and rank, and continue from where they were when a
-    state dict is loaded.
+    ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, where that saves a forward pass,
+    ``out, term = penalty.with_output(model, x, y)``. Samples depend only on ``seed`` and the number of previous calls;
+    they are the same on every device and rank, and continue from where they were when a state dict is loaded.
+
+    Without arguments it is the term "interaction" (ours) by the far field rule with boxes of every size, which needs
+    no knowledge of the task: ``1 - sqrt(share)``, share the part of the variance of the model's output that two
+    distant regions of an image determine only together. Each image has a region replaced by one of another sample;
+    into that composition the regions I, J and both of a third sample are put, and the four outputs give a table of
+    2x2, whose interaction is ``(f - f_I - f_J + f_IJ)^2 / 4`` out of the sum of squares around the mean, summed over
+    the batch (:func:`~lightning_locality.regularizer.interaction.interaction_share`). Labels have no part in it, and
+    no image in it is one that is trained on, so that it cannot be learned by heart. It takes one pass of four times
+    the batch and its gradient, no second derivative, and so works with whatever trains at all: compiled models,
+    float16, SyncBatchNorm, FSDP, checkpointing.
+
+    With patches it is, unless ``term`` says otherwise, the published term "cosine", the change of the input gradient:
+    formula, f, limits, errors and source are those of :func:`input_gradient_change`.
+
+    A batch of one sample is a ValueError.
 
     Args:
-        patches: Rule by which I and J are sampled.
+        patches: Rule by which I and J are sampled; None: ``FarField(size=(2, None))``.
         donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": of the next one
             in a random circle of the samples, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
         update_statistics: Whether the forward pass on x' updates the running statistics of normalisations
             (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
-        fast: Use faster second derivatives of the usual layers, equal up to rounding.
+        fast: Use faster second derivatives of the usual layers, equal up to rounding ("cosine" alone).
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which
-            takes 8/12 of the operations and less memory; "coin": that at x or that at x', drawn at every call.
+            takes 8/12 of the operations and less memory; "coin": that at x or that at x', drawn at every call ("cosine"
+            alone).
         samples: Take the term on the first ``samples`` of a training batch alone, in less time and memory; None, as
             :meth:`measure`: on all.
         cuda_graph: On a CUDA device, replay the step from CUDA graphs (see :class:`GraphedStep` for what that asks of
             the model).
+        term: "interaction" or "cosine"; None: "cosine" with patches, "interaction" without.
     """
 
     def __init__(
         self,
-        patches: AbstractPatches,
+        patches: AbstractPatches | None = None,
         donor: Literal["shift", "permutation"] = "shift",
         output: Output | None = None,
         update_statistics: bool = True,
@@ -329,8 +346,15 @@ class AntiLocality(nn.Module):
         sides: Sides = "both",
         samples: int | None = None,
         cuda_graph: bool = False,
+        term: Term | None = None,
     ) -> None:
         super().__init__()
+        term = ("interaction" if patches is None else "cosine") if term is None else term
+        if term not in ("interaction", "cosine"):
+            raise ValueError(f"term must be 'interaction' or 'cosine', got {term!r}")
+        if term == "interaction" and sides != "both":
+            raise ValueError(f"sides={sides!r} is for term='cosine': the interaction has no gradients to hold constant")
+        patches = FarField(size=(2, None)) if patches is None else patches
         if isinstance(patches, type) or not hasattr(patches, "draw"):
             raise ValueError(f"patches must be a rule such as UniformPatches(size=2), got {patches!r}")
         if donor not in ("shift", "permutation"):
@@ -342,7 +366,7 @@ class AntiLocality(nn.Module):
         if samples is not None and not (isinstance(samples, (int, np.integer)) and samples >= 2):
             wanted = "an integer of at least 2, for a donor, or None for the whole batch"
             raise ValueError(f"samples must be {wanted}, got {samples!r}")
-        self.patches, self.donor, self.output = patches, donor, output
+        self.patches, self.donor, self.output, self.term = patches, donor, output, term
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
         self.sides, self.samples, self.cuda_graph = sides, samples, cuda_graph
         # one for each side that is constant
@@ -378,6 +402,10 @@ class AntiLocality(nn.Module):
         Without a generator, calls are counted separately, so that measuring does not change training.
         """
         _check_images(model, x, y)
+        if self.term == "interaction":
+            with torch.no_grad(), restored(model, x):
+                images = self._compose(x, generator, "measurement")
+                return self._interaction(model, images, y, len(x))
         with torch.inference_mode(False), torch.enable_grad(), restored(model, x):
             # clones: tensors made in inference mode cannot be differentiated
             x, y = x.detach().clone(), None if y is None else y.detach().clone()
@@ -387,6 +415,18 @@ class AntiLocality(nn.Module):
     def _training(
         self, model: Model, x: Tensor, y: Tensor | None, generator: torch.Generator | None, with_output: bool
     ) -> Any:
+        if self.term == "interaction":
+            _check_images(model, x, y)
+            some = slice(self.samples)
+
+            def interaction(x: Tensor, y: Tensor | None, images: Tensor) -> Any:
+                out = model(x) if with_output else None
+                value = self._interaction(model, images, None if y is None else y[some], len(x[some]))
+                return (out, value) if with_output else value
+
+            own = (x, y, self._compose(x[some].detach(), generator, "training"))
+            fixed = (self.output, with_output, self.update_statistics)
+            return self.graphed[None](interaction, model, own, fixed) if self.cuda_graph else interaction(*own)
         _check_differentiable_twice(model, x, y)
         x = x if with_output else x.detach()
         part = slice(self.samples)
@@ -415,20 +455,42 @@ class AntiLocality(nn.Module):
             return step(*inputs)
         return self.graphed[constant](step, model, inputs, version=version)
 
+    def _interaction(self, model: Model, images: Tensor, y: Tensor | None, batch: int) -> Tensor:
+        with nullcontext() if self.update_statistics else FastDoubleBackward(fast=False, update_statistics=False):
+            out = model(images)
+        labels = None if y is None else y.repeat(4, *[1] * (y.dim() - 1))
+        scores = out if self.output is None else _scores(out, labels, self.output, len(images))
+        return locality(table(scores, batch))
+
+    def _compose(self, x: Tensor, generator: torch.Generator | None, use: str) -> Tensor:
+        generator = self._next(x, generator, use)
+        first, second = self._donors(len(x), generator), self._donors(len(x), generator)
+        # two steps along the circle of samples, so that the second donor is another than the first
+        second = first[first] if self.donor == "shift" else second
+        return compositions(x, (first, second), self.patches, generator)
+
     def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:
+        generator = self._next(x, generator, use)
+        donor = self._donors(len(x), generator)
+        with torch.no_grad():
+            donated = x[donor.to(x.device, non_blocking=True)]
+            return self.patches.draw(x, donated, generator), donated
+
+    def _next(self, x: Tensor, generator: torch.Generator | None, use: str) -> torch.Generator:
+        """The generator of this call."""
         if len(x) < 2:
             raise ValueError(f"x has {len(x)} sample and no donor for it: use larger batches or drop_last=True")
         if generator is None:
             generator = self._generator(use)
             self._draws[use] += 1
+        return generator
+
+    def _donors(self, batch: int, generator: torch.Generator) -> Tensor:
+        """For every sample the index of another one."""
         if self.donor == "shift":
-            donor = torch.arange(len(x)).roll(-1)
-        else:
-            circle = torch.randperm(len(x), generator=generator)
-            donor = torch.empty_like(circle).scatter_(0, circle, circle.roll(-1))
-        with torch.no_grad():
-            donated = x[donor.to(x.device, non_blocking=True)]
-            return self.patches.draw(x, donated, generator), donated
+            return torch.arange(batch).roll(-1)
+        circle = torch.randperm(batch, generator=generator)
+        return torch.empty_like(circle).scatter_(0, circle, circle.roll(-1))
 
     def _generator(self, use: str, more: tuple[int, ...] = ()) -> torch.Generator:
         """Generator of the next call for this use."""

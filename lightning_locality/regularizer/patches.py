@@ -345,38 +345,49 @@ class ContentPatches(AbstractPatches):
 class FarField(AbstractPatches):
     """J as in :class:`ContentPatches`, I every pixel at least a distance away from J: needs no knowledge of the task.
 
-    The distance is sampled once per batch, J per sample. Positions of J that leave no pixel for I are excluded.
+    Size and distance are sampled once per batch, J per sample. Positions of J that leave no pixel for I are excluded.
 
     Args:
-        size: Side of J, in pixels; about that of an object.
+        size: Side of J, in pixels, about that of an object: a number, or a range to sample it from, uniformly in its
+            logarithm, in which None is the largest that leaves as much room on either side, ``max(H, W) // 2``, or
+            the shorter side of the image.
         distance: Minimum gap between J and a pixel of I, in pixels: a number, or a range to sample it from, in which
             None is the largest that leaves room for a box as wide as J on the far side, ``max(H, W) - 2 size``.
     """
 
-    def __init__(self, size: int = 14, distance: int | tuple[int, int | None] = (0, None)) -> None:
-        self.size, self.distance = _check_size(size), _check_range(distance, "distance")
+    def __init__(
+        self, size: int | tuple[int, int | None] = 14, distance: int | tuple[int, int | None] = (0, None)
+    ) -> None:
+        self.size = _check_range(size, "size", smallest=1) if isinstance(size, Sequence) else _check_size(size)
+        self.distance = _check_range(distance, "distance")
 
     def draw(self, x: Tensor, donated: Tensor, generator: torch.Generator) -> PatchPair:
         """One pair per sample."""
         height, width = x.shape[-2:]
-        if self.size > min(height, width) or self.size >= max(height, width):
+        size = self.size
+        if not isinstance(size, int):
+            low, high = size
+            high = max(low, min(height, width, max(height, width) // 2)) if high is None else high
+            ratio = float(torch.rand((), generator=generator, dtype=torch.float64))
+            size = min(high, int(low * ((high + 1) / low) ** ratio))
+        if size > min(height, width) or size >= max(height, width):
             raise ValueError(
-                f"size {self.size} does not fit: J must leave pixels for I in an image of {height} x {width} pixels, "
+                f"size {size} does not fit: J must leave pixels for I in an image of {height} x {width} pixels, "
                 f"so it is at most {min(height, width, max(height, width) - 1)}"
             )
-        largest = max(height, width) - self.size - 1
+        largest = max(height, width) - size - 1
         low, high = self.distance
-        high = max(low, max(height, width) - 2 * self.size) if high is None else high
+        high = max(low, max(height, width) - 2 * size) if high is None else high
         if high > largest:
             raise ValueError(
-                f"distance {high} does not fit: with a J of {self.size} x {self.size} in an image of {height} x "
+                f"distance {high} does not fit: with a J of {size} x {size} in an image of {height} x "
                 f"{width} pixels it is at most {largest}"
             )
         # an integer on the CPU: nothing synchronises with the device
         distance = int(_uniform_integers(low, high, 1, generator))
-        content = _content(x, donated, self.size)
+        content = _content(x, donated, size)
         # a position leaves a pixel beyond the gap exactly if the box can move by more than the gap
         top, left = _by_content(content, _with_room(content, distance + 1), generator)
-        side = self.size + 2 * distance
+        side = size + 2 * distance
         near = box_mask((top - distance, left - distance, side, side), x)
-        return PatchPair(~near, box_mask((top, left, self.size, self.size), x))
+        return PatchPair(~near, box_mask((top, left, size, size), x))

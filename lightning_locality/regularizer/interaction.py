@@ -1,0 +1,66 @@
+"""The share of a network's output that two distant regions of an image determine only together.
+
+Legend: B images, K scores of each, I and J the regions, a and b what they may hold.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_locality.regularizer.patches import AbstractPatches
+
+
+def interaction_share(scores: Tensor) -> Tensor:
+    r"""Share of the variance of B tables of 2x2 that is interaction, a scalar from 0 to 1.
+
+    With ``f(a, b)`` the score of an image whose regions I and J hold ``a`` and ``b``, each of their own or of a donor,
+    the analysis of variance of the four splits the sum of squares around their mean into the effect of I, the effect
+    of J and what neither explains, ``(f(a, b) - f(a', b) - f(a, b') + f(a', b'))^2 / 4``. The share is the sum of the
+    last over all tables and scores, divided by the sum of all three: 0 if f is a sum of a function of I and one of
+    J, 1 for a product of two signs; multiples of f have the same.
+
+    Args:
+        scores: ``(4, B)`` or ``(4, B, K)``: both own, I of the donor, J of the donor, both of the donor. Of several
+            scores their differences count, as for a softmax.
+    """
+    exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if exact.dim() == 3 and exact.shape[2] > 1:
+        exact = exact - exact.mean(2, keepdim=True)
+    interaction = (exact[0] - exact[1] - exact[2] + exact[3]).square().sum() / 4
+    total = (exact - exact.mean(0)).square().sum()
+    return interaction / total.clamp(min=torch.finfo(exact.dtype).tiny)
+
+
+def locality(scores: Tensor) -> Tensor:
+    r"""``1 - sqrt(share)``, the term of a loss: 1 if no two regions interact; its slope there does not vanish."""
+    share = interaction_share(scores)
+    # where the share is nothing but rounding, the root has no useful slope
+    return 1 - (share + torch.finfo(share.dtype).eps ** 2).sqrt()
+
+
+def compositions(x: Tensor, donor: tuple[Tensor, Tensor], patches: AbstractPatches, generator: Any) -> Tensor:
+    """Images ``(4 B, C, H, W)`` for B tables, none of which is a sample: in x a region is replaced by a first donor's.
+
+    Of these compositions, and of the second donors, the rule draws I and J; the tables follow each other.
+    """
+    with torch.no_grad():
+        first, second = (x[index.to(x.device, non_blocking=True)] for index in donor)
+        base = torch.where(patches.draw(x, first, generator).j, first, x)
+        i, j = patches.draw(base, second, generator)
+        return torch.cat([base, *(torch.where(mask, second, base) for mask in (i, j, i | j))])
+
+
+def table(out: Any, batch: int) -> Tensor:
+    """Scores ``(4, B)`` or ``(4, B, K)`` from the output for compositions; ValueError for other outputs."""
+    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != 4 * batch:
+        raise ValueError(
+            f"the model's output must be (B,), (B, 1) or (B, K) with B = {4 * batch}, got {shape}; pass output=, a "
+            "function of the model's output and the labels that gives one number per sample"
+        )
+    return out.view(4, batch, *out.shape[1:])

@@ -124,9 +124,10 @@ ranks() {
     unfinished
 }
 
-# the rules that need no knowledge of the task: RULE SIZE
+# the rules that need no knowledge of the task: RULE SIZE; default is the term of configs/overlays/far.yaml
 rule() {
   case "$1" in
+    default) echo "--config configs/overlays/far.yaml" ;;
     content) echo "--model.penalty.donor=permutation --model.penalty.patches=ContentPatches --model.penalty.patches.size=$2" ;;
     far) echo "--model.penalty.donor=permutation --model.penalty.patches=FarField --model.penalty.patches.size=$2" ;;
   esac
@@ -149,7 +150,7 @@ train() {
 
 pathfinder() { # LENGTH WEIGHT SEED [RULE]
   local item="pathfinder_length_$1_weight_$2_seed_$3${4:+_$4}" term=()
-  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality_pathfinder.yaml "--model.weight=$2" $(rule "${4:-}" 2))
+  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality_pathfinder.yaml $(rule "${4:-}" 2) "--model.weight=$2")
   once "$item" train "$item" --config configs/pathfinder.yaml "${term[@]}" "--data.path_length=$1" \
     "--seed_everything=$3" "--data.seed=$3" "--data.root=$runs/data"
 }
@@ -157,7 +158,7 @@ pathfinder() { # LENGTH WEIGHT SEED [RULE]
 same_class() { # DISTANCE WEIGHT SEED [RULE]
   [ "${#pairs[@]}" = 0 ] && return
   local item="same_class_distance_$1_weight_$2_seed_$3${4:+_$4}" term=()
-  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality.yaml "--model.weight=$2" $(rule "${4:-}" 32))
+  [ "$2" != 0 ] && term=(--config configs/overlays/anti_locality.yaml $(rule "${4:-}" 32) "--model.weight=$2")
   once "$item" train "$item" "${pairs[@]}" "${term[@]}" "--data.distance=$1" \
     "--seed_everything=$3" "--data.seed=$3"
 }
@@ -191,6 +192,8 @@ pathfinder 9 9 0
 pathfinder 9 0 0
 same_class 160 1 0
 same_class 160 0 0
+for length in 9 14; do pathfinder "$length" 1 0 default; done
+for distance in 160 0; do same_class "$distance" 1 0 default; done
 for name in content far; do
   pathfinder 9 3 0 "$name"
   same_class 160 1 0 "$name"

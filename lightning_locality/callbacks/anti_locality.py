@@ -108,9 +108,9 @@ class AntiLocalityCallback(Callback):
             return
         callbacks = [c for c in trainer.callbacks if isinstance(c, AntiLocalityCallback)]  # type: ignore[attr-defined]
         names = [column for callback in callbacks for column in callback._penalties]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        if double := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(
-                f"several AntiLocalityCallbacks log train/{twice}: name their penalties differently, as in "
+                f"several AntiLocalityCallbacks log train/{double}: name their penalties differently, as in "
                 "AntiLocalityCallback({'near': penalty}, weight)"
             )
         if not self._minimised:
@@ -132,7 +132,8 @@ class AntiLocalityCallback(Callback):
                 f"precision={trainer.precision!r}: float16 overflows in double backward; use 'bf16-mixed' or '32-true'"
             )
         # with Trainer(sync_batchnorm=True) DDP converts the normalisations later, and the penalty refuses them
-        if any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
+        twice = any(penalty.term == "cosine" for penalty, _ in self._minimised.values())
+        if twice and any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
             raise ValueError(
                 "SyncBatchNorm has no second derivative: use BatchNorm2d and Trainer(sync_batchnorm=False)"
             )

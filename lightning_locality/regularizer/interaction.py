@@ -33,7 +33,8 @@ def interaction_share(scores: Tensor) -> Tensor:
         exact = exact - exact.mean(2, keepdim=True)
     interaction = (exact[0] - exact[1] - exact[2] + exact[3]).square().sum() / 4
     total = (exact - exact.mean(0)).square().sum()
-    return interaction / total.clamp(min=torch.finfo(exact.dtype).tiny)
+    # of a constant score: its slope, which the root multiplies by one over eps, must not overflow
+    return interaction / total.clamp(min=torch.finfo(exact.dtype).tiny / torch.finfo(exact.dtype).eps)
 
 
 def locality(scores: Tensor) -> Tensor:

@@ -349,8 +349,7 @@ class FarField(AbstractPatches):
 
     Args:
         size: Side of J, in pixels, about that of an object: a number, or a range to sample it from, uniformly in its
-            logarithm, in which None is the largest that leaves as much room on either side, ``max(H, W) // 2``, or
-            the shorter side of the image.
+            logarithm, in which None is half of the longer side of the image or, if that is less, the shorter one.
         distance: Minimum gap between J and a pixel of I, in pixels: a number, or a range to sample it from, in which
             None is the largest that leaves room for a box as wide as J on the far side, ``max(H, W) - 2 size``.
     """
@@ -367,7 +366,9 @@ class FarField(AbstractPatches):
         size = self.size
         if not isinstance(size, int):
             low, high = size
-            high = max(low, min(height, width, max(height, width) // 2)) if high is None else high
+            if high is None:
+                high = max(1, min(height, width, max(height, width) // 2))
+                low = min(low, high)
             ratio = float(torch.rand((), generator=generator, dtype=torch.float64))
             size = min(high, int(low * ((high + 1) / low) ** ratio))
         if size > min(height, width) or size >= max(height, width):

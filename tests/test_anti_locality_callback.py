@@ -293,7 +293,8 @@ def test_the_term_is_left_out_of_a_last_batch_of_one_sample_with_one_warning(sev
     reference.term = lambda module, x, y: sum(term(module, x, y) for term in terms)  # type: ignore[assignment]
     fit(reference, loader=data(21), max_epochs=3)
     assert difference(module, reference) < 1e-10
-    assert all((a - b).abs().max() < 1e-10 for a, b in zip(module.gradients, reference.gradients, strict=True))
+    # rounding grows over the epochs
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(module.gradients, reference.gradients, strict=True))
 
 
 def test_batches_of_one_sample_throughout_are_an_error() -> None:

@@ -50,6 +50,7 @@ CASES = {
     "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
     "quickstart": (["quickstart.yaml"], QUICK),
     "quickstart + far field": (["quickstart.yaml", "overlays/quickstart_far_field.yaml"], QUICK),
+    "quickstart + far": (["quickstart.yaml", "overlays/far.yaml"], QUICK),
     "quickstart + two terms": (["quickstart.yaml", "overlays/quickstart_two_terms.yaml"], QUICK),
     **{
         f"quickstart + {name}": (["quickstart.yaml", f"overlays/{name}.yaml"], QUICK)

@@ -806,7 +806,7 @@ def test_a_coin_is_thrown_at_every_call_also_with_a_generator(monkeypatch: pytes
     assert set(found) == {"x", "x'"}
 
 
-@pytest.mark.parametrize("patches", [2, None, "FarField", UniformPatches])
+@pytest.mark.parametrize("patches", [2, "FarField", UniformPatches])
 def test_what_is_no_rule_for_patches_is_refused_at_once(patches: Any) -> None:
     with pytest.raises(ValueError, match=r"patches must be a rule such as UniformPatches\(size=2\), got "):
         AntiLocality(patches)

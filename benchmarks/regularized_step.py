@@ -12,6 +12,8 @@ torch      AntiLocality.with_output with torch's own second derivatives (fast=Fa
 ours       AntiLocality.with_output
 graph      ours replayed from CUDA graphs
 first      graph with the gradient at x' as a constant
+default    the term that AntiLocality() takes, the interaction, of four compositions of every image
+default_graph  replayed from CUDA graphs
 
 The sides from graphs need CUDA. Before anything is timed, loss and all gradients of twin and ours are compared in
 float64 at a small size. On CUDA a time is that of five steps in a row, between which nothing waits for the device, as
@@ -174,9 +176,11 @@ def main() -> None:
     i, j = boxes(*options.shape[1:])
     known: dict[str, Step] = {"plain": plain, "twin": twin(i, j)}
     known |= {"torch": FixedPair(i, j, fast=False), "ours": FixedPair(i, j)}
+    known["default"] = FixedPair(i, j, term="interaction")
     if cuda:
         known |= {"plain_graph": PlainGraph(), "graph": FixedPair(i, j, cuda_graph=True)}
         known["first"] = FixedPair(i, j, cuda_graph=True, sides="first")
+        known["default_graph"] = FixedPair(i, j, cuda_graph=True, term="interaction")
     sides = {name: (known[name], copy.deepcopy(model)) for name in options.sides or known}
     optimizers = {name: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for name, (_, m) in sides.items()}
 
@@ -243,11 +247,11 @@ def main() -> None:
         "sides": rows,
     }
     print(f"{result['device']}, {batch} x {options.shape}, {options.dtype}, torch {torch.__version__}")
-    print(f"{'side':11} {'seconds':>9} {'quartiles':>19} {'x plain':>8} {'x twin':>8} {'peak MiB':>9}")
+    print(f"{'side':13} {'seconds':>9} {'quartiles':>19} {'x plain':>8} {'x twin':>8} {'peak MiB':>9}")
     for name, row in rows.items():
         low, high = row["quartiles"]
         ratios = "".join(f" {row.get(f'ratio_to_{other}', 1.0):8.2f}" for other in ("plain", "twin"))
-        print(f"{name:11} {row['seconds']:9.4f} {low:9.4f} {high:9.4f}{ratios} {row['peak_mib']:9.0f}")
+        print(f"{name:13} {row['seconds']:9.4f} {low:9.4f} {high:9.4f}{ratios} {row['peak_mib']:9.0f}")
     if options.out:
         old = json.loads(options.out.read_text()) if options.append and options.out.exists() else []
         content = [*old, result] if options.append else result

@@ -71,7 +71,6 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         for block in PYTHON:
             exec(compile(block, "README.md", "exec"), names)
-    assert 0 <= float(names["value"].detach()) <= 1
     assert torch.isfinite(names["loss"])
     assert names["values"].shape == (100,)
     assert 0 < names["share"].share < 1
@@ -118,7 +117,7 @@ def _transfer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str],
 def test_blocks_of_the_page_on_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python, _, _ = _transfer(tmp_path, monkeypatch)
     assert len(python) == 7
-    assert "EPOCHS = 150" in python[1]
+    assert "EPOCHS = 60" in python[1]
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -321,8 +321,8 @@ class AntiLocality(nn.Module):
         donor: "shift": sample b takes the patch of sample b + 1, cyclically (published); "permutation": of the next one
             in a random circle of the samples, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
-        update_statistics: Whether the forward pass on x' updates the running statistics of normalisations
-            (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
+        update_statistics: Whether the forward pass on x', or on compositions, updates the running statistics of
+            normalisations (published). The repeated pass on x in ``forward`` never does, the one in ``with_output`` always.
         seed: Seed of all samples.
         fast: Use faster second derivatives of the usual layers, equal up to rounding ("cosine" alone).
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which
@@ -390,7 +390,10 @@ class AntiLocality(nn.Module):
     def with_output(
         self, model: Model, x: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Any, Tensor]:
-        """``model(x)`` and the term, from two forward passes; a CPU ``generator`` replaces the module's own."""
+        """``model(x)``, that of the term with which it is differentiated, and the term.
+
+        A CPU ``generator`` replaces the module's own.
+        """
         output_and_value: tuple[Any, Tensor] = self._training(model, x, y, generator, with_output=True)
         return output_and_value
 

@@ -308,8 +308,8 @@ class AntiLocality(nn.Module):
     2x2, whose interaction is ``(f - f_I - f_J + f_IJ)^2 / 4`` out of the sum of squares around the mean, summed over
     the batch (:func:`~lightning_locality.regularizer.interaction.interaction_share`). Labels have no part in it, and
     no image in it is one that is trained on, so that it cannot be learned by heart. It takes one pass of four times
-    the batch and its gradient, no second derivative, and so works with whatever trains at all: compiled models,
-    float16, SyncBatchNorm, FSDP, checkpointing.
+    the batch and its gradient, no second derivative, and so works with compiled models, float16 and checkpointing
+    (nothing stands in the way of SyncBatchNorm and FSDP, with which it has not been tried).
 
     With patches it is, unless ``term`` says otherwise, the published term "cosine", the change of the input gradient:
     formula, f, limits, errors and source are those of :func:`input_gradient_change`.

@@ -322,7 +322,7 @@ class AntiLocality(nn.Module):
             in a random circle of the samples, so that none is its own donor.
         output: f as a function of the model's output and y, one number per sample; None: the logit.
         update_statistics: Whether the forward pass on x', or on compositions, updates the running statistics of
-            normalisations (published). The repeated pass on x in ``forward`` never does, that in ``with_output`` always.
+            normalisations (published). The repeated pass on x in ``forward`` never does, that of ``with_output`` does.
         seed: Seed of all samples.
         fast: Use faster second derivatives of the usual layers, equal up to rounding ("cosine" alone).
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which

@@ -91,12 +91,17 @@ SWEEP_OPTIONS = {
     "binary_images_small": BITS,
     **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), (*DIGITS, *UNTESTED)),
     **dict.fromkeys(
-        ("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"), (*CURVES, *UNTESTED)
+        (
+            *("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"),
+            "default_term_pathfinder",
+        ),
+        (*CURVES, *UNTESTED),
     ),
     **dict.fromkeys(
         (
             *("quickstart", "quickstart_seeds", "quickstart_slurm", "quickstart_smoke"),
             *("same_class_small", "same_class_small_resnet34", "same_class_comparisons_small"),
+            *("cheaper_terms", "default_term"),
         ),
         (*QUICK, *UNTESTED),
     ),

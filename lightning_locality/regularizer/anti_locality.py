@@ -325,7 +325,7 @@ class AntiLocality(nn.Module):
         seed: Seed of all samples.
         fast: Use faster second derivatives of the usual layers, equal up to rounding ("cosine" alone).
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which
-            takes 8/12 of the operations and less memory; "coin": that at x or that at x', at every call ("cosine" alone).
+            takes 8/12 of the work and less memory; "coin": that at x or that at x', at every call ("cosine" alone).
         samples: Take the term on the first ``samples`` of a training batch alone, in less time and memory; None, as
             :meth:`measure`: on all.
         cuda_graph: On a CUDA device, replay the step from CUDA graphs (see :class:`GraphedStep` for what that asks of

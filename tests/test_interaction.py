@@ -197,6 +197,13 @@ def test_measuring_changes_nothing_and_training_goes_on_as_without() -> None:
     assert torch.equal(found, AntiLocality()(model, x, y))
 
 
+def test_images_stay_as_they_are_under_a_model_that_changes_its_input() -> None:
+    (x, y), model = batch(), nn.Sequential(nn.ReLU(inplace=True), network())
+    kept = x.clone()
+    AntiLocality().with_output(model, x, y)
+    assert torch.equal(x, kept)
+
+
 def test_on_a_part_of_the_batch() -> None:
     (x, y), model = batch(), network()
     model.eval()

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
-from lightning_locality.regularizer.interaction import compositions, locality, table
+from lightning_locality.regularizer.interaction import checked_output, compositions, locality
 from lightning_locality.regularizer.patches import AbstractPatches, Box, FarField, PatchPair, box_mask, check_boxes
 from lightning_locality.regularizer.state import function_of, modules_of, restored
 
@@ -89,24 +89,19 @@ def _scores(out: Any, y: Tensor | None, output: Output | None, batch: int) -> Te
                 "over all axes but the first"
             )
         return score.flatten()
-    shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
-        raise ValueError(
-            f"the model's output must be (B,), (B, 1) or (B, K) with B = {batch}, got {shape}; pass output=, a "
-            "function of the model's output and the labels that gives one number per sample"
-        )
-    if out.dim() == 1 or out.shape[1] == 1:
-        return out.flatten()
+    scores = checked_output(out, batch)
+    if scores.dim() == 1 or scores.shape[1] == 1:
+        return scores.flatten()
     if y is None or y.is_floating_point() or y.shape != (batch,):
         got = "none" if y is None else f"{y.dtype} {tuple(y.shape)}"
         raise ValueError(
-            f"y must be the labels of the {shape[1]} classes, integers ({batch},), got {got}; or pass output="
+            f"y must be the labels of the {scores.shape[1]} classes, integers ({batch},), got {got}; or pass output="
         )
     # on other devices this would synchronise, and gather raises an error itself
-    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]:
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < scores.shape[1]:
         got = f"{int(y.min())}..{int(y.max())}"
-        raise ValueError(f"y must lie in 0..{out.shape[1] - 1}, the model's outputs, got {got}")
-    return out.gather(1, y.long().unsqueeze(1)).flatten()
+        raise ValueError(f"y must lie in 0..{scores.shape[1] - 1}, the model's outputs, got {got}")
+    return scores.gather(1, y.long().unsqueeze(1)).flatten()
 
 
 def _warn_of_noise(scores: Tensor, edge: GradientEdge, gradient: Tensor) -> None:
@@ -421,13 +416,13 @@ class AntiLocality(nn.Module):
             some = slice(self.samples)
 
             def interaction(x: Tensor, y: Tensor | None, images: Tensor) -> Any:
-                out = model(x) if with_output else None
+                # a copy: the model may change its input in place
+                out = model(x.clone()) if with_output else None
                 value = self._interaction(model, images, None if y is None else y[some], len(x[some]))
                 return (out, value) if with_output else value
 
             own = (x, y, self._compose(x[some].detach(), generator, "training"))
-            fixed = (self.output, with_output, self.update_statistics)
-            return self.graphed[None](interaction, model, own, fixed) if self.cuda_graph else interaction(*own)
+            return self._run(interaction, model, own, (self.output, with_output, self.update_statistics))
         _check_differentiable_twice(model, x, y)
         x = x if with_output else x.detach()
         part = slice(self.samples)
@@ -451,23 +446,26 @@ class AntiLocality(nn.Module):
             out, value = _with_output(model, some, labels, PatchPair(i, j), donated, self.output, **options)
             return (out if whole else full, value) if with_output else value
 
-        inputs = (x, y, *pair, donated)
-        if not self.cuda_graph:
-            return step(*inputs)
-        return self.graphed[constant](step, model, inputs, version=version)
+        return self._run(step, model, (x, y, *pair, donated), version, constant)
+
+    def _run(self, step: Any, model: Model, inputs: Any, version: Any, constant: str | None = None) -> Any:
+        return self.graphed[constant](step, model, inputs, version) if self.cuda_graph else step(*inputs)
 
     def _interaction(self, model: Model, images: Tensor, y: Tensor | None, batch: int) -> Tensor:
         with nullcontext() if self.update_statistics else FastDoubleBackward(fast=False, update_statistics=False):
             out = model(images)
         labels = None if y is None else y.repeat(4, *[1] * (y.dim() - 1))
-        scores = out if self.output is None else _scores(out, labels, self.output, len(images))
-        return locality(table(scores, batch))
+        if self.output is None:
+            scores = checked_output(out, len(images))
+        else:
+            scores = _scores(out, labels, self.output, len(images))
+        return locality(scores.view(4, batch, *scores.shape[1:]))
 
     def _compose(self, x: Tensor, generator: torch.Generator | None, use: str) -> Tensor:
         generator = self._next(x, generator, use)
-        first, second = self._donors(len(x), generator), self._donors(len(x), generator)
-        # two steps along the circle of samples, so that the second donor is another than the first
-        second = first[first] if self.donor == "shift" else second
+        first = self._donors(len(x), generator)
+        # shift: two steps along the samples, so that the second donor is another than the first
+        second = first[first] if self.donor == "shift" else self._donors(len(x), generator)
         return compositions(x, (first, second), self.patches, generator)
 
     def _draw(self, x: Tensor, generator: torch.Generator | None, use: str) -> tuple[PatchPair, Tensor]:

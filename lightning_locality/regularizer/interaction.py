@@ -44,7 +44,9 @@ def locality(scores: Tensor) -> Tensor:
     return 1 - (share + torch.finfo(share.dtype).eps ** 2).sqrt()
 
 
-def compositions(x: Tensor, donor: tuple[Tensor, Tensor], patches: AbstractPatches, generator: Any) -> Tensor:
+def compositions(
+    x: Tensor, donor: tuple[Tensor, Tensor], patches: AbstractPatches, generator: torch.Generator
+) -> Tensor:
     """Images ``(4 B, C, H, W)`` for B tables, none of which is a sample: in x a region is replaced by a first donor's.
 
     Of these compositions, and of the second donors, the rule draws I and J; the tables follow each other.
@@ -56,12 +58,12 @@ def compositions(x: Tensor, donor: tuple[Tensor, Tensor], patches: AbstractPatch
         return torch.cat([base, *(torch.where(mask, second, base) for mask in (i, j, i | j))])
 
 
-def table(out: Any, batch: int) -> Tensor:
-    """Scores ``(4, B)`` or ``(4, B, K)`` from the output for compositions; ValueError for other outputs."""
+def checked_output(out: Any, batch: int) -> Tensor:
+    """The output of a network of which no function was given; ValueError unless it has scores for each image."""
     shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != 4 * batch:
+    if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != batch:
         raise ValueError(
-            f"the model's output must be (B,), (B, 1) or (B, K) with B = {4 * batch}, got {shape}; pass output=, a "
+            f"the model's output must be (B,), (B, 1) or (B, K) with B = {batch}, got {shape}; pass output=, a "
             "function of the model's output and the labels that gives one number per sample"
         )
-    return out.view(4, batch, *out.shape[1:])
+    return out

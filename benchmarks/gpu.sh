@@ -80,8 +80,8 @@ tests() {
   local log="$runs/tests.log" status=0
   rm -f "$runs/failed.txt"
   FAILED_TESTS="$runs/failed.txt" timeout "$(left)" "$python" -m pytest -q --device "$device" -m "cuda and not slow" \
-    -n "${PROCESSES:-12}" -p no:cacheprovider -p no:benchmark "${toy_test[@]}" >"$log" 2>&1 || status=$?
-  tail -n 15 "$log"
+    -n "${PROCESSES:-12}" --dist worksteal --durations=15 -p no:cacheprovider -p no:benchmark "${toy_test[@]}" >"$log" 2>&1 || status=$?
+  tail -n 35 "$log"
   "$python" - "$RESULT" "$status" "$log" "$runs/failed.txt" <<'PYTHON'
 import json, pathlib, sys, torch
 lines = open(sys.argv[3]).read().splitlines()

@@ -302,8 +302,8 @@ class AntiLocality(nn.Module):
     into that composition the regions I, J and both of a third sample are put, and the four outputs give a table of
     2x2, whose interaction is ``(f - f_I - f_J + f_IJ)^2 / 4`` out of the sum of squares around the mean, summed over
     the batch (:func:`~lightning_locality.regularizer.interaction.interaction_share`). Labels have no part in it, and
-    no image in it is one that is trained on, so that it cannot be learned by heart. It takes one pass of four times
-    the batch and its gradient, no second derivative, and so works with compiled models, float16 and checkpointing
+    no image in it is one that is trained on, so that it cannot be learned by heart. It takes four passes on a quarter
+    of the batch and their gradient, no second derivative, and so works with compiled models, float16 and checkpointing
     (nothing stands in the way of SyncBatchNorm and FSDP, with which it has not been tried).
 
     With patches it is, unless ``term`` says otherwise, the published term "cosine", the change of the input gradient:
@@ -321,8 +321,8 @@ class AntiLocality(nn.Module):
         fast: Use faster second derivatives of the usual layers, equal up to rounding ("cosine" alone).
         sides: "both": R is differentiated through both gradients (published); "first": that at x' is a constant, which
             takes 8/12 of the work and less memory; "coin": that at x or that at x', at every call ("cosine" alone).
-        samples: Take the term on the first ``samples`` of a training batch alone, in less time and memory; None, as
-            :meth:`measure`: on all.
+        samples: Take the term on the first ``samples`` of a training batch alone, in less time and memory; None: on all
+            for "cosine", on a quarter, at least 16, for "interaction". :meth:`measure` takes all.
         cuda_graph: On a CUDA device, replay the step from CUDA graphs (see :class:`GraphedStep` for what that asks of
             the model).
         term: "interaction" or "cosine"; None: "cosine" with patches, "interaction" without.
@@ -413,7 +413,7 @@ class AntiLocality(nn.Module):
     ) -> Any:
         if self.term == "interaction":
             _check_images(model, x, y)
-            some = slice(self.samples)
+            some = slice(max(16, len(x) // 4) if self.samples is None else self.samples)
 
             def interaction(x: Tensor, y: Tensor | None, images: Tensor) -> Any:
                 # a copy: the model may change its input in place

@@ -400,7 +400,8 @@ def test_resnet_at_training_precision(precision: str, channels_last: bool) -> No
     x, y = torch.rand(16, 3, 96, 96, device="cuda"), torch.randint(2, (16,), device="cuda")
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    # TF32 and bf16 decide some of the ReLUs otherwise after the smallest change: steps of length zero, and no TF32
+    # TF32 and bf16 decide some of the ReLUs otherwise after the smallest change: steps of length zero, and no TF32;
+    # the eager step has torch's batch normalisation, the graph our kernels
     options = {"bfloat16": precision == "bfloat16", "lr": 0.0}
     results = []
     with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
@@ -410,5 +411,5 @@ def test_resnet_at_training_precision(precision: str, channels_last: bool) -> No
             assert captured(penalty) == graph
             results.append((losses, torch.cat([p.grad.flatten() for p in own.parameters()])))
     (found, gradient), (wanted, expected) = results
-    assert found == pytest.approx(wanted, rel=1e-4 if precision == "float32" else 3e-2)
-    assert (gradient - expected).norm() < (1e-3 if precision == "float32" else 0.1) * expected.norm()
+    assert found == pytest.approx(wanted, rel=2e-3 if precision == "float32" else 5e-2)
+    assert (gradient - expected).norm() < (1e-2 if precision == "float32" else 0.1) * expected.norm()

@@ -37,7 +37,8 @@ def test_sums_have_no_interaction_and_products_of_signs_nothing_else() -> None:
     assert float(interaction_share((i + j).view(4, 1))) == pytest.approx(0, abs=1e-12)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0]) * torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert float(interaction_share(signs.view(4, 1))) == pytest.approx(1)
-    assert float(locality(signs.view(4, 1))) == pytest.approx(0, abs=1e-6)
+    # their variance is 1
+    assert float(locality(signs.view(4, 1))) == pytest.approx(1 - 0.5**0.5)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 3)])
@@ -69,8 +70,26 @@ def test_gradient_and_its_slope_at_no_interaction() -> None:
         c = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
         locality((i + j + c * i * j).view(4, 1)).backward()
         slopes.append(float(c.grad))  # type: ignore[arg-type]
-    # a cosine's would go to zero with the strength
-    assert slopes == pytest.approx([-(0.5**0.5)] * 3, rel=1e-3)
+    # a cosine's would go to zero with the strength; the variance is 2
+    assert slopes == pytest.approx([-((1 / 3) ** 0.5)] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 4)])
+def test_small_scores_have_a_small_slope_and_large_ones_the_share_alone(shape: tuple[int, ...]) -> None:
+    scores = tables(*shape).double()
+    assert float(locality(1e6 * scores)) == pytest.approx(1 - float(interaction_share(scores)) ** 0.5)
+    slopes = []
+    for scale in (1e-4, 1e-3):
+        small = (scale * scores).requires_grad_()
+        locality(small).backward()
+        slopes.append(float(small.grad.norm()))  # type: ignore[union-attr]
+    # that of the share alone grows as one over the scale
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-3)
+
+
+def test_two_scores_are_a_logit() -> None:
+    logit = tables(5)
+    torch.testing.assert_close(locality(torch.stack([logit / 2, -logit / 2], 2)), locality(logit))
 
 
 class Recorded(nn.Module):
@@ -343,9 +362,9 @@ def test_the_term_alone_makes_distant_pixels_interact() -> None:
     x[:, 0, 0, -4:] += signs[:, 1:]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 1))
-    penalty, optimizer = AntiLocality(), torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty, optimizer = AntiLocality(), torch.optim.SGD(model.parameters(), lr=1.0)
     before = float(penalty.measure(model, x, generator=torch.Generator().manual_seed(1)))
-    for _ in range(200):
+    for _ in range(400):
         optimizer.zero_grad()
         penalty(model, x).backward()
         optimizer.step()

@@ -297,11 +297,11 @@ class AntiLocality(nn.Module):
     they are the same on every device and rank, and continue from where they were when a state dict is loaded.
 
     Without arguments it is the term "interaction" (ours) by the far field rule with boxes of every size, which needs
-    no knowledge of the task: ``1 - sqrt(share)``, share the part of the variance of the model's output that two
-    distant regions of an image determine only together. Each image has a region replaced by one of another sample;
+    no knowledge of the task: ``1 - sqrt(share V / (V + 1))``, share the part of the variance V of the model's output
+    that two distant regions of an image determine only together. Each image has a region replaced by that of another;
     into that composition the regions I, J and both of a third sample are put, and the four outputs give a table of
     2x2, whose interaction is ``(f - f_I - f_J + f_IJ)^2 / 4`` out of the sum of squares around the mean, summed over
-    the batch (:func:`~lightning_locality.regularizer.interaction.interaction_share`). Labels have no part in it, and
+    the batch (:func:`~lightning_locality.regularizer.interaction.locality`). Labels have no part in it, and
     no image in it is one that is trained on, so that it cannot be learned by heart. It takes four passes on a quarter
     of the batch and their gradient, no second derivative, and so works with compiled models, float16 and checkpointing
     (nothing stands in the way of SyncBatchNorm and FSDP, with which it has not been tried).

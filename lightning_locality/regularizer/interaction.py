@@ -28,9 +28,7 @@ def interaction_share(scores: Tensor) -> Tensor:
         scores: ``(4, B)`` or ``(4, B, K)``: both own, I of the donor, J of the donor, both of the donor. Of several
             scores their differences count, as for a softmax.
     """
-    exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if exact.dim() == 3 and exact.shape[2] > 1:
-        exact = exact - exact.mean(2, keepdim=True)
+    exact = _differences(scores)
     interaction = (exact[0] - exact[1] - exact[2] + exact[3]).square().sum() / 4
     total = (exact - exact.mean(0)).square().sum()
     # of a constant score: its slope, which the root multiplies by one over eps, must not overflow
@@ -38,10 +36,27 @@ def interaction_share(scores: Tensor) -> Tensor:
 
 
 def locality(scores: Tensor) -> Tensor:
-    r"""``1 - sqrt(share)``, the term of a loss: 1 if no two regions interact; its slope there does not vanish."""
-    share = interaction_share(scores)
+    r"""``1 - sqrt(share V / (V + 1))``, the term of a loss: 1 if no two regions interact, and its slope there is not 0.
+
+    V is the variance of the score over all images, of K scores the mean variance of the difference of two. The share
+    alone would ask as much of a network whose scores are nearly constant, and its slope would outgrow that of any other
+    loss: such a network does not begin to fit. Scores of logistic models are large or small compared with 1.
+
+    Args:
+        scores: As for :func:`interaction_share`.
+    """
+    exact, share = _differences(scores), interaction_share(scores)
+    variance = (exact - exact.mean((0, 1))).square().sum() / (4 * exact.shape[1])
+    if exact.dim() == 3 and exact.shape[2] > 1:
+        variance = variance * (2 / (exact.shape[2] - 1))
     # where the share is nothing but rounding, the root has no useful slope
-    return 1 - (share + torch.finfo(share.dtype).eps ** 2).sqrt()
+    return 1 - (share * variance / (variance + 1) + torch.finfo(share.dtype).eps ** 2).sqrt()
+
+
+def _differences(scores: Tensor) -> Tensor:
+    """Scores in float32 or float64; of several the deviations from their mean."""
+    exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return exact - exact.mean(2, keepdim=True) if exact.dim() == 3 and exact.shape[2] > 1 else exact
 
 
 def compositions(

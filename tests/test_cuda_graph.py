@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_locality.regularizer import batch_norm
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.patches import ContentPatches, FarField, GivenPatches, UniformPatches
@@ -391,7 +392,7 @@ def test_copies_capture_for_themselves() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_resnet_at_training_precision(precision: str, channels_last: bool) -> None:
+def test_resnet_at_training_precision(precision: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
     torch.set_default_dtype(torch.float32)
@@ -400,10 +401,11 @@ def test_resnet_at_training_precision(precision: str, channels_last: bool) -> No
     x, y = torch.rand(16, 3, 96, 96, device="cuda"), torch.randint(2, (16,), device="cuda")
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    # TF32 and bf16 decide some of the ReLUs otherwise after the smallest change: steps of length zero, and no TF32;
-    # the eager step has torch's batch normalisation, the graph our kernels
+    # TF32 and bf16 decide some of the ReLUs otherwise after the smallest change: steps of length zero, no TF32, and the
+    # same kernels of batch normalisation in both
     options = {"bfloat16": precision == "bfloat16", "lr": 0.0}
     results = []
+    monkeypatch.setattr(batch_norm, "_WORTH_LAUNCHES", 0)
     with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
         for graph in (True, False):
             own, penalty = copy.deepcopy(model), penalty_of(graph)
@@ -411,5 +413,5 @@ def test_resnet_at_training_precision(precision: str, channels_last: bool) -> No
             assert captured(penalty) == graph
             results.append((losses, torch.cat([p.grad.flatten() for p in own.parameters()])))
     (found, gradient), (wanted, expected) = results
-    assert found == pytest.approx(wanted, rel=2e-3 if precision == "float32" else 5e-2)
-    assert (gradient - expected).norm() < (1e-2 if precision == "float32" else 0.1) * expected.norm()
+    assert found == pytest.approx(wanted, rel=1e-4 if precision == "float32" else 3e-2)
+    assert (gradient - expected).norm() < (1e-3 if precision == "float32" else 0.1) * expected.norm()

@@ -89,7 +89,10 @@ RECOVERY = {
 SWEEP_OPTIONS = {
     "binary_images": BITS,
     "binary_images_small": BITS,
-    **dict.fromkeys(("same_class", "same_class_resnet34", "same_class_comparisons"), (*DIGITS, *UNTESTED)),
+    **dict.fromkeys(
+        ("same_class", "same_class_resnet34", "same_class_comparisons", "default_term_cifar"),
+        (*DIGITS, *UNTESTED),
+    ),
     **dict.fromkeys(
         (
             *("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"),
@@ -150,7 +153,8 @@ def test_recovery_config_runs_a_batch(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_overlay_runs_a_batch(name: str, tmp_path: Path) -> None:
     files, options = CASES[name]
-    cli = run(fast([*files, "overlays/gpu.yaml"], options, tmp_path))
+    # the search for the fastest algorithms takes most of the time of a batch
+    cli = run(fast([*files, "overlays/gpu.yaml"], (*options, "--trainer.benchmark=false"), tmp_path))
     assert cli.trainer.strategy.root_device.type == "cuda"
 
 

@@ -364,7 +364,7 @@ def test_the_term_alone_makes_distant_pixels_interact() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 1))
     penalty, optimizer = AntiLocality(), torch.optim.SGD(model.parameters(), lr=1.0)
     before = float(penalty.measure(model, x, generator=torch.Generator().manual_seed(1)))
-    for _ in range(400):
+    for _ in range(800):
         optimizer.zero_grad()
         penalty(model, x).backward()
         optimizer.step()

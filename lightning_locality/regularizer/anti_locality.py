@@ -298,13 +298,11 @@ class AntiLocality(nn.Module):
 
     Without arguments it is the term "interaction" (ours) by the far field rule with boxes of every size, which needs
     no knowledge of the task: ``1 - sqrt(share V / (V + 1))``, share the part of the variance V of the model's output
-    that two distant regions of an image determine only together. Each image has a region replaced by that of another;
-    into that composition the regions I, J and both of a third sample are put, and the four outputs give a table of
-    2x2, whose interaction is ``(f - f_I - f_J + f_IJ)^2 / 4`` out of the sum of squares around the mean, summed over
-    the batch (:func:`~lightning_locality.regularizer.interaction.locality`). Labels have no part in it, and
-    no image in it is one that is trained on, so that it cannot be learned by heart. It takes four passes on a quarter
-    of the batch and their gradient, no second derivative, and so works with compiled models, float16 and checkpointing
-    (nothing stands in the way of SyncBatchNorm and FSDP, with which it has not been tried).
+    that two distant regions of an image determine only together. A region of every image is replaced by another's; the
+    regions I, J and both of a third are put into that, and four outputs give a table of 2x2
+    (:func:`~lightning_locality.regularizer.interaction.locality`). Labels have no part in it, and no image in it is
+    trained on, so that it cannot be learned by heart. It takes four passes on a quarter of the batch and their
+    gradient, no second derivative, and so works with compiled models, float16 and checkpointing.
 
     With patches it is, unless ``term`` says otherwise, the published term "cosine", the change of the input gradient:
     formula, f, limits, errors and source are those of :func:`input_gradient_change`.
@@ -357,7 +355,7 @@ class AntiLocality(nn.Module):
         if sides not in ("both", "first", "coin"):
             raise ValueError(f"sides must be 'both', 'first' or 'coin', got {sides!r}")
         if samples is not None and not (isinstance(samples, (int, np.integer)) and samples >= 2):
-            wanted = "an integer of at least 2, for a donor, or None for the whole batch"
+            wanted = "an integer of at least 2, for a donor, or None for the default"
             raise ValueError(f"samples must be {wanted}, got {samples!r}")
         self.patches, self.donor, self.output, self.term = patches, donor, output, term
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
@@ -400,8 +398,12 @@ class AntiLocality(nn.Module):
         _check_images(model, x, y)
         if self.term == "interaction":
             with torch.no_grad(), restored(model, x):
-                images = self._compose(x, generator, "measurement")
-                return self._interaction(model, images, y, len(x))
+                values = list[Tensor]()
+                # regions of their own for each part, of as many samples as a training step takes
+                for part in torch.arange(len(x)).tensor_split(max(1, len(x) // (self.samples or max(16, len(x) // 4)))):
+                    images = self._compose(x[part], generator, "measurement")
+                    values.append(self._interaction(model, images, None if y is None else y[part]))
+            return torch.stack(values).mean()
         with torch.inference_mode(False), torch.enable_grad(), restored(model, x):
             # clones: tensors made in inference mode cannot be differentiated
             x, y = x.detach().clone(), None if y is None else y.detach().clone()
@@ -413,12 +415,12 @@ class AntiLocality(nn.Module):
     ) -> Any:
         if self.term == "interaction":
             _check_images(model, x, y)
-            some = slice(max(16, len(x) // 4) if self.samples is None else self.samples)
+            some = slice(self.samples or max(16, len(x) // 4))
 
             def interaction(x: Tensor, y: Tensor | None, images: Tensor) -> Any:
                 # a copy: the model may change its input in place
                 out = model(x.clone()) if with_output else None
-                value = self._interaction(model, images, None if y is None else y[some], len(x[some]))
+                value = self._interaction(model, images, None if y is None else y[some])
                 return (out, value) if with_output else value
 
             own = (x, y, self._compose(x[some].detach(), generator, "training"))
@@ -451,15 +453,13 @@ class AntiLocality(nn.Module):
     def _run(self, step: Any, model: Model, inputs: Any, version: Any, constant: str | None = None) -> Any:
         return self.graphed[constant](step, model, inputs, version) if self.cuda_graph else step(*inputs)
 
-    def _interaction(self, model: Model, images: Tensor, y: Tensor | None, batch: int) -> Tensor:
+    def _interaction(self, model: Model, images: Tensor, y: Tensor | None) -> Tensor:
         with nullcontext() if self.update_statistics else FastDoubleBackward(fast=False, update_statistics=False):
             out = model(images)
         labels = None if y is None else y.repeat(4, *[1] * (y.dim() - 1))
-        if self.output is None:
-            scores = checked_output(out, len(images))
-        else:
-            scores = _scores(out, labels, self.output, len(images))
-        return locality(scores.view(4, batch, *scores.shape[1:]))
+        n = len(images)
+        scores = checked_output(out, n) if self.output is None else _scores(out, labels, self.output, n)
+        return locality(scores.view(4, n // 4, *scores.shape[1:]))
 
     def _compose(self, x: Tensor, generator: torch.Generator | None, use: str) -> Tensor:
         generator = self._next(x, generator, use)

@@ -192,7 +192,8 @@ pathfinder 9 9 0
 pathfinder 9 0 0
 same_class 160 1 0
 same_class 160 0 0
-for length in 9 14; do pathfinder "$length" 1 0 default; done
+for weight in 1 9; do pathfinder 9 "$weight" 0 default; done
+pathfinder 14 1 0 default
 for distance in 160 0; do same_class "$distance" 1 0 default; done
 for name in content far; do
   pathfinder 9 3 0 "$name"

@@ -17,7 +17,7 @@ default_graph  replayed from CUDA graphs
 
 The sides from graphs need CUDA. Before anything is timed, loss and all gradients of twin and ours are compared in
 float64 at a small size. On CUDA a time is that of five steps in a row, between which nothing waits for the device, as
-in training; memory is what a step takes beyond what was allocated before it, and for graphs what their pool holds.
+in training; memory is what the allocator reserves at most, from an empty cache, beyond what it held before the side.
 """
 
 from __future__ import annotations
@@ -202,7 +202,6 @@ def main() -> None:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            allocated = torch.cuda.memory_allocated()
         clock, processor = time.perf_counter(), time.process_time()
         for _ in range(steps):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
@@ -214,7 +213,7 @@ def main() -> None:
             torch.cuda.synchronize()
             # the processor waits: the clock counts
             seconds = (time.perf_counter() - clock) / steps
-            return seconds, (torch.cuda.max_memory_allocated() - allocated) / 2**20
+            return seconds, torch.cuda.max_memory_reserved() / 2**20
         return time.process_time() - processor, own_high_water()
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -224,12 +223,13 @@ def main() -> None:
         for _ in range(3 if cuda else 1):
             run(name)
         if cuda:
-            memory[name] = reserved() - held
+            reserved()
+            memory[name] = run(name)[1] - held
     for _ in range(repeats):
         for name in sides:
             taken, peak = run(name)
             seconds[name].append(taken)
-            memory[name] = max(memory[name], peak)
+            memory[name] = memory[name] if cuda else max(memory[name], peak)
     if not cuda and len(sides) > 1:
         memory = {name: own_peak(name, options, batch) for name in sides}
 
@@ -273,7 +273,7 @@ def main() -> None:
 
 
 def reserved() -> float:
-    """Memory in MiB that the allocator keeps after unused blocks are freed."""
+    """Memory in MiB that the allocator keeps after it has given unused blocks back."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved() / 2**20

@@ -9,6 +9,7 @@ __all__ = [
     "Evaluation",
     "InteractionProfile",
     "NodeSpectra",
+    "ReceptiveField",
     "balanced_component_norms",
     "blocks",
     "checkerboard",
@@ -21,6 +22,7 @@ __all__ = [
     "data_spectra",
     "dense_spectra",
     "effective_rank",
+    "effective_receptive_field",
     "entanglement_entropy",
     "epsilon_rank",
     "grid_tensor",
@@ -52,6 +54,7 @@ from lightning_locality.ranks.masks import blocks, checkerboard, halves, quad_tr
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
 from lightning_locality.ranks.patch_pairs import InteractionProfile
 from lightning_locality.ranks.profile import interaction_profile
+from lightning_locality.ranks.receptive_field import ReceptiveField, effective_receptive_field
 from lightning_locality.ranks.spectra import (
     NodeSpectra,
     effective_rank,

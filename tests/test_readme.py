@@ -81,7 +81,7 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_blocks_of_the_page_on_measuring() -> None:
     blocks = BLOCK.findall((ROOT / "docs" / "measuring.md").read_text())
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {
         "model": Somebody(),
         "images": torch.randn(64, 1, 12, 12),
@@ -89,7 +89,8 @@ def test_blocks_of_the_page_on_measuring() -> None:
         "labels": torch.arange(20) % 2,
     }
     for block in blocks:
-        exec(compile(block, "docs/measuring.md", "exec"), names)
+        exec(compile(block.replace("layer4", "net.0"), "docs/measuring.md", "exec"), names)
+    assert 0 < names["field"].radius(0.5) < 12
     assert names["shares"].keys() == standard_cuts(12, 12).keys()
     assert names["profile"].distance.tolist() == names["exact"].distance.tolist() == [3.0, 6.0, 9.0]
     assert len(names["spectra"].ranks()) == len(names["components"]) * 2 == 126

@@ -13,6 +13,7 @@ from .datamodules import (
 from .networks import ConvolutionalArithmeticCircuit, SmallResNet
 from .optim import GradientFlow, GroupRMSprop
 from .ranks import (
+    attention_distance,
     blocks,
     checkerboard,
     contribution_norms,
@@ -76,6 +77,7 @@ __all__ = [
     "Tucker",
     "UnboundedCompletion",
     "UniformPatches",
+    "attention_distance",
     "blocks",
     "checkerboard",
     "contribution_norms",

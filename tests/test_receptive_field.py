@@ -133,7 +133,7 @@ def test_refusals() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 1))
     with pytest.raises(ValueError, match=r"layer must be a name in model.named_modules.*'7'"):
         effective_receptive_field(model, torch.rand(2, 1, 8, 8), layer="7")
-    with pytest.raises(ValueError, match=r"images must be floating-point \(n, C, H, W\), got torch.int64"):
+    with pytest.raises(ValueError, match=r"images must be floating-point \(N, C, H, W\), got torch.int64"):
         effective_receptive_field(model, torch.zeros(2, 1, 8, 8, dtype=torch.int64))
     volumes = nn.Sequential(nn.Unflatten(3, (2, 4)), nn.Flatten())
     with pytest.raises(ValueError, match=r"layer '0' must give a map .*, got \(2, 1, 8, 2, 4\)"):

@@ -10,6 +10,7 @@ __all__ = [
     "InteractionProfile",
     "NodeSpectra",
     "ReceptiveField",
+    "attention_distance",
     "balanced_component_norms",
     "blocks",
     "checkerboard",
@@ -43,6 +44,7 @@ __all__ = [
     "variance_components",
 ]
 
+from lightning_locality.ranks.attention import attention_distance
 from lightning_locality.ranks.block_tree import grid_tensor, tree_separation
 from lightning_locality.ranks.components import balanced_component_norms, contribution_norms
 from lightning_locality.ranks.cp_rank import CPRank, CPRankNotFoundError, cp_epsilon_ranks, cp_rank

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.ranks.spectra import as_tensor
 from lightning_locality.regularizer.state import restored
 
 # rows per call by default: the larger of a number and a part of all rows (few calls for many small inputs), as long as
@@ -193,6 +194,20 @@ def row_too_large(device: torch.device) -> MemoryError:
     return MemoryError(
         f"one row takes more memory on {device} than there is: use a smaller dtype, smaller images or another device"
     )
+
+
+def as_images(images: Any) -> Tensor:
+    """Return floating-point images ``(N, C, H, W)``, or raise a ValueError."""
+    found: Tensor = as_tensor(images, "images")
+    if found.dim() != 4 or not found.is_floating_point() or not found.numel():
+        raise ValueError(f"images must be floating-point (N, C, H, W), got {found.dtype} {tuple(found.shape)}")
+    return found.detach()
+
+
+def placed(network: nn.Module, images: Tensor) -> Tensor:
+    """Images on the device, and of the type, of a network."""
+    tensors = (t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point())
+    return images.to(next(tensors, images))
 
 
 def scores(outputs: Tensor) -> Tensor:

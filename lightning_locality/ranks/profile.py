@@ -16,9 +16,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.evaluation import Evaluation
+from lightning_locality.ranks.evaluation import Evaluation, as_images
 from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
-from lightning_locality.ranks.spectra import as_tensor
 from lightning_locality.ranks.splice import Network, SplicedNetwork, splice, spliced
 
 _ROUNDING = 20  # units in the last place by which a network's output may be off (ours)
@@ -90,9 +89,7 @@ def interaction_profile(
         )
     if bootstraps < 0:
         raise ValueError(f"bootstraps must be 0 or more, got {bootstraps}")
-    images = as_tensor(images, "images")
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(f"images must be floating-point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    images = as_images(images)
     samples = min(len(images), 64) if samples is None else samples
     if not 2 <= samples <= len(images):
         raise ValueError(

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_locality.ranks.evaluation import Evaluation, scores
-from lightning_locality.ranks.spectra import as_tensor
+from lightning_locality.ranks.evaluation import Evaluation, as_images, placed, scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +133,7 @@ def effective_receptive_field(
 
     Args:
         model: Network; measured in evaluation mode and left as it was.
-        images: ``(n, C, H, W)``, floating-point, scaled as for training.
+        images: ``(N, C, H, W)``, floating-point, scaled as for training.
         layer: Name in ``model.named_modules()``, such as "layer3"; None: the output.
         evaluation: Number of images at a time and type; None: 16, and the model's own.
 
@@ -148,21 +147,18 @@ def effective_receptive_field(
         >>> field.map[3].tolist(), int(field.theoretical.sum())
         ([0.0, 3.0, 6.0, 9.0, 6.0, 3.0, 0.0], 25)
     """
-    images = as_tensor(images, "images")
-    if images.dim() != 4 or not images.is_floating_point() or not images.numel():
-        raise ValueError(f"images must be floating-point (n, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    images = as_images(images)
     modules = dict(model.named_modules(remove_duplicate=False))
     if layer is not None and layer not in modules:
         few = ", ".join([name for name in modules if name and "." not in name][:12])
         raise ValueError(f"layer must be a name in model.named_modules(), such as {few}, got {layer!r}")
     evaluation = Evaluation() if evaluation is None else evaluation
     with torch.inference_mode(False), torch.enable_grad(), evaluation.prepared(model) as network:
-        tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
-        like = tensors[0] if tensors else images
-        total = torch.zeros(images.shape[2:], dtype=torch.float64, device=like.device)
-        for part in torch.split(images.detach().clone(), evaluation.chunk or 16):
-            total += _gradient(network, part.to(like), layer).relu().sum((0, 1))
-        theoretical = _theoretical(network, images[:1].to(like.device), layer)
+        images = placed(network, images)
+        total = torch.zeros(images.shape[2:], dtype=torch.float64, device=images.device)
+        for part in torch.split(images, evaluation.chunk or 16):
+            total += _gradient(network, part.clone(), layer).relu().sum((0, 1))
+        theoretical = _theoretical(network, images[:1], layer)
     return ReceptiveField((total / len(images)).cpu(), theoretical.cpu(), len(images), layer)
 
 

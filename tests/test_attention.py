@@ -49,6 +49,36 @@ def test_torchvision_in_parts_and_left_as_it_was() -> None:
     torch.testing.assert_close(torch.stack([attention_distance(model, one[None]) for one in images]).mean(0), found)
 
 
+class Asking(nn.Module):
+    """Uses the weights that torch's module returns, asked for in another way each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.seen: list[list[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = nn.functional.avg_pool2d(x, 2).flatten(2).mT
+        asked = [
+            self.attention(tokens, tokens, tokens),
+            self.attention(tokens, tokens, tokens, average_attn_weights=False),
+            self.attention(tokens, tokens, tokens, None, False),
+        ]
+        self.seen = [[] if weights is None else list(weights.shape) for _, weights in asked]
+        return asked[0][1].mean((1, 2)) + asked[2][0].mean((1, 2))
+
+
+def test_weights_that_the_network_itself_asks_for() -> None:
+    model, images = Asking(), torch.rand(3, 4, 8, 8)
+    output = model.eval()(images)
+    before = model.seen
+    rows = attention_distance(model, images)
+    assert model.seen == before == [[3, 16, 16], [3, 2, 16, 16], []]
+    torch.testing.assert_close(model(images), output)
+    assert rows.shape == (3, 2)
+    torch.testing.assert_close(rows[0], rows[2])
+
+
 class Neighbours(nn.Module):
     """Every patch attends to itself, as far as the strength goes."""
 

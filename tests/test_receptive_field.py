@@ -138,3 +138,10 @@ def test_refusals() -> None:
     volumes = nn.Sequential(nn.Unflatten(3, (2, 4)), nn.Flatten())
     with pytest.raises(ValueError, match=r"layer '0' must give a map .*, got \(2, 1, 8, 2, 4\)"):
         effective_receptive_field(volumes, torch.rand(2, 1, 8, 8), layer="0")
+    with pytest.raises(ValueError, match="model cannot be differentiated by its images"):
+        effective_receptive_field(Rounded(), torch.rand(2, 1, 8, 8))
+
+
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0.5).sum((1, 2, 3)).double()

@@ -23,8 +23,8 @@ def attention_distance(model: nn.Module, images: Tensor, *, evaluation: Evaluati
     .. math:: \mathbb{E} \sum_k a_{qk} \lVert p_q - p_k \rVert
 
     with a the attention weights after the softmax and p the centres of the patches, over images and the patches q that
-    ask; class and register tokens count as no distance ("An image is worth 16x16 words", Dosovitskiy et al., 2021, does
-    not say how they were counted). Uniform attention has the mean distance between two patches.
+    ask ("An image is worth 16x16 words", Dosovitskiy et al., 2021). Class and register tokens count as no distance
+    (ours). Uniform attention among patches has the mean distance between two of them.
 
     Read where ``torch.nn.functional.scaled_dot_product_attention``, as in timm's transformers, or
     ``nn.MultiheadAttention``, as in torchvision's, is called: one row a call. Windows are refused.
@@ -77,7 +77,8 @@ class _Distances(TorchFunctionMode):
         self.size, self.images, self.rows = size, images, list[Tensor]()
         # torch's own module calls no function that could be seen from here
         modules = [module for module in network.modules() if isinstance(module, nn.MultiheadAttention)]
-        self.hooks = [one.register_forward_pre_hook(_ask_for_weights, with_kwargs=True) for one in modules]
+        self.asked: tuple[bool, bool] = (True, True)
+        self.hooks = [one.register_forward_pre_hook(self._ask_for_weights, with_kwargs=True) for one in modules]
         self.hooks += [one.register_forward_hook(self._read_weights) for one in modules]
 
     def __exit__(self, *error: Any) -> None:
@@ -91,9 +92,16 @@ class _Distances(TorchFunctionMode):
             self._see(*args, **options)
         return func(*args, **options)
 
-    def _read_weights(self, module: nn.Module, given: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    def _ask_for_weights(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        need = args[4] if len(args) > 4 else kwargs.get("need_weights", True)
+        self.asked = need, kwargs.get("average_attn_weights", True)
+        kwargs = dict(zip(("query", "key", "value", "key_padding_mask"), args, strict=False)) | kwargs
+        return (), {**kwargs, "need_weights": True, "average_attn_weights": False}
+
+    def _read_weights(self, module: nn.Module, given: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         self._add(out[1])
-        return out[0], None
+        need, average = self.asked
+        return out[0], None if not need else out[1].mean(1) if average else out[1]
 
     def _see(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
@@ -121,7 +129,3 @@ class _Distances(TorchFunctionMode):
         )
         asked = weights[:, :, first:, first:].double() * torch.cdist(places, places)
         self.rows.append(asked.sum(3).mean(2).sum(0))
-
-
-def _ask_for_weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args[:4], {**kwargs, "need_weights": True, "average_attn_weights": False}

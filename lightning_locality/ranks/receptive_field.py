@@ -76,7 +76,7 @@ class ReceptiveField:
 
     def gaussian(self) -> GaussianFit:
         """Least squares fit of a Gaussian with its axes along rows and columns; NaN for a map that has none."""
-        from scipy.optimize import curve_fit
+        from scipy.optimize import least_squares
 
         values = self.map.numpy()
         grid = np.stack(np.meshgrid(*(np.arange(n) for n in values.shape), indexing="ij")).reshape(2, -1)
@@ -86,13 +86,14 @@ class ReceptiveField:
         center = grid @ values.ravel() / total
         spread = np.sqrt((grid - center[:, None]) ** 2 @ values.ravel() / total).clip(0.5)
 
-        def bell(at: Any, height: float, y: float, x: float, sigma_y: float, sigma_x: float) -> Any:
-            return height * np.exp(-(((at[0] - y) / sigma_y) ** 2) / 2 - ((at[1] - x) / sigma_x) ** 2 / 2)
-
         scaled = values.ravel() / values.max()
-        found = curve_fit(bell, grid, scaled, (1.0, *center, *spread), maxfev=10_000)[0]
-        residual = ((scaled - bell(grid, *found)) ** 2).sum() / ((scaled - scaled.mean()) ** 2).sum()
-        return GaussianFit(abs(float(found[3])), abs(float(found[4])), 1 - float(residual))
+
+        def missing(at: np.ndarray) -> Any:
+            return scaled - at[0] * np.exp(-(((grid - at[1:3, None]) / at[3:, None]) ** 2).sum(0) / 2)
+
+        found = least_squares(missing, (1.0, *center, *spread)).x
+        r2 = 1 - float((missing(found) ** 2).sum() / ((scaled - scaled.mean()) ** 2).sum())
+        return GaussianFit(abs(float(found[3])), abs(float(found[4])), r2)
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Plot ``log10(1 + map)``, relative to its largest value, and the outline of the theoretical field."""
@@ -138,7 +139,7 @@ def effective_receptive_field(
         evaluation: Number of images at a time and type; None: 16, and the model's own.
 
     Raises:
-        ValueError: An unknown layer, or one without a map; images of another form.
+        ValueError: An unknown layer, or one without a map or gradient; images of another form.
 
     Example:
         >>> blur = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
@@ -180,8 +181,10 @@ def _gradient(network: nn.Module, x: Tensor, layer: str | None) -> Tensor:
             handle.remove()
     # of a layer that is used more than once, the last time
     unit = _central(network, kept[-1] if kept else None, layer)
-    (gradient,) = torch.autograd.grad(unit.sum(), x)
-    return gradient.double()
+    if not unit.requires_grad:
+        raise ValueError("model cannot be differentiated by its images, which its receptive field takes")
+    (gradient,) = torch.autograd.grad(unit.sum(), x, allow_unused=True)
+    return torch.zeros_like(x, dtype=torch.float64) if gradient is None else gradient.double()
 
 
 def _central(network: nn.Module, out: Any, layer: str | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_locality import AntiLocality, Classification, FarField, SameClass, UniformPatches
 from lightning_locality.networks import SmallResNet
-from lightning_locality.regularizer.interaction import compositions, interaction_share, locality
+from lightning_locality.regularizer.interaction import compositions, interaction_share, locality, same_masks
 
 
 def tables(*shape: int) -> Tensor:
@@ -352,6 +352,34 @@ def test_the_task_trains_with_the_defaults(tmp_path: Any) -> None:
     trainer.fit(task, data)
     assert 0 <= float(trainer.callback_metrics["train/regularizer"]) <= 1
     assert 0 <= float(trainer.callback_metrics["val/regularizer"]) <= 1
+
+
+class Depth(nn.Module):
+    """Stochastic depth, as timm and torchvision do it."""
+
+    drop_prob = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.drop_prob) if self.training else x
+
+
+@pytest.mark.parametrize("noise", [nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.5), Depth()])
+def test_masks_are_those_of_a_table(noise: nn.Module) -> None:
+    x = torch.rand(32, 2, 12, 20)
+    # a sum over pixels: nothing interacts, whatever is dropped
+    additive = nn.Sequential(nn.Conv2d(2, 3, 1), noise, nn.Flatten(), nn.Linear(3 * 240, 1, bias=False))
+    penalty = AntiLocality(seed=1)
+    assert float(penalty(additive, x).detach()) == pytest.approx(1, abs=1e-6)
+    # and different from table to table, and from call to call
+    first, second = (additive(x) for _ in range(2))
+    assert not torch.equal(first, second)
+    model = Recorded()
+    with same_masks(nn.Sequential(noise, model), 8):
+        nn.Sequential(noise, model)(torch.ones(8, 1, 64, 1))
+    tables = model.given[0].view(4, 2, 64)
+    assert torch.equal(tables, tables[:1].expand(4, -1, -1))
+    if not isinstance(noise, Depth):
+        assert set(tables.unique().tolist()) == {0.0, 2.0}
 
 
 def test_the_term_alone_makes_distant_pixels_interact() -> None:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
-from lightning_locality.regularizer.interaction import checked_output, compositions, locality
+from lightning_locality.regularizer.interaction import checked_output, compositions, locality, same_masks
 from lightning_locality.regularizer.patches import AbstractPatches, Box, FarField, PatchPair, box_mask, check_boxes
 from lightning_locality.regularizer.state import function_of, modules_of, restored
 
@@ -454,7 +454,8 @@ class AntiLocality(nn.Module):
         return self.graphed[constant](step, model, inputs, version) if self.cuda_graph else step(*inputs)
 
     def _interaction(self, model: Model, images: Tensor, y: Tensor | None) -> Tensor:
-        with nullcontext() if self.update_statistics else FastDoubleBackward(fast=False, update_statistics=False):
+        keep = nullcontext() if self.update_statistics else FastDoubleBackward(fast=False, update_statistics=False)
+        with keep, same_masks(model, len(images)):
             out = model(images)
         labels = None if y is None else y.repeat(4, *[1] * (y.dim() - 1))
         n = len(images)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_locality.regularizer.patches import AbstractPatches
 
@@ -71,6 +74,34 @@ def compositions(
         base = torch.where(patches.draw(x, first, generator).j, first, x)
         i, j = patches.draw(base, second, generator)
         return torch.cat([base, *(torch.where(mask, second, base) for mask in (i, j, i | j))])
+
+
+def same_masks(model: Any, images: int) -> AbstractContextManager[Any]:
+    """The random masks of dropout and stochastic depth are the same for the images of a table, within this context.
+
+    Else they would count as interaction. Not of attention that drops its own weights, nor of compiled models.
+    """
+    compiled = hasattr(model, "_orig_mod")
+    modules = model.modules() if isinstance(model, nn.Module) and not compiled else ()
+    rates = (getattr(m, name, 0) for m in modules if m.training for name in ("p", "drop_prob"))
+    return _SameMasks(images) if any(isinstance(rate, float) and rate > 0 for rate in rates) else nullcontext()
+
+
+@final
+class _SameMasks(TorchFunctionMode):
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.images = images
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        options, x = kwargs or {}, args[0] if args else None
+        if isinstance(x, Tensor) and x.dim() and len(x) == self.images:
+            own = slice(self.images // 4)
+            if func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+                return x * torch.cat([func(torch.ones_like(x[own]), *args[1:], **options)] * 4)
+            if func is Tensor.bernoulli_:
+                return x.copy_(torch.cat([x[own].bernoulli_(*args[1:], **options)] * 4))
+        return func(*args, **options)
 
 
 def checked_output(out: Any, batch: int) -> Tensor:

@@ -229,7 +229,8 @@ def main() -> None:
         for name in sides:
             taken, peak = run(name)
             seconds[name].append(taken)
-            memory[name] = memory[name] if cuda else max(memory[name], peak)
+            if not cuda:
+                memory[name] = max(memory[name], peak)
     if not cuda and len(sides) > 1:
         memory = {name: own_peak(name, options, batch) for name in sides}
 

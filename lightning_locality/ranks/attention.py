@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_locality.ranks.evaluation import Evaluation, as_images, placed
+from lightning_locality.ranks.evaluation import Evaluation, as_images
 
 
 def attention_distance(model: nn.Module, images: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
@@ -55,7 +55,7 @@ def attention_distance(model: nn.Module, images: Tensor, *, evaluation: Evaluati
     images, totals = as_images(images), list[Tensor]()
     evaluation = Evaluation() if evaluation is None else evaluation
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
-        for part in torch.split(placed(network, images), evaluation.chunk or 16):
+        for part in torch.split(evaluation.placed(network, images), evaluation.chunk or 16):
             with _Distances(network, images.shape[2:], len(part)) as found:
                 network(part)
             rows = [row.cpu() for row in found.rows]
@@ -68,13 +68,22 @@ def attention_distance(model: nn.Module, images: Tensor, *, evaluation: Evaluati
     return torch.stack(totals) / len(images)
 
 
+def token_grid(network: nn.Module, tokens: int) -> tuple[int, int, int]:
+    """Rows and columns of patches among a transformer's tokens, and how many class and register tokens precede them."""
+    side = int(tokens**0.5)
+    rows, columns = getattr(getattr(network, "patch_embed", None), "grid_size", (side, side))
+    first = tokens - rows * columns
+    if not 0 <= first <= 8:
+        raise ValueError(f"tokens must be {rows} x {columns} patches after at most 8 others, got {tokens}")
+    return rows, columns, first
+
+
 class _Distances(TorchFunctionMode):
     """Sums over images of the mean distance of every head, a row ``(h,)`` for each call of attention."""
 
     def __init__(self, network: nn.Module, size: torch.Size, images: int) -> None:
         super().__init__()
-        self.grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
-        self.size, self.images, self.rows = size, images, list[Tensor]()
+        self.network, self.size, self.images, self.rows = network, size, images, list[Tensor]()
         # torch's own module calls no function that could be seen from here
         modules = [module for module in network.modules() if isinstance(module, nn.MultiheadAttention)]
         self.asked: tuple[bool, bool] = (True, True)
@@ -117,10 +126,7 @@ class _Distances(TorchFunctionMode):
             raise ValueError(
                 f"attention must be among all tokens of an image, ({self.images}, h, N, N), got {tuple(weights.shape)}"
             )
-        rows, columns = self.grid or (int(tokens**0.5), int(tokens**0.5))
-        first = tokens - rows * columns
-        if not 0 <= first <= 8:
-            raise ValueError(f"tokens must be {rows} x {columns} patches after at most 8 others, got {tokens}")
+        rows, columns, first = token_grid(self.network, tokens)
         places = torch.cartesian_prod(
             *(
                 torch.arange(n, dtype=torch.float64, device=weights.device) * (pixels / n)

@@ -128,6 +128,11 @@ class Evaluation:
         half = any(t.dtype in (torch.float16, torch.bfloat16) for t in chain(model.parameters(), model.buffers()))
         return measuring(model, torch.float32 if half and self.dtype is None else self.dtype)
 
+    def placed(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Images on the device and of the type of a network; without weights, of the type of this evaluation."""
+        tensors = (t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point())
+        return images.to(next(tensors, images.to(self.dtype or images.dtype)))
+
     def map(self, function: Callable[[Tensor], Tensor], count: int, device: torch.device, numbers: int = 1) -> Tensor:
         """Evaluate a function of row numbers at 0, ..., count - 1: ``(count, ...)`` in float64 on ``device``.
 
@@ -202,12 +207,6 @@ def as_images(images: Any) -> Tensor:
     if found.dim() != 4 or not found.is_floating_point() or not found.numel():
         raise ValueError(f"images must be floating-point (N, C, H, W), got {found.dtype} {tuple(found.shape)}")
     return found.detach()
-
-
-def placed(network: nn.Module, images: Tensor) -> Tensor:
-    """Images on the device, and of the type, of a network."""
-    tensors = (t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point())
-    return images.to(next(tensors, images))
 
 
 def scores(outputs: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_locality.ranks.evaluation import Evaluation, as_images, placed, scores
+from lightning_locality.ranks.attention import token_grid
+from lightning_locality.ranks.evaluation import Evaluation, as_images, scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +80,7 @@ class ReceptiveField:
         from scipy.optimize import least_squares
 
         values = self.map.numpy()
-        grid = np.stack(np.meshgrid(*(np.arange(n) for n in values.shape), indexing="ij")).reshape(2, -1)
+        grid = np.indices(values.shape).reshape(2, -1)
         total = values.sum()
         if not total:
             return GaussianFit(np.nan, np.nan, np.nan)
@@ -155,7 +156,7 @@ def effective_receptive_field(
         raise ValueError(f"layer must be a name in model.named_modules(), such as {few}, got {layer!r}")
     evaluation = Evaluation() if evaluation is None else evaluation
     with torch.inference_mode(False), torch.enable_grad(), evaluation.prepared(model) as network:
-        images = placed(network, images)
+        images = evaluation.placed(network, images)
         total = torch.zeros(images.shape[2:], dtype=torch.float64, device=images.device)
         for part in torch.split(images, evaluation.chunk or 16):
             total += _gradient(network, part.clone(), layer).relu().sum((0, 1))
@@ -191,10 +192,7 @@ def _central(network: nn.Module, out: Any, layer: str | None) -> Tensor:
     if isinstance(out, Tensor) and out.dim() == 4:
         return out[:, :, out.shape[2] // 2, out.shape[3] // 2].relu()
     if isinstance(out, Tensor) and out.dim() == 3:
-        side = int(out.shape[1] ** 0.5)
-        rows, columns = getattr(getattr(network, "patch_embed", None), "grid_size", (side, side))
-        # class and register tokens come first
-        first = out.shape[1] - rows * columns
+        rows, columns, first = token_grid(network, out.shape[1])
         return out[:, first + rows // 2 * columns + columns // 2].relu()
     if layer is not None and not (isinstance(out, Tensor) and out.dim() in (1, 2)):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -6,7 +6,6 @@ __all__ = ["Network"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import final
 
 import torch
@@ -47,10 +46,8 @@ def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluati
             model.owner = owner
     # no inference mode: hidden state that a network keeps for its next call must be fit for training
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
-        tensors = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point()]
-        dtype = tensors[0].dtype if tensors else evaluation.dtype or images.dtype
-        device = tensors[0].device if tensors else images.device
-        yield SplicedNetwork(network, images.to(device, dtype), labels.to(device), evaluation)
+        images = evaluation.placed(network, images)
+        yield SplicedNetwork(network, images, labels.to(images.device), evaluation)
 
 
 @final

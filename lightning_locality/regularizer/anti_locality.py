@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
-from lightning_locality.regularizer.interaction import checked_output, compositions, locality, same_masks
+from lightning_locality.regularizer.interaction import checked_output, compositions, locality, same_masks, tables
 from lightning_locality.regularizer.patches import AbstractPatches, Box, FarField, PatchPair, box_mask, check_boxes
 from lightning_locality.regularizer.state import function_of, modules_of, restored
 
@@ -398,11 +398,11 @@ class AntiLocality(nn.Module):
         _check_images(model, x, y)
         if self.term == "interaction":
             with torch.no_grad(), restored(model, x):
-                values = list[Tensor]()
                 # regions of their own for each part, of as many samples as a training step takes
-                for part in torch.arange(len(x)).tensor_split(max(1, len(x) // (self.samples or max(16, len(x) // 4)))):
-                    images = self._compose(x[part], generator, "measurement")
-                    values.append(self._interaction(model, images, None if y is None else y[part]))
+                parts = max(1, len(x) // tables(len(x), self.samples))
+                labels = [None] * parts if y is None else y.tensor_split(parts)
+                pairs = zip(x.tensor_split(parts), labels, strict=True)
+                values = [self._interaction(model, self._compose(a, generator, "measurement"), b) for a, b in pairs]
             return torch.stack(values).mean()
         with torch.inference_mode(False), torch.enable_grad(), restored(model, x):
             # clones: tensors made in inference mode cannot be differentiated
@@ -415,7 +415,7 @@ class AntiLocality(nn.Module):
     ) -> Any:
         if self.term == "interaction":
             _check_images(model, x, y)
-            some = slice(self.samples or max(16, len(x) // 4))
+            some = slice(tables(len(x), self.samples))
 
             def interaction(x: Tensor, y: Tensor | None, images: Tensor) -> Any:
                 # a copy: the model may change its input in place

@@ -31,7 +31,10 @@ def interaction_share(scores: Tensor) -> Tensor:
         scores: ``(4, B)`` or ``(4, B, K)``: both own, I of the donor, J of the donor, both of the donor. Of several
             scores their differences count, as for a softmax.
     """
-    exact = _differences(scores)
+    return _share(_differences(scores))
+
+
+def _share(exact: Tensor) -> Tensor:
     interaction = (exact[0] - exact[1] - exact[2] + exact[3]).square().sum() / 4
     total = (exact - exact.mean(0)).square().sum()
     # of a constant score: its slope, which the root multiplies by one over eps, must not overflow
@@ -48,7 +51,8 @@ def locality(scores: Tensor) -> Tensor:
     Args:
         scores: As for :func:`interaction_share`.
     """
-    exact, share = _differences(scores), interaction_share(scores)
+    exact = _differences(scores)
+    share = _share(exact)
     variance = (exact - exact.mean((0, 1))).square().sum() / (4 * exact.shape[1])
     if exact.dim() == 3 and exact.shape[2] > 1:
         variance = variance * (2 / (exact.shape[2] - 1))
@@ -60,6 +64,11 @@ def _differences(scores: Tensor) -> Tensor:
     """Scores in float32 or float64; of several the deviations from their mean."""
     exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return exact - exact.mean(2, keepdim=True) if exact.dim() == 3 and exact.shape[2] > 1 else exact
+
+
+def tables(batch: int, samples: int | None) -> int:
+    """How many samples of a batch become tables: a quarter, as accurate as all, but enough for a share."""
+    return samples or max(16, batch // 4)
 
 
 def compositions(

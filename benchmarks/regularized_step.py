@@ -105,14 +105,14 @@ class PlainGraph:
         return criterion(self.graphed(model, model, (x,)), y)
 
 
-class FixedPair(nn.Module):
-    """AntiLocality on always the same pair, so that all sides do the same work."""
+class Term(nn.Module):
+    """Classification loss plus AntiLocality, on always the same pair, or as it draws if none is given."""
 
-    def __init__(self, i: Box, j: Box, **options: Any) -> None:
+    def __init__(self, *pair: Box, **options: Any) -> None:
         super().__init__()
-        self.penalty = AntiLocality(GivenPatches([i, j]), **options)
+        self.penalty = AntiLocality(GivenPatches(list(pair)) if pair else None, **options)
         heads = (seed for seed in range(99) if torch.randperm(2, generator=self.draw(seed))[0] == 0)
-        self.seed = next(heads)
+        self.seed = next(heads) if pair else None
 
     @staticmethod
     def draw(seed: int) -> torch.Generator:
@@ -121,20 +121,8 @@ class FixedPair(nn.Module):
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Classification loss plus the term."""
-        out, value = self.penalty.with_output(model, x, y, self.draw(self.seed))
-        return criterion(out, y) + value
-
-
-class Default(nn.Module):
-    """AntiLocality with its defaults, regions and compositions included."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.penalty = AntiLocality(**options)
-
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Classification loss plus the term."""
-        out, value = self.penalty.with_output(model, x, y)
+        generator = None if self.seed is None else self.draw(self.seed)
+        out, value = self.penalty.with_output(model, x, y, generator)
         return criterion(out, y) + value
 
 
@@ -145,7 +133,7 @@ def check() -> float:
     i, j = boxes(48, 64)
     model = network(3).double()
     worst, reference = 0.0, list[Tensor]()
-    for step in (twin(i, j), FixedPair(i, j), FixedPair(i, j, fast=False)):
+    for step in (twin(i, j), Term(i, j), Term(i, j, fast=False)):
         copied = copy.deepcopy(model)
         loss = step(copied, x, y)
         loss.backward()
@@ -188,12 +176,12 @@ def main() -> None:
     x, y, model = x.to(options.device), y.to(options.device), model.to(options.device)
     i, j = boxes(*options.shape[1:])
     known: dict[str, Step] = {"plain": plain, "twin": twin(i, j)}
-    known |= {"torch": FixedPair(i, j, fast=False), "ours": FixedPair(i, j)}
-    known["default"] = Default()
+    known |= {"torch": Term(i, j, fast=False), "ours": Term(i, j)}
+    known["default"] = Term()
     if cuda:
-        known |= {"plain_graph": PlainGraph(), "graph": FixedPair(i, j, cuda_graph=True)}
-        known["first"] = FixedPair(i, j, cuda_graph=True, sides="first")
-        known["default_graph"] = Default(cuda_graph=True)
+        known |= {"plain_graph": PlainGraph(), "graph": Term(i, j, cuda_graph=True)}
+        known["first"] = Term(i, j, cuda_graph=True, sides="first")
+        known["default_graph"] = Term(cuda_graph=True)
     sides = {name: (known[name], copy.deepcopy(model)) for name in options.sides or known}
     optimizers = {name: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for name, (_, m) in sides.items()}
 

@@ -96,7 +96,7 @@ SWEEP_OPTIONS = {
     **dict.fromkeys(
         (
             *("pathfinder", "pathfinder_resnet34", "pathfinder_small", "pathfinder_small_resnet34"),
-            "default_term_pathfinder",
+            "pathfinder_terms",
         ),
         (*CURVES, *UNTESTED),
     ),

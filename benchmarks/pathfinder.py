@@ -1,6 +1,6 @@
 """Speed and memory of the Pathfinder pictures, compared with a straightforward twin that draws one at a time.
 
-    python benchmarks/pathfinder.py                          # milliseconds per picture on one core
+    python benchmarks/pathfinder.py                          # milliseconds per picture on one core, every setting
     python benchmarks/pathfinder.py --memory 100000          # also peak memory while that many are written
 
 The table goes to the terminal and, with everything needed to repeat it, to benchmarks/results/pathfinder.json.
@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -29,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pathfinder_twin import SlowPicture
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures, place
-from lightning_locality.datamodules.pathfinder.rendering import render
-from lightning_locality.datamodules.pathfinder.store import AT_ONCE, PictureStore
+from lightning_locality.datamodules.pathfinder.placement import at_once, pictures, pictures_with_targets
+from lightning_locality.datamodules.pathfinder.store import PictureStore
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
@@ -47,31 +45,37 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def speed(length: int, batches: int, twins: int) -> dict[str, Any]:
-    curves = PathfinderCurves(path_length=length)
+SETTINGS = {
+    "icml2022": (3, 5, 7, 9),
+    **dict.fromkeys(("lra32", "lra64", "lra128", "lra256"), (6, 9, 14)),
+    "pathx": (14,),
+    "linsley300": (6, 9, 14, 20, 25),
+}
+
+
+def speed(preset: str, length: int, count: int, twins: int) -> dict[str, Any]:
+    curves = PathfinderCurves.preset(preset, length)
     first = milliseconds(lambda: pictures(curves, 0, "train", [0]))  # dashes are rendered once
-    placing, drawing, whole, slow = [], [], [], []
-    for number in range(batches):
-        index = range(number * AT_ONCE, (number + 1) * AT_ONCE)
-        placements = []
-        placing.append(milliseconds(lambda i=index, p=placements: p.append(place(curves, 0, 0, i))) / AT_ONCE)  # type: ignore[misc]
-        drawing.append(milliseconds(lambda p=placements: render(curves, *p[0][1:])) / AT_ONCE)  # type: ignore[misc]
-        images: list[Any] = []
-        whole.append(milliseconds(lambda i=index, p=images: p.append(pictures(curves, 0, "train", i))) / AT_ONCE)  # type: ignore[misc]
-        if number < twins:
-            twin: list[SlowPicture] = []
-            slow.append(milliseconds(lambda i=index, t=twin: t.append(SlowPicture(curves, 0, 0, i[0]))))  # type: ignore[misc]
-            assert np.array_equal(twin[0].image, images[0][0][0]), "the twin draws another picture"
+    made: list[Any] = []
+    step = at_once(curves)
+    parts = [range(count)[start : start + step] for start in range(0, count, step)]
+    whole = milliseconds(lambda: made.extend(pictures(curves, 0, "train", part)[0] for part in parts)) / count
+    targets = milliseconds(lambda: [pictures_with_targets(curves, 0, "train", part) for part in parts]) / count
+    twin: list[SlowPicture] = []
+    slow = milliseconds(lambda: twin.extend(SlowPicture(curves, 0, 0, number) for number in range(twins)))
+    for number, picture in enumerate(twin):
+        assert np.array_equal(picture.image, made[0][number]), "the twin draws another picture"
     return {
+        "preset": preset,
         "path_length": length,
-        "curves_ms": round(statistics.mean(placing), 4),
-        "drawing_ms": round(statistics.mean(drawing), 4),
-        "total_ms": round(statistics.mean(whole), 4),
-        "total_ms_slowest_batch": round(max(whole), 4),
-        "twin_ms": round(statistics.mean(slow), 1) if slow else None,
+        "size": curves.size,
+        "ms": round(whole, 3),
+        "with_targets_ms": round(targets, 3),
+        "twin_ms": round(slow / twins, 1) if twins else None,
         "first_picture_ms": round(first, 1),
-        "pictures": batches * AT_ONCE,
-        "twin_pictures": len(slow),
+        "pictures": count,
+        "twin_pictures": twins,
+        "ink_percent": round(100 * float(np.mean(made[0] > 0)), 2),
     }
 
 
@@ -102,9 +106,9 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[3, 5, 7, 9])
-    parser.add_argument("--batches", type=int, default=16, help=f"batches of {AT_ONCE} pictures per length")
-    parser.add_argument("--twins", type=int, default=8, help="pictures drawn by the twin, for comparison")
+    parser.add_argument("--presets", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--pictures", type=int, default=1024, help="pictures per setting")
+    parser.add_argument("--twins", type=int, default=1, help="pictures drawn by the twin, for comparison")
     parser.add_argument("--memory", type=int, default=0, help="write that many pictures and report the peak memory")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pathfinder.json")
     options = parser.parse_args()
@@ -112,13 +116,16 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/pathfinder.py", *sys.argv[1:]]),
         "hardware": {"processor": processor(), "cores": cpu_count(), "load": round(os.getloadavg()[0], 2)},
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "pillow": PIL.__version__},
-        "unit": "ms of processor time per finished 150x150 picture, one core, one process",
+        "unit": "ms of processor time per finished picture, one core, one process",
     }
-    rows = [speed(length, options.batches, options.twins) for length in options.lengths]
-    print("path length   curves  drawing    total   slow twin   (ms per picture)")
-    for row in rows:
-        fast = "".join(f"{row[name]:9.3f}" for name in ("curves_ms", "drawing_ms", "total_ms"))
-        print(f"{row['path_length']:11}{fast}{'-' if row['twin_ms'] is None else row['twin_ms']:>12}")
+    rows = []
+    print("setting     path length  size        ms   with targets   slow twin   (ms per picture)")
+    for preset in options.presets:
+        for length in SETTINGS[preset]:
+            row = speed(preset, length, options.pictures, options.twins)
+            slow = "-" if row["twin_ms"] is None else row["twin_ms"]
+            print(f"{preset:12}{length:11}{row['size']:6}{row['ms']:10.3f}{row['with_targets_ms']:15.3f}{slow:>12}")
+            rows.append(row)
     result["speed"] = rows
     if options.memory:
         result["memory"] = memory(options.memory)

@@ -6,6 +6,7 @@ dash is drawn on a whole canvas, masks are dilated pixel by pixel, and Pillow re
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -42,16 +43,16 @@ def round_dilation(picture: Array, radius: int) -> Array:
 def stamp(curves: PathfinderCurves, angle: float) -> tuple[Array, Array]:
     """Ink (1 = 4096) and covered area (0 to 255) of a line from the middle of a small square."""
     scale = curves.antialias
-    half = curves.paddle_length + curves.paddle_thickness + curves.margin
+    half = curves.paddle_length + math.ceil(curves.paddle_thickness) + curves.margin
     picture = Image.new("F", (2 * half * scale + 1,) * 2, 0)
     middle = (half * scale, half * scale)
     end = shift(middle, angle, curves.paddle_length * scale)
-    ImageDraw.Draw(picture).line([middle[::-1], end[::-1]], fill=255, width=curves.paddle_thickness * scale)
+    ImageDraw.Draw(picture).line([middle[::-1], end[::-1]], fill=255, width=int(curves.paddle_thickness * scale))
     small = (2 * half + 1, 2 * half + 1)
     ink = np.asarray(picture.resize(small, Image.Resampling.LANCZOS)).astype(float) / 255
     dilated = round_dilation(np.asarray(picture), curves.margin * scale).astype(np.uint8)
     area = np.asarray(Image.fromarray(dilated).resize(small, Image.Resampling.LANCZOS)).astype(int)
-    return np.maximum(np.rint(ink * curves.contrast * 4096), 0).astype(int), area
+    return np.maximum(np.rint(ink * 4096), 0).astype(int), area
 
 
 def on_canvas(small: Array, spot: Spot, window: int) -> Array:
@@ -62,11 +63,16 @@ def on_canvas(small: Array, spot: Spot, window: int) -> Array:
 
 
 class SlowPicture:
-    """One picture; ``curves_drawn`` lists for each curve its dashes as pairs (place, drawn direction)."""
+    """One picture; ``seen`` are the pixels covered by the two target curves and by the rest."""
 
     def __init__(self, curves: PathfinderCurves, seed: int, stream: int, index: int) -> None:
+        if isinstance(curves.margin, tuple):
+            self.words = words(seed, stream + 16, index)
+            curves = dataclasses.replace(curves, margin=curves.margin[self.below(len(curves.margin))])
         self.curves = curves
-        self.words = np.random.Philox(key=[seed, stream * 2**56 + index]).random_raw(20_000).tolist()
+        self.words = words(seed, stream + 8, index)
+        brightness = self.brightness()
+        self.words = words(seed, stream, index)
         self.ink = np.zeros((curves.window, curves.window), dtype=int)
         coin = self.below(2)
         if curves.balanced and index % 2:
@@ -78,15 +84,19 @@ class SlowPicture:
         targets = None
         while targets is None:
             targets = self.targets(border)
-        self.curves_drawn = targets
         mask = border
         for curve in targets:
             for dash in curve:
                 mask = np.maximum(mask, self.area(*dash))
-        self.distractors(mask)
-        for curve in self.curves_drawn:
-            for spot, angle in curve:
-                self.ink = np.maximum(self.ink, on_canvas(stamp(curves, angle)[0], spot, curves.window))
+        clutter = self.distractors(mask)
+        slots = {curve * curves.path_length + n: d for curve in (0, 1) for n, d in enumerate(targets[curve])} | clutter
+        # what is seen of each curve without the others, to tell which pixels belong to which
+        self.seen = np.zeros((3, curves.window, curves.window), dtype=bool)
+        for slot, (spot, angle) in slots.items():
+            ink = on_canvas(stamp(curves, angle)[0], spot, curves.window)
+            self.ink = np.maximum(self.ink, ink * round(brightness[slot] * 4096) // 4096)
+            self.seen[min(slot // curves.path_length, 2)] |= ink >= 2048
+        self.marked = marked
         ends = (targets[marked][0][0], targets[marked if self.label else 1 - marked][-1][0])
         for spot in ends:
             self.ink = np.maximum(self.ink, self.disc(spot) * 4096 // 255)
@@ -94,18 +104,33 @@ class SlowPicture:
         side = (curves.size, curves.size)
         self.image = np.asarray(drawn.resize(side, Image.Resampling.BILINEAR))
 
+    def brightness(self) -> list[float]:
+        """Of all dashes there may be: of the first curve, of the second one, and of the rest."""
+        length, total = self.curves.path_length, self.curves.max_paddles
+        curve, paddle = self.curves.curve_contrast, self.curves.paddle_contrast
+        own = [curve, curve]
+        if isinstance(curve, tuple):
+            twice = [value for value in curve for _ in (0, 1)]
+            own = [twice.pop(self.below(len(twice))) for _ in (0, 1)]
+        one = [paddle[self.below(len(paddle))] if isinstance(paddle, tuple) else paddle for _ in range(length + 1)]
+        one, first = one[:-1], one[-1]
+        rest = [curve[self.below(len(curve))] if isinstance(curve, tuple) else curve for _ in range(total - 2 * length)]
+        return [own[0] * value for value in one] + [own[1] * value for value in [first, *one[1:]]] + rest
+
     def below(self, bound: int) -> int:
-        return (self.words.pop(0) >> 32) * bound >> 32
+        return (self.words.pop() >> 32) * bound >> 32
 
     def area(self, spot: Spot, angle: float) -> Array:
         return on_canvas(stamp(self.curves, angle)[1], spot, self.curves.window)
 
     def disc(self, spot: Spot) -> Array:
-        scale, window = self.curves.antialias, self.curves.window
-        down, right = np.mgrid[0 : window * scale, 0 : window * scale]
-        distance = (down - spot[0] * scale) ** 2 + (right - spot[1] * scale) ** 2
+        # on a larger canvas: a disc is the same at the border
+        scale, window, around = self.curves.antialias, self.curves.window, 20
+        down, right = np.mgrid[0 : (window + 2 * around) * scale, 0 : (window + 2 * around) * scale]
+        distance = (down - (spot[0] + around) * scale) ** 2 + (right - (spot[1] + around) * scale) ** 2
         large = np.where(distance <= (self.curves.marker_radius * scale) ** 2, 255, 0).astype(np.uint8)
-        return np.asarray(Image.fromarray(large).resize((window, window), Image.Resampling.LANCZOS)).astype(int)
+        drawn = Image.fromarray(large).resize((window + 2 * around,) * 2, Image.Resampling.LANCZOS)
+        return np.asarray(drawn).astype(int)[around : around + window, around : around + window]
 
     def degrees(self) -> float:
         return math.radians(self.below(360) - 180)
@@ -158,8 +183,13 @@ class SlowPicture:
         near = max(curves.padding, 2 * curves.seed_distance)
         whole = np.argwhere(stamp(curves, heading)[1] == 255) - stamp(curves, heading)[1].shape[0] // 2
         inside: Callable[[int, int], range] = lambda low, high: range(near - low, curves.window - near - high)
+        whole = np.vstack([whole, [0, 0]])
         rows, columns = inside(*span(whole[:, 0])), inside(*span(whole[:, 1]))
-        chosen = self.below(len(rows) * len(columns))
+        chosen = self.below(max(1, len(rows) * len(columns)))
+        if not rows or not columns:
+            self.below(360)
+            self.below(360)
+            return None
         first = (rows[chosen // len(columns)], columns[chosen % len(columns)])
         other = self.degrees()
         angle = math.radians(self.below(360))
@@ -184,20 +214,27 @@ class SlowPicture:
                 dashes[own].append((end, back(angle)))
         return dashes
 
-    def distractors(self, mask: Array) -> None:
-        curves = self.curves
-        for _ in range(curves.distractor_count):
-            for _ in range(curves.distractor_retries + 1):
-                if (mask <= 0.3 * 255).sum() / curves.window**2 < curves.stop_with_availability:
-                    return
-                dashes = self.distractor(mask)
-                if dashes is not None:
-                    self.curves_drawn.append(dashes)
-                    for dash in dashes:
-                        mask = np.maximum(mask, self.area(*dash))
-                    break
+    def distractors(self, mask: Array) -> dict[int, tuple[Spot, float]]:
+        """Dashes by their slots, of distractors and then of single dashes."""
+        curves, slots, slot = self.curves, {}, 2 * self.curves.path_length
+        for number, length, retries in (
+            (curves.distractor_count, curves.paddles_per_distractor, curves.distractor_retries),
+            (curves.single_count, 1, curves.paddle_retries),
+        ):
+            for first in range(slot, slot + number * length, length):
+                for _ in range(retries + 1):
+                    if (mask <= 0.3 * 255).sum() / curves.window**2 < curves.stop_with_availability:
+                        break
+                    dashes = self.distractor(mask, length)
+                    if dashes is not None:
+                        slots |= {first + position: dash for position, dash in enumerate(dashes)}
+                        for dash in dashes:
+                            mask = np.maximum(mask, self.area(*dash))
+                        break
+            slot += number * length
+        return slots
 
-    def distractor(self, mask: Array) -> list[tuple[Spot, float]] | None:
+    def distractor(self, mask: Array, length: int) -> list[tuple[Spot, float]] | None:
         curves, heading = self.curves, self.degrees()
         side = curves.window - 2 * curves.padding
         start = None
@@ -214,7 +251,7 @@ class SlowPicture:
                 return None
             start = free[self.below(len(free))]
         dashes, joint = [(start, heading)], self.joint_of_first(start, heading)
-        for _ in range(curves.paddles_per_distractor - 1):
+        for _ in range(length - 1):
             own = mask
             for dash in dashes[:-1]:
                 own = np.maximum(own, self.area(*dash))
@@ -232,6 +269,11 @@ class SlowPicture:
         padded = np.pad(mask, half, constant_values=255)
         cut = lambda spot: padded[spot[0] : spot[0] + 2 * half + 1, spot[1] : spot[1] + 2 * half + 1]
         return [s for s in spots if mask[s] <= 0.3 * 255 and (cut(s)[whole] <= 0.3 * 255).all()]
+
+
+def words(seed: int, stream: int, index: int) -> list[int]:
+    found: list[int] = np.random.Philox(key=[seed, stream * 2**56 + index]).random_raw(100_000).tolist()[::-1]
+    return found
 
 
 def back(angle: float) -> float:

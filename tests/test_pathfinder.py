@@ -15,9 +15,10 @@ from pytorch_lightning import LightningModule, Trainer
 
 from lightning_locality import Pathfinder
 from lightning_locality.cli import main
+from lightning_locality.datamodules.base import SplitBatch
 from lightning_locality.datamodules.pathfinder import make_pathfinder
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures
+from lightning_locality.datamodules.pathfinder.placement import pictures, pictures_with_targets
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError
 
 LENGTHS = (3, 5, 7, 9)
@@ -44,6 +45,26 @@ def test_batches(module: Pathfinder, device: torch.device) -> None:
     assert (module.num_classes, module.image_shape) == (2, (1, 80, 80))
     with pytest.raises(RuntimeError, match="call setup"):
         module.compose("test", index)
+    with pytest.raises(RuntimeError, match="targets=True"):
+        module.targets("train", index)
+
+
+def test_batches_with_targets(tmp_path: Path, device: torch.device) -> None:
+    counts = {"train": 10, "validation": 2, "test": 2}
+    module = Pathfinder(**counts, root=tmp_path, preset="lra32_easy", targets=True, batch_size=4, workers=1)
+    module.prepare_data()
+    module.setup("fit")
+    batch = next(iter(module.train_dataloader()))
+    images, labels, targets = module.on_after_batch_transfer(SplitBatch(batch.split, batch.indices.to(device)), 0)
+    expected = pictures_with_targets(module.curves, 0, "train", batch.indices.tolist())
+    assert labels.tolist() == expected[1].tolist()
+    assert np.array_equal(targets["segmentation"].cpu().numpy(), expected[2].segmentation)
+    assert np.array_equal(targets["markers"].cpu().numpy(), expected[2].markers)
+    # dashes are where the picture is bright
+    dashes, rest = (
+        images[:, 0][mask].mean().item() for mask in (targets["segmentation"] > 0, targets["segmentation"] == 0)
+    )
+    assert dashes > rest + 1
 
 
 def test_stages_load_what_they_need(module: Pathfinder) -> None:
@@ -171,9 +192,9 @@ def test_parameters_have_folders_of_their_own() -> None:
     plain = {Pathfinder(path_length=length, seed=seed).store("train").folder for length in LENGTHS for seed in (0, 1)}
     for field in dataclasses.fields(PathfinderCurves):
         value = getattr(PathfinderCurves(), field.name)
-        other = {"window": 450, "size": 100, "distractors": 7, "distractor_length": 2, "balanced": True}.get(
-            field.name, 8 if value is None else value * 0.9 if isinstance(value, float) else value + 1
-        )
+        others = {"window": 450, "size": 100, "distractors": 7, "distractor_length": 2, "balanced": True}
+        others |= {"paddle_thickness": 1.5, "single_paddles": True}
+        other = others.get(field.name, value * 0.9 if isinstance(value, float) else value and value + 1)
         plain.add(
             Pathfinder(curves=dataclasses.replace(PathfinderCurves(), **{field.name: other})).store("train").folder
         )
@@ -190,6 +211,10 @@ def test_wrong_module() -> None:
         ({"workers": 0}, "workers must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"path_length": 0}, "path_length must be an integer of at least 2"),
+        ({"preset": "lra48"}, "preset must be one of icml2022, lra32, .* _hard, got 'lra48'"),
+        ({"preset": "pathx_easy"}, "preset must be one of"),
+        ({"preset": "lra32_easy", "path_length": 9}, "preset='lra32_easy' has a path length"),
+        ({"preset": "lra32", "curves": SMALL}, "preset or curves, not both"),
     ):
         with pytest.raises(ValueError, match=message):
             Pathfinder(**wrong)

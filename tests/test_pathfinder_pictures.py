@@ -7,10 +7,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from pathfinder_twin import SlowPicture
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import STREAMS, Placement, pictures, place
+from lightning_locality.datamodules.pathfinder.placement import (
+    STREAMS,
+    Placement,
+    pictures,
+    pictures_with_targets,
+    place,
+)
 from lightning_locality.datamodules.pathfinder.rendering import Strokes, render
 
 LENGTHS = (3, 5, 7, 9)
@@ -26,20 +32,45 @@ PUBLISHED_DISTANCES = {
 SMALL = PathfinderCurves(path_length=3, window=160, size=80, padding=15, seed_distance=20, distractors=4)
 CROWDED = dataclasses.replace(SMALL, distractors=25, distractor_length=3, balanced=True)
 FULL = dataclasses.replace(SMALL, distractors=90, stop_with_availability=0.4)
-THICK = dataclasses.replace(SMALL, size=32, contrast=0.8, antialias=3, paddle_thickness=3, distractor_length=2)
+THICK = dataclasses.replace(SMALL, size=32, curve_contrast=0.8, antialias=3, paddle_thickness=3, distractor_length=2)
+SEVERAL = PathfinderCurves(
+    path_length=3,
+    window=96,
+    size=48,
+    padding=10,
+    seed_distance=12,
+    margin=(2, 4),
+    curve_contrast=(0.5, 1.0, 1.4),
+    paddle_contrast=(0.6, 0.9),
+    distractors=2,
+    stop_with_availability=0.4,
+    single_paddles=True,
+)
+SETTINGS = ["lra32", "lra64", "lra128", "lra256", "linsley300", "pathx"]
 
 
 # --- pictures against the slow twin, and against themselves
 
 
-@pytest.mark.parametrize("curves", [*map(PathfinderCurves, LENGTHS), CROWDED, FULL, THICK])
+@pytest.mark.parametrize(
+    "curves",
+    [
+        *map(PathfinderCurves, LENGTHS),
+        *(CROWDED, FULL, THICK, SEVERAL),
+        *(PathfinderCurves.preset(name, 6) for name in SETTINGS),
+    ],
+)
 def test_same_bytes_as_the_slow_twin(curves: PathfinderCurves) -> None:
     index = [0, 5, 2**40 + 1]
-    images, labels = pictures(curves, 7, "validation", index)
-    for number, image, label in zip(index, images, labels, strict=True):
+    images, labels, targets = pictures_with_targets(curves, 7, "validation", index)
+    for row, number in enumerate(index):
         twin = SlowPicture(curves, 7, STREAMS["validation"], number)
-        assert np.array_equal(image, twin.image)
-        assert label == twin.label
+        assert np.array_equal(images[row], twin.image)
+        assert labels[row] == twin.label
+        own, other = twin.marked, 1 - twin.marked
+        classes = np.select([twin.seen[2], twin.seen[other], twin.seen[own]], [3, 2, 1])
+        parts = classes.reshape(curves.size, curves.reduction, curves.size, curves.reduction)
+        assert np.array_equal(targets.segmentation[row], parts.max(axis=(1, 3)))
 
 
 def test_special_cases_of_the_twin_occur() -> None:
@@ -95,9 +126,9 @@ def polylines(curves: PathfinderCurves, placement: Placement, row: int) -> list[
     return lines
 
 
-def components(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def components(lines: list[np.ndarray], window: int = 300) -> tuple[np.ndarray, np.ndarray]:
     """Pixels ``(P, 2)`` of the lines and their connected components ``(P,)``, neighbours at corners included."""
-    drawn = np.zeros((300, 300), dtype=bool)
+    drawn = np.zeros((window, window), dtype=bool)
     for points in lines:
         for start, end in pairwise(points):
             steps = np.linspace(0, 1, 2 + int(3 * np.abs(end - start).max()))[:, None]
@@ -152,6 +183,54 @@ def test_label_is_right_2000(length: int) -> None:
     check_labels(length, 2000)
 
 
+def check_setting(curves: PathfinderCurves, count: int) -> None:
+    """Labels, numbers of dashes and marks of a setting, from its dashes on paper of four times the size.
+
+    With gaps of two pixels (margin 1: LRA's 32 and 64 pixels) the published rule lets a dash into the gap of another
+    curve; where it joins the two target curves, their own order decides the label, and a flood fill cannot.
+    """
+    index = range(count)
+    images, labels, targets = pictures_with_targets(curves, 11, "train", index)
+    placement = place(curves, 11, STREAMS["train"], index)
+    assert ((placement.stroke[:, : 2 * curves.path_length] >= 0).all(axis=1)).all()
+    joined = 0
+    for row in range(count):
+        lines = [4 * line + 2 for line in polylines(curves, placement, row)]
+        if curves.margin >= 2:
+            assert len(set(components(lines, 4 * curves.window)[1].tolist())) == len(lines)  # no curve touches another
+        pixels, component = components(lines[:2], 4 * curves.window)
+        if len(set(component.tolist())) == 1:
+            joined += 1
+            continue
+        centres = (targets.markers[row] + 0.5) * curves.reduction * 4
+        ends = [np.hypot(*(pixels - centre).T).argmin() for centre in centres]
+        assert labels[row] == (component[ends[0]] == component[ends[1]])
+    assert joined <= (0.03 * count if curves.margin == 1 else 0)
+    # half of the labels each, which neither the ink nor the brightness of a picture tells
+    deviation = 0.5 / count**0.5
+    assert abs(labels.mean() - 0.5) < 4 * deviation
+    flat = images.reshape(count, -1).astype(float)
+    for statistic in ((flat > 0).sum(axis=1), flat.mean(axis=1), flat.std(axis=1)):
+        area = stats.mannwhitneyu(statistic[labels == 1], statistic[labels == 0]).statistic / labels.sum()
+        assert abs(area / (labels == 0).sum() - 0.5) < 4 * deviation / 3**0.5
+
+
+PRESETS = [PathfinderCurves.preset(name, length) for name in SETTINGS for length in (6, 9, 14)]
+PRESETS += [PathfinderCurves.preset("linsley300", length) for length in (20, 25)]
+ONE_MARGIN = [dataclasses.replace(curves, margin=margin) for curves in PRESETS for margin in curves.margins]
+
+
+@pytest.mark.parametrize("curves", [ONE_MARGIN[0], ONE_MARGIN[4], PathfinderCurves.preset("linsley300", 9)])
+def test_labels_of_presets(curves: PathfinderCurves) -> None:
+    check_setting(curves, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("curves", ONE_MARGIN)
+def test_labels_of_presets_2000(curves: PathfinderCurves) -> None:
+    check_setting(curves, 2000)
+
+
 # --- statistics of the published pictures
 
 
@@ -166,9 +245,9 @@ def test_label_is_right_2000(length: int) -> None:
 )
 def test_published_statistics(length: int, dashes: int, ink: float, mean: float, std: float) -> None:
     curves = PathfinderCurves(path_length=length)
-    _, at, stroke, discs = place(curves, 0, STREAMS["train"], range(400))
-    images, raw = (render(dataclasses.replace(curves, size=size), at, stroke, discs) for size in (150, 300))
-    assert ((stroke >= 0).sum(axis=1) == dashes).all()
+    _, *placement = place(curves, 0, STREAMS["train"], range(400))
+    images, raw = (render(dataclasses.replace(curves, size=size), *placement) for size in (150, 300))
+    assert ((placement[1] >= 0).sum(axis=1) == dashes).all()
     # the share varies by 0.02-0.03 from picture to picture; the published one, of 100 pictures, has 2 decimals
     assert 100 * np.mean(raw > 0) == pytest.approx(ink, abs=0.015)
     # of 50 published pictures, 4 decimals; in sets of 50 the standard deviation varies by 1e-4
@@ -224,10 +303,15 @@ def test_wrong_curves() -> None:
         ({"balanced": False, "antialias": True}, "antialias must be an integer"),
         ({"continuity": 0.0}, "continuity must be a positive number"),
         ({"continuity": 0.1}, "continuity must be at least 0.5"),
-        ({"contrast": float("nan")}, "contrast must be a positive number"),
+        ({"curve_contrast": float("nan")}, "curve_contrast must be a positive number"),
         ({"stop_with_availability": 1.5}, "stop_with_availability is a share"),
         ({"size": 140}, "window must be 1 to 11 times size"),
-        ({"window": 120, "size": 60}, r"window=120 is too small.*choose window >= 129"),
+        ({"window": 110, "size": 55}, r"window=110 is too small.*choose window >= 118"),
+        ({"paddle_thickness": 1.3}, "paddle_thickness times antialias must be a whole number"),
+        ({"marker_radius": -1}, "marker_radius must be a positive number"),
+        ({"margin": []}, "margin must be a number or a list of at least one"),
+        ({"margin": [2, 2.5]}, "margin must be an integer"),
+        ({"paddle_contrast": [1, "a"]}, "paddle_contrast must be a positive number, got 'a'"),
         ({"seed_distance": 80}, "window=300 is too small"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ import pytest
 
 from lightning_locality.datamodules.pathfinder import store as module
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures
+from lightning_locality.datamodules.pathfinder.placement import pictures, pictures_with_targets
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
 
 TINY = PathfinderCurves(2, 96, 32, padding=6, seed_distance=13, paddle_length=4, margin=2, distractors=1)
@@ -56,6 +56,17 @@ def test_what_is_written_is_read_by_the_package_and_by_numpy(tmp_path: Path) -> 
         assert digest == hashlib.sha256((store.folder / name).read_bytes()).hexdigest()
 
 
+def test_targets_are_stored_beside_the_same_pictures(tmp_path: Path) -> None:
+    plain, store = stored(tmp_path), replace(new_store(tmp_path), targets=True)
+    store.generate(workers=1)
+    assert store.folder != plain.folder
+    images, labels, targets = pictures_with_targets(TINY, 0, "train", range(COUNT))
+    for mine, expected in zip(store.load(), (images, labels, *targets), strict=True):
+        assert np.array_equal(mine, expected)
+    for mine, expected in zip(store.load(), plain.load(), strict=False):
+        assert np.array_equal(mine, expected)
+
+
 def children() -> list[str]:
     """Command lines of the processes that this one has started."""
     found = []
@@ -70,7 +81,7 @@ def children() -> list[str]:
 
 def test_processes_do_not_matter_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = stored(tmp_path / "one")
-    monkeypatch.setattr(module, "AT_ONCE", 3)
+    monkeypatch.setattr(module, "at_once", lambda curves: 3)
     several = new_store(tmp_path / "several")
     several.generate(workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "several")
@@ -178,7 +189,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: typ
             raise error
         return write(*args)
 
-    monkeypatch.setattr(module, "AT_ONCE", 3)
+    monkeypatch.setattr(module, "at_once", lambda curves: 3)
     monkeypatch.setattr(module, "_write_pictures", broken)
     with pytest.raises(error):
         stored(tmp_path)

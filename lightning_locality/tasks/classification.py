@@ -250,7 +250,7 @@ class Classification(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the classification loss plus the weighted terms of a batch."""
-        x, y = batch
+        x, y = batch[:2]  # a data module may add targets
         if self.augmentation is not None:
             x = self.augmentation(x)
         x = x.contiguous(memory_format=self.memory_format)
@@ -293,7 +293,7 @@ class Classification(LightningModule):
     on_validation_start = on_train_epoch_end = _raise_unless_finite
 
     def _evaluate(self, stage: Stage, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
+        x, y = batch[:2]
         logits = self(x)
         self._record(stage, logits, y, self._loss(logits, y))
         self._measure(stage, x, y, batch_idx)

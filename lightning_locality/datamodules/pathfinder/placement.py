@@ -4,8 +4,10 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -13,11 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.rendering import DEGREES, Bytes, Integers, Strokes, ceil, render
+from lightning_locality.datamodules.pathfinder.rendering import (
+    DEGREES,
+    INK_SCALE,
+    Bytes,
+    Integers,
+    Strokes,
+    ceil,
+    render,
+    segment,
+)
 
 Flags = NDArray[np.bool_]
 
 STREAMS = {"train": 0, "validation": 1, "test": 2}
+CONTRASTS, MARGINS = 8, 16  # added to the number of a stream for what is drawn from lists
 BLOCK = 256
 WEIGHT_SCALE = 1 << 16  # weights of candidates are integers: the same choice on every machine
 FREE = 76  # a pixel of coverage up to 0.3 counts as free when a curve looks for a place to start
@@ -33,18 +45,95 @@ class Placement(NamedTuple):
     label: Integers  # (B,), 1 if both discs lie on one curve
     at: Integers  # pixel (B, P, 2), (down, right): the start of the first dash of a curve, the end of all others
     stroke: Integers  # number (B, P) of the direction in Strokes, -1 if there is no dash
-    discs: Integers  # centres (B, 2, 2)
+    discs: Integers  # centres (B, 2, 2): the start of a target curve, the end of the same or of the other one
+    contrast: Integers  # brightness (B, P) of a dash, 1 = INK_SCALE
+
+
+class Targets(NamedTuple):
+    """What is where in ``B`` pictures, for segmentation and attribution."""
+
+    # (B, size, size): 1 on the curve that starts at the first disc, 2 on the other target curve, 3 on distractors
+    segmentation: Bytes
+    markers: NDArray[np.float32]  # (B, 2, 2): centres (row, column) of the two discs in pixels
+
+
+def at_once(curves: PathfinderCurves) -> int:
+    """Pictures to place in lock step: the more, the less the last ones cost, with grids of about 64 MB."""
+    return max(128, 2**26 // (2 * (curves.window + 40) ** 2))
 
 
 def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]) -> Placement:
-    """Place the pictures ``index`` of a stream of random numbers."""
+    """Place the pictures ``index`` of a stream of random numbers; the curves have one margin."""
     return _Batch(curves, seed, stream, index).place()
 
 
 def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]) -> tuple[Bytes, Bytes]:
     """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone."""
-    label, *placement = place(curves, seed, STREAMS[split], index)
-    return render(curves, *placement), label.astype(np.uint8)
+    return _draw(curves, seed, split, index, targets=False)[:2]
+
+
+def pictures_with_targets(
+    curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]
+) -> tuple[Bytes, Bytes, Targets]:
+    """The same with what is where in them."""
+    return _draw(curves, seed, split, index, targets=True)
+
+
+def _draw(
+    curves: PathfinderCurves, seed: int, split: str, index: Sequence[int], targets: bool
+) -> tuple[Bytes, Bytes, Targets]:
+    count, length = len(index), curves.path_length
+    images, labels = np.empty((count, curves.size, curves.size), np.uint8), np.empty(count, np.uint8)
+    known = Targets(np.empty_like(images), np.empty((count, 2, 2), np.float32))
+    for rows, one in _by_margin(curves, seed, STREAMS[split], index):
+        label, at, stroke, discs, contrast = place(one, seed, STREAMS[split], [int(index[row]) for row in rows])
+        images[rows], labels[rows] = render(one, at, stroke, discs, contrast), label
+        if targets:
+            classes = np.full(at.shape[:2], 3)
+            classes[:, : 2 * length] = np.repeat([1, 2], length)
+            second = (discs[:, 0] == at[:, length]).all(axis=1)
+            classes[second, : 2 * length] = np.repeat([2, 1], length)
+            known.segmentation[rows] = segment(one, at, stroke, classes)
+            known.markers[rows] = (discs + 0.5) / one.reduction - 0.5
+    return images, labels, known
+
+
+def _by_margin(
+    curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]
+) -> Iterator[tuple[Integers, PathfinderCurves]]:
+    """The rows of ``index`` that have drawn each of the margins."""
+    rows, margins = np.arange(len(index)), curves.margins
+    if len(margins) == 1:
+        yield rows, curves
+        return
+    drawn = RandomStreams(seed, MARGINS + stream, index).below(rows, len(margins))
+    for number, margin in enumerate(margins):
+        if (drawn == number).any():
+            yield np.flatnonzero(drawn == number), dataclasses.replace(curves, margin=margin)
+
+
+def _contrasts(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]) -> Integers:
+    """Brightness ``(B, P)`` of every dash, 1 = INK_SCALE."""
+    rows, length = np.arange(len(index)), curves.path_length
+    random = RandomStreams(seed, CONTRASTS + stream, index)
+    curve, paddle = (np.atleast_1d(values) for values in (curves.curve_contrast, curves.paddle_contrast))
+
+    def drawn(values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+        if len(values) == 1:
+            return np.full((len(rows), number), values[0])
+        return np.stack([values[random.below(rows, len(values))] for _ in range(number)], axis=1)
+
+    own = np.full((len(rows), 2), curve[0])
+    if len(curve) > 1:
+        first, second = random.below(rows, 2 * len(curve)), random.below(rows, 2 * len(curve) - 1)
+        own = curve[np.stack([first, second + (second >= first)], axis=1) // 2]
+    # the two first dashes are drawn apart, all others for both curves together
+    dashes = drawn(paddle, length + 1)
+    other = np.concatenate([dashes[:, length:], dashes[:, 1:length]], axis=1)
+    rest = drawn(curve, curves.max_paddles - 2 * length)
+    whole = np.concatenate([own[:, :1] * dashes[:, :length], own[:, 1:] * other, rest], axis=1)
+    scaled: Integers = np.rint(whole * INK_SCALE).astype(np.int64)
+    return scaled
 
 
 class RandomStreams:
@@ -56,18 +145,17 @@ class RandomStreams:
 
     def __init__(self, seed: int, stream: int, index: Sequence[int]) -> None:
         self.sources = [np.random.Philox(key=[seed, (stream << 56) | int(number)]) for number in index]
-        self.words = np.empty((len(index), 0), dtype=np.uint64)
-        self.used = np.zeros(len(index), dtype=np.int64)
+        self.words = np.empty((len(index), BLOCK), dtype=np.uint64)
+        self.used = np.full(len(index), BLOCK)
 
     def below(self, rows: Integers, bound: Integers | int) -> Integers:
         """The next number of each of ``rows``, uniform in 0..bound-1 (bound at most 2^32)."""
-        at = self.used[rows]
-        if rows.size and int(at.max()) >= self.words.shape[1]:
-            block = np.stack([source.random_raw(BLOCK) for source in self.sources])
-            self.words = np.concatenate([self.words, block >> np.uint64(32)], axis=1)
-        self.used[rows] = at + 1
-        words = self.words[rows, at] * np.asarray(bound, dtype=np.uint64)
-        return (words >> np.uint64(32)).astype(np.int64)
+        for row in rows[self.used[rows] == BLOCK].tolist():
+            self.words[row], self.used[row] = self.sources[row].random_raw(BLOCK) >> np.uint64(32), 0
+        words = self.words[rows, self.used[rows]] * np.asarray(bound, dtype=np.uint64)
+        self.used[rows] += 1
+        numbers: Integers = (words >> np.uint64(32)).astype(np.int64)
+        return numbers
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,9 +163,9 @@ class _Tables:
     """Lookup tables per direction; ``flat`` makes offsets of pixels single numbers in a grid of ``side`` columns."""
 
     def __init__(self, curves: PathfinderCurves) -> None:
-        strokes, length, margin = Strokes(curves), curves.paddle_length, curves.margin
+        strokes, length, margin = Strokes(curves), curves.paddle_length, curves.margins[0]
         # everything that a dash near the border looks at lies within this distance outside the window
-        self.guard = length + curves.paddle_thickness + 3 * margin + 6
+        self.guard = length + math.ceil(curves.paddle_thickness) + 3 * margin + 6
         self.side = curves.window + 2 * self.guard
         self.area, self.area_at = strokes.area, self.flat(strokes.area_offsets)
         # values decrease, and only pixels covered that much can touch
@@ -89,6 +177,13 @@ class _Tables:
         offsets = np.where(whole[..., None], strokes.area_offsets, 0)[:, : max(1, int(whole.sum(axis=1).max()))]
         self.whole_offsets, self.whole_at = offsets, self.flat(offsets)
         self.low, self.high = offsets.min(axis=1), offsets.max(axis=1)
+        # rows and columns in which a first dash may start, none in directions that need more room than there is
+        self.extent = np.maximum(curves.window - 2 * curves.start_border - self.high + self.low, 0)
+        if not self.extent[:DEGREES].all(axis=1).any():
+            raise ValueError(
+                f"window={curves.window} is too small: no dash fits between its borders of {curves.start_border} "
+                "pixels; choose a larger window, or a smaller seed_distance or padding"
+            )
         # from the joint of a dash with its curve to that of the next dash, and for a first dash from its start to
         # the pixel where it would have joined
         self.onward = self.flat(ceil(strokes.unit * (length + 2 * margin)))
@@ -185,6 +280,15 @@ class _Grids:
         return found, joint, at, onward
 
 
+class _Clutter(NamedTuple):
+    """Distractors to place: their first slot, their number, dashes of each and further tries of each."""
+
+    first: int
+    number: int
+    dashes: int
+    retries: int
+
+
 class _Batch:
     """Pictures in progress.
 
@@ -195,6 +299,7 @@ class _Batch:
 
     def __init__(self, curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]) -> None:
         self.curves, self.length = curves, curves.path_length
+        self.contrast = _contrasts(curves, seed, stream, index)
         self.random = RandomStreams(seed, stream, index)
         self.grids = _Grids(curves, self.random, len(index))
         self.rows = np.arange(len(index))
@@ -210,13 +315,16 @@ class _Batch:
         self.joint = np.zeros((len(index), 2), dtype=np.int64)  # where the newest dash of a curve joins it
 
     def place(self) -> Placement:
+        curves = self.curves
         self._place_targets()
-        self._place_distractors()
+        first, number, dashes = 2 * self.length, curves.distractor_count, curves.paddles_per_distractor
+        self._place_distractors(_Clutter(first, number, dashes, curves.distractor_retries))
+        self._place_distractors(_Clutter(first + number * dashes, curves.single_count, 1, curves.paddle_retries))
         at = np.stack(np.divmod(self.at, self.grids.tables.side), axis=2) - self.grids.tables.guard
         other = np.where(self.label == 1, self.marked, 1 - self.marked)
         ends = [at[self.rows, self.marked * self.length], at[self.rows, other * self.length + self.length - 1]]
         at[self.stroke < 0] = 0
-        return Placement(self.label, at, self.stroke, np.stack(ends, axis=1))
+        return Placement(self.label, at, self.stroke, np.stack(ends, axis=1), self.contrast)
 
     def _begin(self, rows: Integers, curve: int, slot: Integers | int, at: Integers, stroke: Integers) -> None:
         """Record the first dash of a curve."""
@@ -263,8 +371,9 @@ class _Batch:
         curves, grids, random, tables = self.curves, self.grids, self.random, self.grids.tables
         grids.grids[rows] = grids.blank
         first = random.below(rows, DEGREES)
-        low = curves.start_border - tables.low[first]
-        extent = curves.window - curves.start_border - tables.high[first] - low
+        low, extent = curves.start_border - tables.low[first], tables.extent[first]
+        fits = extent.all(axis=1)
+        extent = np.where(fits[:, None], extent, 1)
         down, right = np.divmod(random.below(rows, extent[:, 0] * extent[:, 1]), extent[:, 1])
         at = tables.flat(low + tables.guard + np.stack([down, right], axis=1))
         second = random.below(rows, DEGREES)
@@ -272,29 +381,30 @@ class _Batch:
         aside = np.stack([np.sin(angle), np.cos(angle)], axis=1) * curves.seed_distance
         other = at + tables.flat(np.rint(np.round(aside, 9)).astype(np.int64))
         grids.cover(rows, 1, at, first)
-        started = ~grids.touches(rows, 1, other, second)
+        started = fits & ~grids.touches(rows, 1, other, second)
         grids.cover(rows, 0, other, second)
         self._begin(rows, 0, 0, at, first)
         self._begin(rows, 1, self.length, other, second)
-        return rows[started]
+        able: Integers = rows[started]
+        return able
 
-    def _place_distractors(self) -> None:
+    def _place_distractors(self, clutter: _Clutter) -> None:
         """Place distractors one after the other; one that does not fit after all tries is left out."""
-        curves, length = self.curves, self.curves.paddles_per_distractor
+        curves, self.clutter, length = self.curves, clutter, clutter.dashes
         largest = self.grids.tables.area.shape[1] * curves.max_paddles
         interior = (self.grids.end - self.grids.border) ** 2
         may_fill = interior - largest < curves.stop_with_availability * curves.window**2
         # distractors placed or left out; tries of the current one; of the current try its dashes, the places that
         # had no room for the first one, and that one's direction
         self.number, self.tries, self.placed, self.misses, self.heading = np.zeros((5, len(self.rows)), dtype=np.int64)
-        rows = self.rows if curves.distractor_count else self.rows[:0]
+        rows = self.rows if clutter.number else self.rows[:0]
         while rows.size:
             fresh = rows[(self.placed[rows] == 0) & (self.misses[rows] == 0)]
             if may_fill:
                 free = np.array([np.count_nonzero(self.grids.grids[row, 0] <= FREE) for row in fresh], dtype=np.int64)
                 full = free / curves.window**2 < curves.stop_with_availability
-                self.number[fresh[full]] = curves.distractor_count
-                rows, fresh = rows[self.number[rows] < curves.distractor_count], fresh[~full]
+                self.number[fresh[full]] = clutter.number
+                rows, fresh = rows[self.number[rows] < clutter.number], fresh[~full]
             self.heading[fresh] = self.random.below(fresh, DEGREES)
             self._start_distractors(rows[self.placed[rows] == 0])
             growing = rows[(self.placed[rows] > 0) & (self.placed[rows] < length)]
@@ -306,10 +416,10 @@ class _Batch:
                 slot = self._slot(complete, dash)
                 self.grids.cover(complete, grid, self.at[complete, slot], self.stroke[complete, slot])
             self._next(complete)
-            rows = rows[self.number[rows] < curves.distractor_count]
+            rows = rows[self.number[rows] < clutter.number]
 
     def _slot(self, rows: Integers, dash: Integers | int) -> Integers:
-        return 2 * self.length + self.number[rows] * self.curves.paddles_per_distractor + dash
+        return self.clutter.first + self.number[rows] * self.clutter.dashes + dash
 
     def _start_distractors(self, rows: Integers) -> None:
         """Try one place for the first dash of a distractor, uniform over the places with room."""
@@ -331,14 +441,14 @@ class _Batch:
 
     def _give_up(self, rows: Integers) -> None:
         """Remove the distractors in progress; continue with the next try, or after the last try the next distractor."""
-        for dash in range(self.curves.paddles_per_distractor):
+        for dash in range(self.clutter.dashes):
             written = rows[self.placed[rows] > dash]
             slot = self._slot(written, dash)
             self.grids.restore(written, self.at[written, slot], self.stroke[written, slot])
             self.stroke[written, slot] = -1
         self.tries[rows] += 1
         self.placed[rows], self.misses[rows] = 0, 0
-        self._next(rows[self.tries[rows] > self.curves.distractor_retries])
+        self._next(rows[self.tries[rows] > self.clutter.retries])
 
     def _next(self, rows: Integers) -> None:
         self.number[rows] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import functools
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,8 @@ class Strokes:
     """
 
     def __init__(self, curves: PathfinderCurves) -> None:
-        radius = curves.paddle_length + curves.margin
+        (margin,) = curves.margins
+        radius = curves.paddle_length + margin
         # one sample per pixel of arc, floored to the pixel it lies in
         angles = np.deg2rad(np.arange(0, DEGREES, DEGREES / (2 * radius * np.pi)))
         circle = np.stack([np.sin(angles), np.cos(angles)], axis=1) * radius
@@ -42,7 +44,7 @@ class Strokes:
         self.directions = np.concatenate([np.deg2rad(np.arange(-180, 180)), np.arctan2(*self.steps.T)])
         self.unit: Floats = np.stack([np.sin(self.directions), np.cos(self.directions)], axis=1)
         lines, areas = _lines(curves, np.where(np.arange(len(self.unit))[:, None] < DEGREES, self.unit, -self.unit))
-        self.ink_offsets, self.ink = _sparse(np.rint(lines * (curves.contrast * INK_SCALE)).astype(np.int64))
+        self.ink_offsets, self.ink = _sparse(np.rint(lines * INK_SCALE).astype(np.int64))
         self.area_offsets, area = _sparse(areas)
         self.area: Bytes = area.astype(np.uint8)
         offsets, values = _sparse(_disc(curves)[None])
@@ -56,14 +58,15 @@ def ceil(values: Floats) -> Integers:
 
 def _lines(curves: PathfinderCurves, directions: Floats) -> tuple[Floats, Integers]:
     """Ink and area of a line in each direction ``(D, 2)``, as ``(D, S, S)`` with its start in the middle."""
-    scale, side, reach = curves.antialias, 2 * curves.half_stamp + 1, curves.margin * curves.antialias
+    scale, side, reach = curves.antialias, 2 * curves.half_stamp + 1, curves.margins[0] * curves.antialias
+    width = round(curves.paddle_thickness * scale)
     centre = curves.half_stamp * scale
     large = 2 * centre + 1
     ends = centre + ceil(directions * (curves.paddle_length * scale))
     drawn = np.zeros((len(directions), large, large), dtype=np.uint8)
     for number, (down, right) in enumerate(ends.tolist()):
         picture = Image.new("L", (large, large), 0)
-        ImageDraw.Draw(picture).line([(centre, centre), (right, down)], fill=255, width=curves.paddle_thickness * scale)
+        ImageDraw.Draw(picture).line([(centre, centre), (right, down)], fill=255, width=width)
         drawn[number] = np.asarray(picture)
     padded = np.pad(drawn, ((0, 0), (reach, reach), (reach, reach)))
     dilated = drawn.copy()
@@ -82,7 +85,7 @@ def _reduced(picture: NDArray[np.float32] | Bytes, side: int) -> NDArray[np.floa
 
 def _disc(curves: PathfinderCurves) -> Integers:
     """A disc, 0 to 255, in the middle of a square with an odd side."""
-    scale, half = curves.antialias, curves.marker_radius + 4
+    scale, half = curves.antialias, math.ceil(curves.marker_radius) + 4
     at = np.arange((2 * half + 1) * scale) - half * scale
     inside = at[:, None] ** 2 + at[None, :] ** 2 <= (curves.marker_radius * scale) ** 2
     return _reduced(np.where(inside, 255, 0).astype(np.uint8), 2 * half + 1).astype(np.int64)
@@ -101,13 +104,23 @@ def _sparse(stamps: Integers) -> tuple[Integers, Integers]:
     return offsets, np.maximum(values, 0)
 
 
-def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
+def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Integers, contrast: Integers) -> Bytes:
     """Render pictures ``(B, size, size)`` of a placement, each divided by its maximum before it is reduced."""
     canvas = _Canvas(curves)
     # few at a time, so that a sheet is still in the cache when it is reduced
     parts = (slice(start, start + 16) for start in range(0, len(at), 16))
-    sheets = (sheet for part in parts for sheet in canvas.stamp(at[part], stroke[part], discs[part]))
+    sheets = (sheet for p in parts for sheet in canvas.stamp(at[p], stroke[p], discs[p], contrast[p]))
     return np.stack([canvas.reduce(sheet) for sheet in sheets])
+
+
+def segment(curves: PathfinderCurves, at: Integers, stroke: Integers, classes: Integers) -> Bytes:
+    """Classes ``(B, size, size)`` of the pixels that a dash covers by half or more, given those of the dashes, else 0.
+
+    A pixel of a reduced picture has the highest class among its parts.
+    """
+    canvas = _Canvas(curves)
+    parts = (slice(start, start + 16) for start in range(0, len(at), 16))
+    return np.concatenate([canvas.segment(at[p], stroke[p], classes[p]) for p in parts])
 
 
 @functools.lru_cache(maxsize=8)
@@ -121,7 +134,7 @@ class _Canvas:
         self.strokes, self.size = Strokes(curves), curves.size
         self.factor = factor = curves.reduction
         # the second curve may start anywhere within the window, so a stamp reaches at most this far outside
-        self.guard = -(-max(curves.half_stamp + 2, curves.marker_radius + 5) // factor)
+        self.guard = -(-max(curves.half_stamp + 2, math.ceil(curves.marker_radius) + 5) // factor)
         self.plane = curves.size + 2 * self.guard
         pixel, phase = np.divmod(np.arange(self.plane * factor), factor)
         self.row = (phase * factor * self.plane + pixel) * self.plane
@@ -130,25 +143,46 @@ class _Canvas:
         weights = {tap: 2 * factor - abs(2 * tap + 1 - factor) for tap in range(-factor, 2 * factor)}
         self.taps = [(tap % factor, self.guard + tap // factor, w) for tap, w in weights.items() if w > 0]
 
-    def stamp(self, at: Integers, stroke: Integers, discs: Integers) -> Bytes:
+    def stamp(self, at: Integers, stroke: Integers, discs: Integers, contrast: Integers) -> Bytes:
         """Sheets ``(B, row phase, column phase, rows, columns)`` of pictures, 255 at their brightest pixel."""
-        strokes, count = self.strokes, len(at)
-        sheets = np.zeros((count, self.factor, self.factor, self.plane, self.plane), dtype=np.uint8)
-        flat, origin = sheets.reshape(-1), np.arange(count)[:, None] * sheets[0].size
-        brightest = np.where(stroke < 0, 0, strokes.ink[stroke, 0]).max(axis=1, initial=int(strokes.disc[0]))[:, None]
+        strokes, sheets = self.strokes, self._blank(len(at))
+        flat, dash = sheets.reshape(-1), strokes.ink[stroke, 0] * contrast // INK_SCALE
+        brightest = np.where(stroke < 0, 0, dash).max(axis=1, initial=int(strokes.disc[0]))[:, None]
 
         def add(rows: Integers, centres: Integers, offsets: Integers, ink: Integers) -> None:
-            pixels = centres[:, None] + offsets + self.guard * self.factor
-            position = origin[rows] + self.row.take(pixels[..., 0]) + self.column.take(pixels[..., 1])
+            position = self._positions(sheets, rows, centres, offsets)
             flat[position] = np.maximum(flat.take(position), (ink * 255 // brightest[rows]).astype(np.uint8))
 
         for slot in range(stroke.shape[1]):
             there = np.flatnonzero(stroke[:, slot] >= 0)
-            kind = stroke[there, slot]
-            add(there, at[there, slot], strokes.ink_offsets[kind], strokes.ink[kind])
+            kind, light = stroke[there, slot], contrast[there, slot, None]
+            add(there, at[there, slot], strokes.ink_offsets[kind], strokes.ink[kind] * light // INK_SCALE)
         for number in (0, 1):
-            add(np.arange(count), discs[:, number], strokes.disc_offsets, strokes.disc)
+            add(np.arange(len(at)), discs[:, number], strokes.disc_offsets, strokes.disc)
         return sheets
+
+    def segment(self, at: Integers, stroke: Integers, classes: Integers) -> Bytes:
+        """The highest class ``(B, size, size)`` in each pixel."""
+        sheets, inner = self._blank(len(at)), slice(self.guard, self.guard + self.size)
+        flat = sheets.reshape(-1)
+        for slot in range(stroke.shape[1]):
+            there = np.flatnonzero(stroke[:, slot] >= 0)
+            kind = stroke[there, slot]
+            position = self._positions(sheets, there, at[there, slot], self.strokes.ink_offsets[kind])
+            covered = 2 * self.strokes.ink[kind] >= INK_SCALE
+            flat[position[covered]] = np.broadcast_to(classes[there, slot, None], covered.shape)[covered]
+        whole: Bytes = sheets[..., inner, inner].max(axis=(1, 2))
+        return whole
+
+    def _blank(self, count: int) -> Bytes:
+        return np.zeros((count, self.factor, self.factor, self.plane, self.plane), dtype=np.uint8)
+
+    def _positions(self, sheets: Bytes, rows: Integers, centres: Integers, offsets: Integers) -> Integers:
+        pixels = centres[:, None] + offsets + self.guard * self.factor
+        position: Integers = (
+            rows[:, None] * sheets[0].size + self.row.take(pixels[..., 0]) + self.column.take(pixels[..., 1])
+        )
+        return position
 
     def reduce(self, sheet: Bytes) -> Bytes:
         """One final picture ``(size, size)``: reduced along rows, then along columns, each rounded to bytes."""

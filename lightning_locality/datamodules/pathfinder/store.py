@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
+from numpy.typing import NDArray
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures
+from lightning_locality.datamodules.pathfinder.placement import at_once, pictures, pictures_with_targets
 from lightning_locality.datamodules.pathfinder.rendering import Bytes
 
-FILES = ("images.npy", "labels.npy")
+FILES, TARGETS = ("images.npy", "labels.npy"), ("segmentation.npy", "markers.npy")
 FORMAT = 2
 PROCESS = 1  # increase when the same parameters give other pictures
-AT_ONCE = 128  # pictures per task: placed in lock step, about 0.3 MB each
 MIN_PER_WORKER = 1024  # generating fewer takes no longer than starting another process
 DAY = 86_400  # an unfinished folder that old belongs to a process that was killed
 
@@ -42,7 +42,8 @@ class CorruptStoreError(ValueError):
 class PictureStore:
     """A folder in ``root`` with ``images.npy``, ``labels.npy`` and ``pathfinder.json``, complete or absent.
 
-    data/README.md describes the files and why no lock is needed.
+    With ``targets`` also ``segmentation.npy`` and ``markers.npy``. data/README.md describes the files and why no lock
+    is needed.
     """
 
     root: Path
@@ -50,6 +51,12 @@ class PictureStore:
     seed: int
     split: str
     count: int
+    targets: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the arrays."""
+        return FILES + TARGETS if self.targets else FILES
 
     @property
     def folder(self) -> Path:
@@ -60,7 +67,7 @@ class PictureStore:
 
     def _contents(self) -> dict[str, Any]:
         shape = [self.count, self.curves.size, self.curves.size]
-        parameters = self.curves.parameters() | {"process": PROCESS}
+        parameters = self.curves.parameters() | {"process": PROCESS} | ({"targets": True} if self.targets else {})
         return {"format": FORMAT, "shape": shape, "seed": self.seed, "split": self.split, "parameters": parameters}
 
     def header(self) -> tuple[float, float, dict[str, str]]:
@@ -77,10 +84,10 @@ class PictureStore:
             raise self._corrupt(f"was made with other parameters ({', '.join(wrong)})")
         return header
 
-    def load(self) -> tuple[Bytes, Bytes]:
-        """Map images ``(N, H, W)`` and labels ``(N,)``, checked once per process; raises as :meth:`header` does."""
+    def load(self) -> list[Any]:
+        """Map images ``(N, H, W)``, labels ``(N,)`` and targets; checked once per process, raises as :meth:`header`."""
         checksums, arrays = self.header()[2], []
-        for name in FILES:
+        for name in self.files:
             file, expected = self.folder / name, str(checksums.get(name))
             try:
                 status = file.stat()
@@ -92,7 +99,7 @@ class PictureStore:
                 arrays.append(np.load(file, mmap_mode="c"))
             except FileNotFoundError as error:
                 raise self._corrupt(f"has lost {name}") from error
-        return arrays[0], arrays[1]
+        return arrays
 
     def generate(self, workers: int | None = None) -> None:
         """Generate all pictures, the same for any number of processes (None: one per core, fewer for few pictures)."""
@@ -107,10 +114,11 @@ class PictureStore:
             self._install(part)
         except OSError as error:
             reason = "no space left on the disk" if error.errno == errno.ENOSPC else str(error)
+            needed = self.count * (self.curves.size**2 * (1 + self.targets) + 1) / 1e6
             raise OSError(
                 error.errno,
-                f"{self.folder} could not be written ({self.count * (self.curves.size**2 + 1) / 1e6:.0f} MB needed): "
-                f"{reason}; nothing was left behind, choose another folder or make room",
+                f"{self.folder} could not be written ({needed:.0f} MB needed): {reason}; nothing was left behind, "
+                "choose another folder or make room",
             ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -121,26 +129,32 @@ class PictureStore:
 
         contents, pixels = self._contents(), self.curves.size**2
         # workers write to the file and not to its map, where a full disk would kill them
-        path = (part / "images.npy").absolute()
-        offset = np.lib.format.open_memmap(path, "w+", np.dtype(np.uint8), tuple(contents["shape"])).offset
-        chunks = [range(self.count)[start : start + AT_ONCE] for start in range(0, self.count, AT_ONCE)]
-        write = delayed(_write_pictures)
-        tasks = (write(path, offset + i.start * pixels, self.curves, self.seed, self.split, i) for i in chunks)
+        paths = [(part / name).absolute() for name in self.files if name in ("images.npy", "segmentation.npy")]
+        shape = tuple(contents["shape"])
+        maps = [np.lib.format.open_memmap(path, "w+", np.dtype(np.uint8), shape) for path in paths]
+        offset = maps[0].offset
+        del maps
         workers = workers or min(cpu_count(), -(-self.count // MIN_PER_WORKER))
+        step = min(at_once(self.curves), -(-self.count // (4 * workers)) + 64)  # a few parts for every worker
+        chunks = [range(self.count)[start : start + step] for start in range(0, self.count, step)]
+        write = delayed(_write_pictures)
+        tasks = (write(paths, offset + i.start * pixels, self.curves, self.seed, self.split, i) for i in chunks)
         console, title = Console(stderr=True), f"Pathfinder {self.curves.path_length}, {self.split}"
         try:
             with closing(Parallel(min(workers, len(chunks)), "loky", return_as="generator")(tasks)) as results:
                 shown = track(results, title, len(chunks), console=console, disable=not console.is_terminal)
-                labels, totals, squares = zip(*shown, strict=True)
+                labels, markers, totals, squares = zip(*shown, strict=True)
         finally:
             if workers > 1:
                 # joblib would keep the idle processes for minutes
                 get_reusable_executor().shutdown()
         np.save(part / "labels.npy", np.concatenate(labels))
+        if self.targets:
+            np.save(part / "markers.npy", np.concatenate(markers))
         mean = sum(totals) / (255 * self.count * pixels)
         variance = sum(squares) / (255**2 * self.count * pixels) - mean**2
         contents |= {"mean": mean, "std": max(variance, 0.0) ** 0.5}
-        contents["sha256"] = {name: _sha256(part / name) for name in FILES}
+        contents["sha256"] = {name: _sha256(part / name) for name in self.files}
         (part / "pathfinder.json").write_text(json.dumps(contents, indent=2) + "\n")
 
     def _install(self, part: Path) -> None:
@@ -166,15 +180,25 @@ class PictureStore:
 
 
 def _write_pictures(
-    path: Path, position: int, curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]
-) -> tuple[Bytes, int, int]:
-    """Write pictures into a file; returns their labels, and the sum and the sum of squares of their pixels."""
-    images, labels = pictures(curves, seed, split, index)
-    with path.open("r+b") as file:
-        file.seek(position)
-        file.write(images.data)
+    paths: Sequence[Path], position: int, curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]
+) -> tuple[Bytes, NDArray[np.float32] | None, int, int]:
+    """Write pictures, and their segmentation if there are two paths; returns labels, markers and sums of pixels.
+
+    The sums are those of the pixels and of their squares.
+    """
+    markers = None
+    if len(paths) == 1:
+        images, labels = pictures(curves, seed, split, index)
+        arrays = [images]
+    else:
+        images, labels, (segmentation, markers) = pictures_with_targets(curves, seed, split, index)
+        arrays = [images, segmentation]
+    for path, array in zip(paths, arrays, strict=True):
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(array.data)
     bright = images[images > 0].astype(np.int64)  # most pixels are 0
-    return labels, int(bright.sum()), int((bright * bright).sum())
+    return labels, markers, int(bright.sum()), int((bright * bright).sum())
 
 
 def _sha256(path: Path) -> str:

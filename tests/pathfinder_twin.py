@@ -95,7 +95,7 @@ class SlowPicture:
         for slot, (spot, angle) in slots.items():
             ink = on_canvas(stamp(curves, angle)[0], spot, curves.window)
             self.ink = np.maximum(self.ink, ink * round(brightness[slot] * 4096) // 4096)
-            self.seen[min(slot // curves.path_length, 2)] |= ink >= 2048
+            self.seen[min(slot // curves.path_length, 2)] |= 2 * ink >= stamp(curves, angle)[0].max()
         self.marked = marked
         ends = (targets[marked][0][0], targets[marked if self.label else 1 - marked][-1][0])
         for spot in ends:

@@ -142,8 +142,9 @@ class Pathfinder(AbstractImageDataModule):
         """What is where in the samples ``index`` ``(B,)``, on its device; for ``targets=True``.
 
         ``segmentation``: uint8 ``(B, size, size)``, 1 on the curve that starts at the first disc, 2 on the other
-        target curve, 3 on distractors, where a dash covers half of a pixel. ``markers``: centres (row, column) of the
-        two discs in pixels, float32 ``(B, 2, 2)``: start of curve 1, and end of curve 1 for label 1 or 2 for label 0.
+        target curve, 3 on distractors, in pixels at least half as bright as their dash. ``markers``: centres (row,
+        column) of the two discs in pixels, float32 ``(B, 2, 2)``: the start of curve 1, and the end of curve 1 for
+        label 1, of curve 2 for label 0.
         """
         if not self.has_targets:
             raise RuntimeError("these pictures were made without targets: use Pathfinder(targets=True)")

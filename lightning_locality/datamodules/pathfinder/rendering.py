@@ -114,7 +114,7 @@ def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Inte
 
 
 def segment(curves: PathfinderCurves, at: Integers, stroke: Integers, classes: Integers) -> Bytes:
-    """Classes ``(B, size, size)`` of the pixels that a dash covers by half or more, given those of the dashes, else 0.
+    """Classes ``(B, size, size)`` of the pixels at least half as bright as their dash, given those of the dashes, else 0.
 
     A pixel of a reduced picture has the highest class among its parts.
     """
@@ -169,7 +169,8 @@ class _Canvas:
             there = np.flatnonzero(stroke[:, slot] >= 0)
             kind = stroke[there, slot]
             position = self._positions(sheets, there, at[there, slot], self.strokes.ink_offsets[kind])
-            covered = 2 * self.strokes.ink[kind] >= INK_SCALE
+            ink = self.strokes.ink[kind]
+            covered = 2 * ink >= ink[:, :1]
             flat[position[covered]] = np.broadcast_to(classes[there, slot, None], covered.shape)[covered]
         whole: Bytes = sheets[..., inner, inner].max(axis=(1, 2))
         return whole

@@ -6,7 +6,7 @@ __all__ = ["AbstractImageDataModule", "IndexLoader", "Split", "SplitBatch"]
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final, get_args
@@ -16,6 +16,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from lightning_locality.datamodules.image_files import write_images
+from lightning_locality.datamodules.stream import StreamBatch, StreamLoader, StreamSamples, Values
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -137,6 +138,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     image_shape: tuple[int, int, int]  # channels, height and width of a composed image
     validation_is_test = False
+    endless = False  # whether the training split is a stream with new samples in every epoch
 
     def __init__(self, batch_size: int = 64, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__()
@@ -159,6 +161,19 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Float images ``(B, C, H, W)`` and int64 labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
+    @property
+    def ahead(self) -> int:
+        """Number of batches of an endless stream that are sampled in advance."""
+        return 1
+
+    def begin_stream(self, epoch: int, index: Tensor) -> Callable[[], Values]:
+        """Begin to sample ``index`` ``(B,)`` of an epoch of an endless stream; returns a function that waits for it."""
+        raise NotImplementedError(f"{type(self).__name__} has no endless training stream: give train")
+
+    def compose_stream(self, epoch: int, values: Values) -> tuple[Tensor, Tensor]:
+        """What :meth:`compose` returns, of values that :meth:`begin_stream` gave and that are now on the device."""
+        raise NotImplementedError(f"{type(self).__name__} has no endless training stream: give train")
+
     def origin(self, split: Split) -> Split:
         """The split whose samples a split uses: its own, but the test split's for ``validation_is_test``."""
         return "test" if split == "validation" and self.validation_is_test else split
@@ -173,16 +188,20 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         return kept[1]
 
     def batch(
-        self, split: Split, indices: Tensor | None = None, device: torch.device | str | None = None
+        self, split: Split, indices: Tensor | StreamSamples | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the samples ``indices`` ``(B,)``, by default the first ``batch_size``, composed on ``device``.
 
-        Without a Trainer, the first call for a split prepares and sets up the data.
+        Without a Trainer, the first call for a split prepares and sets up the data. Indices of an endless stream are
+        those of its first epoch; its loader yields the samples of later ones in place of indices.
         """
         if self.trainer is None and split not in self._ready:
             self.prepare_data()
             self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
             self._ready.add(split)
+        if isinstance(indices, StreamSamples):
+            values = indices.values if device is None else tuple(value.to(device) for value in indices.values)
+            return self.compose_stream(indices.epoch, values)
         if indices is None:
             indices = torch.arange(min(self.batch_size, self.size(split)))
         return self.compose(split, indices if device is None else indices.to(device))
@@ -216,17 +235,24 @@ class AbstractImageDataModule(LightningDataModule, ABC):
             split,
             self.size(split),
             self.batch_size,
-            # overfit_batches promises the same batches in every epoch; the Trainer sets it dynamically
-            shuffle=training and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
+            shuffle=training and not self.endless and not self._overfits(),
             seed=self.seed,
             drop_last=training and self.drop_last,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
 
-    def train_dataloader(self) -> IndexLoader:
+    def _overfits(self) -> bool:
+        # overfit_batches promises the same batches in every epoch; the Trainer sets it dynamically
+        return bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+
+    def train_dataloader(self) -> IndexLoader | StreamLoader:
         """Loader of the training split."""
-        return self.loader("train")
+        loader = self.loader("train")
+        if not self.endless:
+            return loader
+        batches = [batch.indices for batch in loader]
+        return StreamLoader(batches, self.begin_stream, self.ahead, fixed=self._overfits())
 
     def val_dataloader(self) -> IndexLoader:
         """Loader of the validation split."""
@@ -240,9 +266,13 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Compose a batch yielded by a loader of this module; leave any other batch alone."""
-        if not isinstance(batch, SplitBatch):
-            return batch
-        image, label = self.compose(batch.split, batch.indices)
+        match batch:
+            case SplitBatch():
+                image, label = self.compose(batch.split, batch.indices)
+            case StreamBatch():
+                image, label = self.compose_stream(*batch.samples)
+            case _:
+                return batch
         if self.trainer is not None:
             # Lightning converts a batch before its transfer, when there are no images yet
             image = self.trainer.precision_plugin.convert_input(image)

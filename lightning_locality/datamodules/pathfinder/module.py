@@ -7,16 +7,21 @@ __all__ = ["Pathfinder", "make_pathfinder"]
 import dataclasses
 import logging
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count
+from joblib.externals.loky import ProcessPoolExecutor
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_locality.datamodules.base import SPLITS, STAGES, AbstractImageDataModule, Split
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
+from lightning_locality.datamodules.pathfinder.placement import pictures
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
+from lightning_locality.datamodules.stream import Curriculum, Values
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +37,14 @@ class Pathfinder(AbstractImageDataModule):
     its number alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard deviation of
     the training split; labels are int64.
 
+    With ``train=None`` every epoch has ``epoch_size`` new pictures, rendered ahead of the device by ``workers``
+    processes and never stored: picture i of epoch e is number e ``epoch_size`` + i of the training pictures, whatever
+    the batch size and the number of processes, also if training is resumed. They are normalised with the mean and
+    standard deviation of the validation split, which is fixed like the test split.
+
     Args:
         path_length: Dashes per curve; published: 3, 5, 7 and 9. None: that of ``curves``, by default 9.
-        train: Number of training pictures.
+        train: Number of training pictures; None: new ones in every epoch.
         validation: Number of validation pictures.
         test: Number of test pictures.
         seed: Seed of the pictures and of the order of training batches, 0 to 2^32 - 1.
@@ -44,6 +54,10 @@ class Pathfinder(AbstractImageDataModule):
         curves: All other parameters of the pictures; None: as published.
         validation_is_test: Validate on the test pictures (published; a score selected by validation is then worthless).
         drop_last: Leave out the last, smaller training batch of an epoch.
+        epoch_size: Number of pictures per epoch if ``train`` is None.
+        curriculum: With ``train=None``, values in epoch 0 of parameters of the curves, such as ``{"distractors": 0}``,
+            which change in equal steps to their own values; validation and test pictures have those.
+        curriculum_epochs: Number of epochs that this takes.
 
     Raises:
         ValueError: A number is out of range, or curves do not fit in the picture.
@@ -58,7 +72,7 @@ class Pathfinder(AbstractImageDataModule):
     def __init__(
         self,
         path_length: int | None = None,
-        train: int = 10_000,
+        train: int | None = 10_000,
         validation: int = 2_000,
         test: int = 10_000,
         seed: int = 0,
@@ -68,12 +82,17 @@ class Pathfinder(AbstractImageDataModule):
         curves: PathfinderCurves | None = None,
         validation_is_test: bool = False,
         drop_last: bool = False,
+        epoch_size: int = 10_000,
+        curriculum: dict[str, float] | None = None,
+        curriculum_epochs: int = 10,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
         curves = PathfinderCurves() if curves is None else curves
         self.curves = curves if path_length is None else dataclasses.replace(curves, path_length=path_length)
-        self._counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
-        for name, number in self._counts.items():
+        self.endless, size = train is None, epoch_size if train is None else train
+        self._counts: dict[Split, int] = {"train": size, "validation": validation, "test": test}
+        named = {("epoch_size" if self.endless else "train"): size, "validation": validation, "test": test}
+        for name, number in named.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} must be a number of pictures of at least 1, got {number!r}")
         if not 0 <= seed < 2**32:
@@ -83,6 +102,13 @@ class Pathfinder(AbstractImageDataModule):
         self.root, self.workers, self.validation_is_test = Path(root), workers, validation_is_test
         self.image_shape = (1, self.curves.size, self.curves.size)
         self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        if curriculum and not self.endless:
+            raise ValueError(f"curriculum={curriculum} needs new pictures in every epoch: set train=None")
+        # the size of the pictures stays
+        goals = {name: goal for name, goal in self.curves.parameters().items() if name not in ("window", "size")}
+        self._curriculum = Curriculum(curriculum or {}, curriculum_epochs, goals)
+        self._curriculum.check(self.curves_at)
 
     def size(self, split: Split) -> int:
         """Number of pictures of a split."""
@@ -92,9 +118,44 @@ class Pathfinder(AbstractImageDataModule):
         """The stored pictures of a split."""
         return PictureStore(self.root / "pathfinder", self.curves, self.seed, self.origin(split), self.size(split))
 
+    def curves_at(self, epoch: int) -> PathfinderCurves:
+        """Parameters of the training pictures of an epoch."""
+        return dataclasses.replace(self.curves, **self._curriculum.at(epoch))
+
+    @property
+    def ahead(self) -> int:
+        """Number of batches of the stream that are rendered in advance."""
+        return 2 * self._workers()
+
+    def _workers(self) -> int:
+        # the processes of a node share its cores
+        return self.workers or max(1, cpu_count() // (self.trainer.num_devices if self.trainer else 1))
+
+    def begin_stream(self, epoch: int, index: Tensor) -> Callable[[], Values]:
+        """Begin to render pictures of an epoch in another process."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self._workers())
+        numbers = (epoch * self.size("train") + index).tolist()
+        future = self._pool.submit(pictures, self.curves_at(epoch), self.seed, "train", numbers)
+        return lambda: tuple(map(torch.from_numpy, future.result()))
+
+    def compose_stream(self, epoch: int, values: Values) -> tuple[Tensor, Tensor]:
+        """Normalised pictures ``(B, 1, size, size)`` and labels ``(B,)``."""
+        images, labels = values
+        return self._normalised(images), labels.to(torch.int64)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the processes that render the stream."""
+        if self._pool is not None:
+            self._pool.shutdown(kill_workers=True)
+            self._pool = None
+
+    def _stored(self) -> tuple[Split, ...]:
+        return tuple(dict.fromkeys(self.origin(split) for split in SPLITS if split != "train" or not self.endless))
+
     def prepare_data(self) -> None:
         """Generate the splits that are missing or not intact."""
-        for split in dict.fromkeys(map(self.origin, SPLITS)):
+        for split in self._stored():
             store = self.store(split)
             try:
                 store.load()
@@ -106,12 +167,13 @@ class Pathfinder(AbstractImageDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Map the pictures of the splits that the stage needs; every stage reads the training split's statistics."""
-        store = self.store("train")
+        stored = self._stored()
+        store = self.store(stored[0])
         try:
             self._mean, self._std, _ = store.header()
             for split in STAGES[stage]:
                 store = self.store(split)
-                if split not in self._loaded:
+                if self.origin(split) in stored and split not in self._loaded:
                     images, labels = map(torch.from_numpy, store.load())
                     self._loaded[split] = images, labels
         except FileNotFoundError as error:
@@ -122,13 +184,21 @@ class Pathfinder(AbstractImageDataModule):
 
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised pictures ``(B, 1, size, size)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``."""
+        if split == "train" and self.endless:
+            numbers = index.tolist()
+            if not 0 <= min(numbers) <= max(numbers) < self.size("train"):
+                raise IndexError(f"an epoch has pictures 0 to {self.size('train') - 1}, got {numbers}")
+            values = map(torch.from_numpy, pictures(self.curves_at(0), self.seed, "train", numbers))
+            return self.compose_stream(0, tuple(value.to(index.device) for value in values))
         if split not in self._loaded:
             raise RuntimeError(f"the {split} split is not loaded; call setup() first")
         images, labels = self._loaded[split]
         images = self.on_device(f"{split} images", images, index.device)[index]
         labels = self.on_device(f"{split} labels", labels, index.device)[index]
-        scaled = images.unsqueeze(1).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-        return scaled, labels.to(torch.int64)
+        return self._normalised(images), labels.to(torch.int64)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return images.unsqueeze(1).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """Undo the normalisation of :meth:`compose`."""
@@ -137,6 +207,8 @@ class Pathfinder(AbstractImageDataModule):
     def _command(self) -> str:
         """The command line that generates the pictures of this module."""
         options: dict[str, Any] = self._counts | {"seed": self.seed, "root": self.root}
+        if self.endless:
+            options["train"] = "null"
         for field in dataclasses.fields(self.curves):
             value = getattr(self.curves, field.name)
             if value != field.default:

@@ -88,6 +88,8 @@ def folder_splits(root: Path) -> dict[str, Path]:
         hint = f": for a file of arrays write file:{root}" if root.is_file() else ""
         raise ImagesNotFoundError(f"no folder {root}{hint or ': source folder needs class folders in it'}")
     folders = _folders(root)
+    if {"imgs", "metadata"} <= {folder.name for folder in folders}:
+        raise CorruptImagesError(f"{root} holds imgs and metadata, not class folders: use lra:{root}")
     named = [folder for folder in folders if split_of(folder.name)]
     # "valid" and "invalid", or "train" and "bus", are classes if they hold pictures and nothing else
     if not named or not (len(named) == len(folders) or any(map(_folders, named))):

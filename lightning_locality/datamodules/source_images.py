@@ -71,11 +71,13 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
-            ``folder:PATH`` (of class folders) or ``file:PATH`` (.npz), see data/README.md.
+            ``folder:PATH`` (of class folders), ``file:PATH`` (.npz) or ``lra:PATH`` (Pathfinder of the Long Range
+            Arena), see data/README.md.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         image_size: Height and width in pixels that the source's images are resized to.
         resize: How to resize: bilinear, area (mean over blocks) or pad (black around).
-        channels: 1 (grey) or 3 (colour); by default the source's own, 3 for folders and files.
+        channels: 1 (grey) or 3 (colour); by default the source's own, 3 for folders and files,
+            1 for lra.
         classes: Labels of the images to use; all by default.
         batch_size: Samples per step and process.
         seed: Seed of the samples, of the hold-out and of the order of training batches.
@@ -127,7 +129,7 @@ class AbstractSourceImages(AbstractImageDataModule):
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.image_size, self.resize, self.classes, self.holdout = image_size, resize, classes, holdout
-        self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits") else 3)
+        self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits", "lra") else 3)
         self.validation_is_test = validation_is_test
         if (mean is None) != (std is None):
             raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")

@@ -16,9 +16,11 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from lightning_locality.datamodules.image_files import write_images
+from lightning_locality.datamodules.shards import write_shards
 from lightning_locality.datamodules.stream import StreamBatch, StreamLoader, StreamSamples, Values
 
 Split = Literal["train", "validation", "test"]
+Format = Literal["png", "npz", "webdataset", "parquet"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 # splits that a stage needs; all without a stage
 STAGES: dict[str | None, tuple[Split, ...]] = {
@@ -210,18 +212,43 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Images ``(B, C, H, W)`` of :meth:`compose` as uint8, for :meth:`export`."""
         raise NotImplementedError(f"{type(self).__name__} cannot be exported: define to_uint8(images) for it")
 
-    def export(self, out: str | Path) -> None:
-        """Write all splits as PNG files in class folders, or as arrays to ``OUT.npz``; see data/README.md.
+    def parameters(self) -> dict[str, Any]:
+        """What the data depends on, for :meth:`export`."""
+        return {}
 
-        The sources ``folder:OUT`` and ``file:OUT.npz`` read them bit for bit. Without a Trainer, this prepares and sets
-        up the data. FileExistsError if there is something at ``out``.
+    def export(self, out: str | Path, format: Format | None = None) -> None:
+        """Write all splits for other programs: PNG files, arrays, WebDataset's shards or Parquet; see data/README.md.
+
+        Without a Trainer, this prepares and sets up the data. The sources ``folder:OUT`` and ``file:OUT.npz`` read PNG
+        files and arrays bit for bit.
+
+        Args:
+            out: Folder to write, or file for ``npz``; neither may exist.
+            format: None: ``npz`` if ``out`` ends in .npz, else ``png``, in class folders.
+
+        Raises:
+            FileExistsError: There is something at ``out``.
+            ValueError: An unknown format, or a name that does not suit it.
         """
+        out = Path(out)
+        arrays = out.suffix == ".npz"
+        format = format or ("npz" if arrays else "png")
+        if format not in get_args(Format):
+            raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+        if format == "npz" and not arrays:
+            raise ValueError(f"out must end in .npz for format 'npz', got {out}")
+        if format != "npz" and out.suffix.lower() in (".npz", ".npy", ".zip", ".png", ".h5", ".tar", ".parquet"):
+            raise ValueError(f"{out} would be a folder: write arrays to a name that ends in .npz, else to another")
         # those of validation_is_test are written once
         splits = dict.fromkeys(map(self.origin, SPLITS))
         for split in splits:
             self.batch(split, torch.zeros(1, dtype=torch.int64))  # sets up, after which sizes and classes are known
-        names = getattr(self, "class_names", None) or map(str, range(self.num_classes))
-        write_images(Path(out), {split: self._samples(split) for split in splits}, list(names))
+        names = list(getattr(self, "class_names", None) or map(str, range(self.num_classes)))
+        batches: dict[str, Iterator[tuple[Tensor, Tensor]]] = {split: self._samples(split) for split in splits}
+        if format == "png" or format == "npz":
+            write_images(out, batches, names)
+        else:
+            write_shards(out, format, batches, {split: self.size(split) for split in splits}, names, self.parameters())
 
     def _samples(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.split(torch.arange(self.size(split)), self.batch_size):
@@ -279,13 +306,27 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         return image, label
 
 
-def export_images(data: AbstractImageDataModule, out: str) -> None:
-    """Write the images of a task as PNG files in class folders, or as arrays to an .npz file.
+def export_images(data: AbstractImageDataModule, out: str, format: Format | None = None) -> None:
+    """Write the images of a task for other programs, see data/README.md.
 
     Args:
         data: The task, such as SameClass, and its options.
-        out: Folder, or file that ends in .npz, to write; neither may exist.
+        out: Folder to write, or .npz file; neither may exist.
+        format: ``png`` files in class folders (default), ``npz`` arrays (default if OUT ends in .npz), ``webdataset``
+            (tar shards) or ``parquet`` (of images, for Hugging Face datasets).
     """
-    data.export(out)
-    kind = "file" if out.endswith(".npz") else "folder"
-    print(f"{type(data).__name__} written to {out}: as a source it is {kind}:{out}")
+    data.export(out, format)
+    print(f"{type(data).__name__} written to {out}{written_as(out, format)}")
+
+
+def written_as(out: str, format: str | None) -> str:
+    """How the data that :meth:`AbstractImageDataModule.export` wrote is read."""
+    match format or ("npz" if out.endswith(".npz") else "png"):
+        case "npz":
+            return f": as a source it is file:{out}"
+        case "png":
+            return f": as a source it is folder:{out}"
+        case "parquet":
+            return f': datasets.load_dataset("{out}") reads it'
+        case _:
+            return f": webdataset.WebDataset reads {out}/train-*.tar"

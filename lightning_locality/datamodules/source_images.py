@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -152,6 +152,11 @@ class AbstractSourceImages(AbstractImageDataModule):
     @abstractmethod
     def sample(self, split: Split) -> Tensor:
         """Sample a split: ``(R, N)``, int64, rows of image indices and, last, the labels."""
+
+    def parameters(self) -> dict[str, Any]:
+        """All arguments but those that only say how the data is loaded."""
+        loading = ("root", "batch_size", "download", "drop_last")
+        return {name: value for name, value in self.hparams.items() if name not in loading}
 
     def prepare_data(self) -> None:
         """Let torchvision download the set if allowed and needed."""

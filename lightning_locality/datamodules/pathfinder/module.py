@@ -9,7 +9,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from joblib import cpu_count
@@ -17,7 +17,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_locality.datamodules.base import SPLITS, STAGES, AbstractImageDataModule, Split
+from lightning_locality.datamodules.base import SPLITS, STAGES, AbstractImageDataModule, Split, written_as
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 from lightning_locality.datamodules.pathfinder.placement import pictures
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
@@ -200,6 +200,10 @@ class Pathfinder(AbstractImageDataModule):
     def _normalised(self, images: Tensor) -> Tensor:
         return images.unsqueeze(1).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
 
+    def parameters(self) -> dict[str, Any]:
+        """The seed and all parameters of the curves."""
+        return {"seed": self.seed, **self.curves.parameters()}
+
     def to_uint8(self, images: Tensor) -> Tensor:
         """Undo the normalisation of :meth:`compose`."""
         return (images * self._std + self._mean).mul_(255).round_().to(torch.uint8)
@@ -221,16 +225,35 @@ def _former(store: PictureStore) -> str:
     return f" ({former} has the format of version 0.1, which is no longer read: delete it)" if former.exists() else ""
 
 
-def make_pathfinder(**options: Any) -> dict[Split, Path]:
+def make_pathfinder(
+    format: Literal["npy", "png", "npz", "webdataset", "parquet"] = "npy", out: str | None = None, **options: Any
+) -> dict[Split, Path]:
     """Generate the Pathfinder pictures of all splits ahead of a run; print and return the folder of each.
 
     Args:
+        format: ``npy``: the arrays under ROOT/pathfinder that ``fit`` reads. Otherwise these are also written to OUT
+            for other programs, as ``png`` files in class folders, one ``npz`` file, ``webdataset`` shards or
+            ``parquet`` (``datasets.load_dataset(OUT)``); see data/README.md.
+        out: Folder to write, or .npz file, for all formats but ``npy``; it may not exist.
         options: ``path_length``, numbers, ``seed``, ``root``, ``workers`` and ``curves`` of :class:`Pathfinder`.
     """
+    if (format == "npy") != (out is None):
+        raise ValueError(f"format={format!r} {'is written under root: leave out' if out else 'needs'} out=FOLDER")
     # what is fixed here is no option of the command
-    module = Pathfinder(**options, batch_size=64, validation_is_test=False, drop_last=False)
+    module = Pathfinder(
+        **options,
+        batch_size=64,
+        validation_is_test=False,
+        drop_last=False,
+        epoch_size=10_000,
+        curriculum=None,
+        curriculum_epochs=10,
+    )
     module.prepare_data()
-    folders = {split: module.store(split).folder for split in SPLITS}
+    folders = {split: module.store(split).folder for split in module._stored()}
     for split, folder in folders.items():
         print(f"{split}: {module.size(split)} pictures in {folder}")
+    if format != "npy" and out is not None:
+        module.export(out, format)
+        print(f"all written to {out}{written_as(out, format)}")
     return folders

@@ -46,6 +46,26 @@ def test_batches(module: Pathfinder, device: torch.device) -> None:
         module.compose("test", index)
 
 
+def test_three_channels_with_the_statistics_of_imagenet(module: Pathfinder, device: torch.device) -> None:
+    index = torch.tensor([3, 1, 39], device=device)
+    options: dict[str, Any] = {"train": 40, "validation": 10, "test": 20, "root": module.root, "curves": SMALL}
+    data = Pathfinder(channels=3, mean="imagenet", **options)
+    data.setup("fit")
+    image, label = data.compose("train", index)
+    assert (image.shape, image.dtype) == ((3, 3, 80, 80), torch.float32)
+    images, labels = pictures(SMALL, 0, "train", index.tolist())
+    numbers = zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    expected = np.stack([(images / 255 - mean) / std for mean, std in numbers], axis=1)
+    assert np.abs(image.cpu().numpy() - expected).max() < 1e-5
+    assert label.tolist() == labels.tolist()
+    assert np.array_equal(data.to_uint8(image.cpu())[:, 2].numpy(), images)
+    # of its own statistics, three equal channels
+    same = Pathfinder(channels=3, **options)
+    module.setup("fit")
+    same.setup("fit")
+    assert torch.equal(same.compose("train", index)[0], module.compose("train", index)[0].repeat(1, 3, 1, 1))
+
+
 def test_stages_load_what_they_need(module: Pathfinder) -> None:
     shutil.rmtree(module.store("test").folder)
     module.setup("fit")
@@ -189,6 +209,9 @@ def test_wrong_module() -> None:
         ({"seed": -1}, "seed must be between 0"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"channels": 2}, "channels must be 1 or 3, got 2"),
+        ({"mean": "imagenet"}, "'imagenet' with channels=3 and without std; got mean='imagenet', std=None, channels=1"),
+        ({"mean": [0.5]}, "give both mean and std or neither"),
         ({"path_length": 0}, "path_length must be an integer of at least 2"),
     ):
         with pytest.raises(ValueError, match=message):

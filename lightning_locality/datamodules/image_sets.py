@@ -33,6 +33,8 @@ Resize = Literal["bilinear", "area", "pad"]
 SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file", "lra"]
 Part = Literal["train", "validation", "test"]
 
+# mean and standard deviation that torchvision's and most of timm's pretrained networks expect
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # of torchvision; the path under root is one whose absence tells a missing set from a damaged one
 _TORCHVISION: dict[str, tuple[Any, str]] = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
@@ -116,6 +118,29 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     if min(deviations) == 0:
         raise ValueError("a channel of the images is constant, its standard deviation is 0: give mean and std")
     return torch.stack(means), torch.stack(deviations)
+
+
+def given_statistics(
+    mean: Sequence[float] | Literal["imagenet"] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation that were given for each channel, float64; None if neither was."""
+    if isinstance(mean, str):
+        if mean != "imagenet" or std is not None or channels != 3:
+            raise ValueError(
+                f"mean must be numbers, or 'imagenet' with channels=3 and without std; "
+                f"got mean={mean!r}, std={std}, channels={channels}"
+            )
+        mean, std = IMAGENET
+    if (mean is None) != (std is None):
+        raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
+    if mean is None or std is None:
+        return None
+    for argument, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{argument} must have {channels} values, got {list(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {list(std)}")
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
 
 
 class UnknownSourceError(ValueError):

@@ -18,6 +18,7 @@ from lightning_locality.datamodules.image_sets import (
     LabelledImages,
     Part,
     Resize,
+    given_statistics,
     has_validation,
     load_images,
     parse_source,
@@ -86,7 +87,8 @@ class AbstractSourceImages(AbstractImageDataModule):
         validation_is_test: Validate on the test samples (published for SameClass), not on held-out training images.
         holdout: Share of the training images of each class kept for validation if the source has none for that.
         mean: Mean intensity (0 to 1) of each channel, subtracted. By default the published values for ``cifar10`` in
-            colour, and those of the official training images for every other source.
+            colour, and those of the official training images for every other source. ``imagenet``: mean and deviation
+            that most pretrained networks expect, of three channels.
         std: Standard deviation of each channel, divided by; by default likewise.
 
     Raises:
@@ -109,7 +111,7 @@ class AbstractSourceImages(AbstractImageDataModule):
         download: bool = True,
         validation_is_test: bool = False,
         holdout: float = 0.1,
-        mean: Sequence[float] | None = None,
+        mean: Sequence[float] | Literal["imagenet"] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
@@ -131,19 +133,10 @@ class AbstractSourceImages(AbstractImageDataModule):
         self.image_size, self.resize, self.classes, self.holdout = image_size, resize, classes, holdout
         self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits", "lra") else 3)
         self.validation_is_test = validation_is_test
-        if (mean is None) != (std is None):
-            raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
-        if mean is None and name == "cifar10" and self.channels == 3:
+        if mean is None and std is None and name == "cifar10" and self.channels == 3:
             # as published; of the training images, to three digits
             mean, std = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
-        self._given: tuple[Tensor, Tensor] | None = None
-        if mean is not None and std is not None:
-            for argument, values in (("mean", mean), ("std", std)):
-                if len(values) != self.channels:
-                    raise ValueError(f"{argument} must have {self.channels} values, got {list(values)}")
-            if min(std) <= 0:
-                raise ValueError(f"std must be positive, got {list(std)}")
-            self._given = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._given = given_statistics(mean, std, self.channels)
         self._own_validation: bool | None = None
         self._parts: dict[Part, LabelledImages] = {}
         self._tables: dict[Split, Tensor] = {}

@@ -7,7 +7,7 @@ __all__ = ["Pathfinder", "make_pathfinder"]
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_locality.datamodules.base import SPLITS, STAGES, AbstractImageDataModule, Split, written_as
+from lightning_locality.datamodules.image_sets import given_statistics
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 from lightning_locality.datamodules.pathfinder.placement import pictures
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
@@ -34,8 +35,8 @@ class Pathfinder(AbstractImageDataModule):
     (Linsley, Kim, Veerabadran, Windolf, Serre, 2018), by the published process without the faults of its first program
     (see data/README.md). ``prepare_data`` generates what is missing under ``root``/pathfinder (0.2 to 0.4 ms per
     picture and core) and, with a warning, what is incomplete or altered. A picture depends on ``seed``, its split and
-    its number alone. Images are ``(B, 1, size, size)`` in float32, normalised with the mean and standard deviation of
-    the training split; labels are int64.
+    its number alone. Images are ``(B, channels, size, size)`` in float32, normalised with the mean and standard
+    deviation of the training split; labels are int64.
 
     With ``train=None`` every epoch has ``epoch_size`` new pictures, rendered ahead of the device by ``workers``
     processes and never stored: picture i of epoch e is number e ``epoch_size`` + i of the training pictures, whatever
@@ -58,6 +59,10 @@ class Pathfinder(AbstractImageDataModule):
         curriculum: With ``train=None``, values in epoch 0 of parameters of the curves, such as ``{"distractors": 0}``,
             which change in equal steps to their own values; validation and test pictures have those.
         curriculum_epochs: Number of epochs that this takes.
+        channels: 1, or 3 equal ones for networks that expect colours.
+        mean: Mean intensity (0 to 1) of each channel, subtracted; None: of the pictures. ``imagenet``: mean and
+            deviation that most pretrained networks expect, of three channels.
+        std: Standard deviation of each channel, divided by; likewise.
 
     Raises:
         ValueError: A number is out of range, or curves do not fit in the picture.
@@ -85,6 +90,9 @@ class Pathfinder(AbstractImageDataModule):
         epoch_size: int = 10_000,
         curriculum: dict[str, float] | None = None,
         curriculum_epochs: int = 10,
+        channels: Literal[1, 3] = 1,
+        mean: Sequence[float] | Literal["imagenet"] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
         curves = PathfinderCurves() if curves is None else curves
@@ -100,8 +108,13 @@ class Pathfinder(AbstractImageDataModule):
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, or None for one per usable core, got {workers}")
         self.root, self.workers, self.validation_is_test = Path(root), workers, validation_is_test
-        self.image_shape = (1, self.curves.size, self.curves.size)
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        self.image_shape = (channels, self.curves.size, self.curves.size)
+        self._given = given_statistics(mean, std, channels)
         self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
+        self._mean: float | Tensor
+        self._std: float | Tensor
         self._pool: ProcessPoolExecutor | None = None
         if curriculum and not self.endless:
             raise ValueError(f"curriculum={curriculum} needs new pictures in every epoch: set train=None")
@@ -140,7 +153,7 @@ class Pathfinder(AbstractImageDataModule):
         return lambda: tuple(map(torch.from_numpy, future.result()))
 
     def compose_stream(self, epoch: int, values: Values) -> tuple[Tensor, Tensor]:
-        """Normalised pictures ``(B, 1, size, size)`` and labels ``(B,)``."""
+        """Normalised pictures ``(B, channels, size, size)`` and labels ``(B,)``."""
         images, labels = values
         return self._normalised(images), labels.to(torch.int64)
 
@@ -171,6 +184,8 @@ class Pathfinder(AbstractImageDataModule):
         store = self.store(stored[0])
         try:
             self._mean, self._std, _ = store.header()
+            if self._given:
+                self._mean, self._std = (row.to(torch.float32)[:, None, None] for row in self._given)
             for split in STAGES[stage]:
                 store = self.store(split)
                 if self.origin(split) in stored and split not in self._loaded:
@@ -183,7 +198,7 @@ class Pathfinder(AbstractImageDataModule):
             ) from error
 
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pictures ``(B, 1, size, size)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``."""
+        """Normalised pictures ``(B, channels, size, size)`` and labels ``(B,)`` of the samples ``index`` ``(B,)``."""
         if split == "train" and self.endless:
             numbers = index.tolist()
             if not 0 <= min(numbers) <= max(numbers) < self.size("train"):
@@ -198,7 +213,14 @@ class Pathfinder(AbstractImageDataModule):
         return self._normalised(images), labels.to(torch.int64)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return images.unsqueeze(1).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        pixels = images.unsqueeze(1).to(torch.float32).div_(255)
+        if self.image_shape[0] == 3:
+            pixels = pixels.repeat(1, 3, 1, 1)
+        mean, std = (
+            self.on_device(name, value, images.device) if isinstance(value, Tensor) else value
+            for name, value in (("mean", self._mean), ("std", self._std))
+        )
+        return pixels.sub_(mean).div_(std)
 
     def parameters(self) -> dict[str, Any]:
         """The seed and all parameters of the curves."""
@@ -248,6 +270,9 @@ def make_pathfinder(
         epoch_size=10_000,
         curriculum=None,
         curriculum_epochs=10,
+        channels=1,
+        mean=None,
+        std=None,
     )
     module.prepare_data()
     folders = {split: module.store(split).folder for split in module._stored()}

@@ -20,8 +20,9 @@ Train convolutional networks that see far, and measure how far any network sees.
   sweep GRID.yaml       run a grid here or on SLURM, and collect a table and figures          [--dry-run]
   figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, ..., or any column (xy)
   rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER]
-  make-data pathfinder  render the Pathfinder images before training
-  make-data export      write a task as PNG folders or .npz:  --data SameClass [--data.distance 80 ...] --out FOLDER
+  make-data pathfinder  render the Pathfinder images before training  [--format parquet --out FOLDER]
+  make-data export      write a task as PNG folders, .npz, WebDataset or Parquet:
+                        --data SameClass [--data.distance 80 ...] --out FOLDER [--format parquet]
 
   --version
 """

@@ -502,7 +502,7 @@ def test_lines_of_the_page_on_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     root = Path(__file__).parent.parent
     text = (root / "data" / "README.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("lightning-locality ")]
-    assert len(lines) == 5
+    assert len(lines) == 12
     monkeypatch.chdir(root)
     for line in lines:
         with pytest.raises(SystemExit) as stop:

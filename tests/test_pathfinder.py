@@ -61,10 +61,21 @@ def test_batches_with_targets(tmp_path: Path, device: torch.device) -> None:
     assert np.array_equal(targets["segmentation"].cpu().numpy(), expected[2].segmentation)
     assert np.array_equal(targets["markers"].cpu().numpy(), expected[2].markers)
     # dashes are where the picture is bright
-    dashes, rest = (
-        images[:, 0][mask].mean().item() for mask in (targets["segmentation"] > 0, targets["segmentation"] == 0)
+    dash = targets["segmentation"] > 0
+    assert images[:, 0][dash].mean() > images[:, 0][~dash].mean() + 1
+    # a stream's are rendered with the pictures
+    endless = Pathfinder(
+        train=None, validation=2, test=2, root=tmp_path, preset="lra32_easy", targets=True, batch_size=4, epoch_size=10
     )
-    assert dashes > rest + 1
+    endless.prepare_data()
+    endless.setup("fit")
+    batch = next(iter(endless.train_dataloader()))
+    assert torch.equal(
+        endless.on_after_batch_transfer(batch, 0)[2]["segmentation"],
+        endless.targets("train", torch.arange(4))["segmentation"],
+    )
+    assert endless.targets("train", torch.arange(4))["segmentation"].any()
+    endless.teardown()
 
 
 def test_stages_load_what_they_need(module: Pathfinder) -> None:
@@ -210,6 +221,9 @@ def test_wrong_module() -> None:
         ({"seed": -1}, "seed must be between 0"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"channels": 2}, "channels must be 1 or 3, got 2"),
+        ({"mean": "imagenet"}, "'imagenet' with channels=3 and without std; got mean='imagenet', std=None, channels=1"),
+        ({"mean": [0.5]}, "give both mean and std or neither"),
         ({"path_length": 0}, "path_length must be an integer of at least 2"),
         ({"preset": "lra48"}, "preset must be one of icml2022, lra32, .* _hard, got 'lra48'"),
         ({"preset": "pathx_easy"}, "preset must be one of"),

@@ -193,9 +193,10 @@ def test_block_of_the_page_on_data() -> None:
     names: dict[str, Any] = {}
     exec(compile(block, "data/README.md", "exec"), names)
     assert "Pathfinder" in names
-    (block,) = [block for block in BLOCK.findall((ROOT / "data" / "README.md").read_text()) if "data.batch" in block]
-    exec(compile(block.replace("distance=8", "distance=8, train=70"), "data/README.md", "exec"), names)
-    assert names["images"].shape == (6, 1, 8, 24)
+    loops = [block for block in BLOCK.findall((ROOT / "data" / "README.md").read_text()) if "data.batch" in block]
+    for block, size in zip(loops, ("distance=8, train=70", "distance=8, epoch_size=70"), strict=True):
+        exec(compile(block.replace("distance=8", size), "data/README.md", "exec"), names)
+        assert names.pop("images").shape == (6, 1, 8, 24)
 
 
 @pytest.mark.parametrize("line", [line for line in CONSOLE if line.startswith("lightning-locality fit")])

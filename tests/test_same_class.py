@@ -331,6 +331,7 @@ def test_digits_need_nothing() -> None:
         ({"holdout": 1.0}, "holdout must be a share between 0 and 1, got 1.0"),
         ({"background": "grey"}, "background must be 'mean', 'black' or a number, got 'grey'"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
+        ({"mean": "imagenet", "channels": 1}, "'imagenet' with channels=3 and without std"),
         ({"mean": [0.5] * 3}, "give both mean and std or neither"),
         ({"mean": [0.5], "std": [0.5]}, "mean must have 3 values"),
         ({"mean": [0.5] * 3, "std": [0.5, 0.0, 1.0]}, "std must be positive"),

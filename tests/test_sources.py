@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from lightning_locality import SameClass
+from lightning_locality import PermutedImages, SameClass
 from lightning_locality.datamodules.image_sets import (
     CorruptImagesError,
     ImagesNotFoundError,
@@ -389,3 +389,12 @@ def test_file_of_arrays(tmp_path: Path) -> None:
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(CorruptImagesError, match="cannot be read"):
         load_images(f"file:{path}", "train")
+
+
+def test_statistics_of_imagenet() -> None:
+    plain, other = (
+        PermutedImages("digits", scramble=0.0, image_size=8, channels=3, **options).batch("test")[0]
+        for options in ({"mean": [0.0] * 3, "std": [1.0] * 3}, {"mean": "imagenet"})
+    )
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        assert torch.allclose(other[:, channel], (plain[:, channel] - mean) / std)

@@ -6,7 +6,7 @@ __all__ = ["AbstractImageDataModule", "IndexLoader", "Split", "SplitBatch"]
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final, get_args
@@ -16,8 +16,11 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from lightning_locality.datamodules.image_files import write_images
+from lightning_locality.datamodules.shards import write_shards
+from lightning_locality.datamodules.stream import StreamBatch, StreamLoader, StreamSamples, Values
 
 Split = Literal["train", "validation", "test"]
+Format = Literal["png", "npz", "webdataset", "parquet"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 # splits that a stage needs; all without a stage
 STAGES: dict[str | None, tuple[Split, ...]] = {
@@ -137,6 +140,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     image_shape: tuple[int, int, int]  # channels, height and width of a composed image
     validation_is_test = False
+    endless = False  # whether the training split is a stream with new samples in every epoch
 
     def __init__(self, batch_size: int = 64, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__()
@@ -159,6 +163,19 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Float images ``(B, C, H, W)`` and int64 labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
+    @property
+    def ahead(self) -> int:
+        """Number of batches of an endless stream that are sampled in advance."""
+        return 1
+
+    def begin_stream(self, epoch: int, index: Tensor) -> Callable[[], Values]:
+        """Begin to sample ``index`` ``(B,)`` of an epoch of an endless stream; returns a function that waits for it."""
+        raise NotImplementedError(f"{type(self).__name__} has no endless training stream: give train")
+
+    def compose_stream(self, epoch: int, values: Values) -> tuple[Tensor, Tensor]:
+        """What :meth:`compose` returns, of values that :meth:`begin_stream` gave and that are now on the device."""
+        raise NotImplementedError(f"{type(self).__name__} has no endless training stream: give train")
+
     def origin(self, split: Split) -> Split:
         """The split whose samples a split uses: its own, but the test split's for ``validation_is_test``."""
         return "test" if split == "validation" and self.validation_is_test else split
@@ -173,16 +190,20 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         return kept[1]
 
     def batch(
-        self, split: Split, indices: Tensor | None = None, device: torch.device | str | None = None
+        self, split: Split, indices: Tensor | StreamSamples | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the samples ``indices`` ``(B,)``, by default the first ``batch_size``, composed on ``device``.
 
-        Without a Trainer, the first call for a split prepares and sets up the data.
+        Without a Trainer, the first call for a split prepares and sets up the data. Indices of an endless stream are
+        those of its first epoch; its loader yields the samples of later ones in place of indices.
         """
         if self.trainer is None and split not in self._ready:
             self.prepare_data()
             self.setup({"train": "fit", "validation": "validate", "test": "test"}[split])
             self._ready.add(split)
+        if isinstance(indices, StreamSamples):
+            values = indices.values if device is None else tuple(value.to(device) for value in indices.values)
+            return self.compose_stream(indices.epoch, values)
         if indices is None:
             indices = torch.arange(min(self.batch_size, self.size(split)))
         return self.compose(split, indices if device is None else indices.to(device))
@@ -191,18 +212,43 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Images ``(B, C, H, W)`` of :meth:`compose` as uint8, for :meth:`export`."""
         raise NotImplementedError(f"{type(self).__name__} cannot be exported: define to_uint8(images) for it")
 
-    def export(self, out: str | Path) -> None:
-        """Write all splits as PNG files in class folders, or as arrays to ``OUT.npz``; see data/README.md.
+    def parameters(self) -> dict[str, Any]:
+        """What the data depends on, for :meth:`export`."""
+        return {}
 
-        The sources ``folder:OUT`` and ``file:OUT.npz`` read them bit for bit. Without a Trainer, this prepares and sets
-        up the data. FileExistsError if there is something at ``out``.
+    def export(self, out: str | Path, format: Format | None = None) -> None:
+        """Write all splits for other programs: PNG files, arrays, WebDataset's shards or Parquet; see data/README.md.
+
+        Without a Trainer, this prepares and sets up the data. The sources ``folder:OUT`` and ``file:OUT.npz`` read PNG
+        files and arrays bit for bit.
+
+        Args:
+            out: Folder to write, or file for ``npz``; neither may exist.
+            format: None: ``npz`` if ``out`` ends in .npz, else ``png``, in class folders.
+
+        Raises:
+            FileExistsError: There is something at ``out``.
+            ValueError: An unknown format, or a name that does not suit it.
         """
+        out = Path(out)
+        arrays = out.suffix == ".npz"
+        format = format or ("npz" if arrays else "png")
+        if format not in get_args(Format):
+            raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+        if format == "npz" and not arrays:
+            raise ValueError(f"out must end in .npz for format 'npz', got {out}")
+        if format != "npz" and out.suffix.lower() in (".npz", ".npy", ".zip", ".png", ".h5", ".tar", ".parquet"):
+            raise ValueError(f"{out} would be a folder: write arrays to a name that ends in .npz, else to another")
         # those of validation_is_test are written once
         splits = dict.fromkeys(map(self.origin, SPLITS))
         for split in splits:
             self.batch(split, torch.zeros(1, dtype=torch.int64))  # sets up, after which sizes and classes are known
-        names = getattr(self, "class_names", None) or map(str, range(self.num_classes))
-        write_images(Path(out), {split: self._samples(split) for split in splits}, list(names))
+        names = list(getattr(self, "class_names", None) or map(str, range(self.num_classes)))
+        batches: dict[str, Iterator[tuple[Tensor, Tensor]]] = {split: self._samples(split) for split in splits}
+        if format == "png" or format == "npz":
+            write_images(out, batches, names)
+        else:
+            write_shards(out, format, batches, {split: self.size(split) for split in splits}, names, self.parameters())
 
     def _samples(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.split(torch.arange(self.size(split)), self.batch_size):
@@ -216,17 +262,24 @@ class AbstractImageDataModule(LightningDataModule, ABC):
             split,
             self.size(split),
             self.batch_size,
-            # overfit_batches promises the same batches in every epoch; the Trainer sets it dynamically
-            shuffle=training and not (trainer and trainer.overfit_batches),  # type: ignore[attr-defined]
+            shuffle=training and not self.endless and not self._overfits(),
             seed=self.seed,
             drop_last=training and self.drop_last,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
 
-    def train_dataloader(self) -> IndexLoader:
+    def _overfits(self) -> bool:
+        # overfit_batches promises the same batches in every epoch; the Trainer sets it dynamically
+        return bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+
+    def train_dataloader(self) -> IndexLoader | StreamLoader:
         """Loader of the training split."""
-        return self.loader("train")
+        loader = self.loader("train")
+        if not self.endless:
+            return loader
+        batches = [batch.indices for batch in loader]
+        return StreamLoader(batches, self.begin_stream, self.ahead, fixed=self._overfits())
 
     def val_dataloader(self) -> IndexLoader:
         """Loader of the validation split."""
@@ -240,22 +293,40 @@ class AbstractImageDataModule(LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Compose a batch yielded by a loader of this module; leave any other batch alone."""
-        if not isinstance(batch, SplitBatch):
-            return batch
-        image, label = self.compose(batch.split, batch.indices)
+        match batch:
+            case SplitBatch():
+                image, label = self.compose(batch.split, batch.indices)
+            case StreamBatch():
+                image, label = self.compose_stream(*batch.samples)
+            case _:
+                return batch
         if self.trainer is not None:
             # Lightning converts a batch before its transfer, when there are no images yet
             image = self.trainer.precision_plugin.convert_input(image)
         return image, label
 
 
-def export_images(data: AbstractImageDataModule, out: str) -> None:
-    """Write the images of a task as PNG files in class folders, or as arrays to an .npz file.
+def export_images(data: AbstractImageDataModule, out: str, format: Format | None = None) -> None:
+    """Write the images of a task for other programs, see data/README.md.
 
     Args:
         data: The task, such as SameClass, and its options.
-        out: Folder, or file that ends in .npz, to write; neither may exist.
+        out: Folder to write, or .npz file; neither may exist.
+        format: ``png`` files in class folders (default), ``npz`` arrays (default if OUT ends in .npz), ``webdataset``
+            (tar shards) or ``parquet`` (of images, for Hugging Face datasets).
     """
-    data.export(out)
-    kind = "file" if out.endswith(".npz") else "folder"
-    print(f"{type(data).__name__} written to {out}: as a source it is {kind}:{out}")
+    data.export(out, format)
+    print(f"{type(data).__name__} written to {out}{written_as(out, format)}")
+
+
+def written_as(out: str, format: str | None) -> str:
+    """How the data that :meth:`AbstractImageDataModule.export` wrote is read."""
+    match format or ("npz" if out.endswith(".npz") else "png"):
+        case "npz":
+            return f": as a source it is file:{out}"
+        case "png":
+            return f": as a source it is folder:{out}"
+        case "parquet":
+            return f': datasets.load_dataset("{out}") reads it'
+        case _:
+            return f": webdataset.WebDataset reads {out}/train-*.tar"

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
@@ -88,6 +89,8 @@ def folder_splits(root: Path) -> dict[str, Path]:
         hint = f": for a file of arrays write file:{root}" if root.is_file() else ""
         raise ImagesNotFoundError(f"no folder {root}{hint or ': source folder needs class folders in it'}")
     folders = _folders(root)
+    if {"imgs", "metadata"} <= {folder.name for folder in folders}:
+        raise CorruptImagesError(f"{root} holds imgs and metadata, not class folders: use lra:{root}")
     named = [folder for folder in folders if split_of(folder.name)]
     # "valid" and "invalid", or "train" and "bus", are classes if they hold pictures and nothing else
     if not named or not (len(named) == len(folders) or any(map(_folders, named))):
@@ -290,16 +293,24 @@ def _text(labels: Array) -> Array:
     return np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
 
 
-def write_images(out: Path, splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]], names: Sequence[str]) -> None:
-    """Write uint8 images ``(B, 1 or 3, H, W)`` and labels ``(B,)`` as PNG in class folders, or as arrays in an .npz."""
+@contextmanager
+def new_output(out: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file or folder, which is renamed to ``out`` at the end and removed if that fails."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists: delete it or choose another name")
-    if out.suffix.lower() in (".npy", ".zip", ".png", ".h5"):
-        raise ValueError(f"{out} would be a folder: write arrays to a name that ends in .npz, PNG files to another")
-    part = out.with_name(f".part-{out.name}")  # renamed once complete
+    part = out.with_name(f".part-{out.name}")
     shutil.rmtree(part, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        yield part
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def write_images(out: Path, splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]], names: Sequence[str]) -> None:
+    """Write uint8 images ``(B, 1 or 3, H, W)`` and labels ``(B,)`` as PNG in class folders, or as arrays in an .npz."""
+    with new_output(out) as part:
         if out.suffix == ".npz":
             arrays: dict[str, Array] = {}
             for split, batches in splits.items():
@@ -307,21 +318,16 @@ def write_images(out: Path, splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]
                 arrays |= {f"{_SPLITS[split][0]}_{name}": torch.cat(parts).numpy() for name, parts in both}
             with part.open("wb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        else:
-            digits = len(str(len(names) - 1))
-            # in the order of the labels, and told by their names
-            classes = [re.sub(r"\W+", "_", f"{label:0{digits}} {name}") for label, name in enumerate(names)]
-            for split, batches in splits.items():
-                for name in classes:
-                    (part / split / name).mkdir(parents=True)
-                samples = (sample for batch in batches for sample in zip(*batch, strict=True))
-                for number, (image, label) in enumerate(samples):
-                    to_pil_image(image).save(part / split / classes[int(label)] / f"{number:06}.png")
-            # an empty folder would name no class to who reads them
-            if empty := [name for name in classes if not any((part / "train" / name).iterdir())]:
-                raise ValueError(
-                    f"{out} would have no training image of {', '.join(empty)}: raise train, or write .npz"
-                )
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            return
+        digits = len(str(len(names) - 1))
+        # in the order of the labels, and told by their names
+        classes = [re.sub(r"\W+", "_", f"{label:0{digits}} {name}") for label, name in enumerate(names)]
+        for split, batches in splits.items():
+            for name in classes:
+                (part / split / name).mkdir(parents=True)
+            samples = (sample for batch in batches for sample in zip(*batch, strict=True))
+            for number, (image, label) in enumerate(samples):
+                to_pil_image(image).save(part / split / classes[int(label)] / f"{number:06}.png")
+        # an empty folder would name no class to who reads them
+        if empty := [name for name in classes if not any((part / "train" / name).iterdir())]:
+            raise ValueError(f"{out} would have no training image of {', '.join(empty)}: raise train, or write .npz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["AbstractImagePairs", "Pairs"]
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_locality.datamodules.base import Split, seeded_generator
 from lightning_locality.datamodules.source_images import AbstractSourceImages, ClassImages
+from lightning_locality.datamodules.stream import Curriculum, Values
 
 Box = tuple[int, int, int, int]
 
@@ -29,7 +30,9 @@ class Pairs(NamedTuple):
 class AbstractImagePairs(AbstractSourceImages):
     r"""Two images at a horizontal distance on an empty canvas; the label depends on both.
 
-    Pair i of a split depends on ``seed``, the split and i only. The defaults are those of :class:`SameClass`.
+    Pair i of a split depends on ``seed``, the split and i only. With ``train=None`` every epoch has ``epoch_size`` new
+    training pairs, which depend on ``seed``, the epoch and i only; those of epoch 0 are the pairs of
+    ``train=epoch_size``. The defaults are those of :class:`SameClass`.
 
     A distractor is a uniform image of a uniform class, independent of the pair, of its label and of the other
     distractors (ours). data/README.md has the formula of the places.
@@ -38,7 +41,7 @@ class AbstractImagePairs(AbstractSourceImages):
         source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractSourceImages`.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         distance: Pixels between the inner edges of the two images.
-        train: Number of training pairs.
+        train: Number of training pairs; None: new ones in every epoch.
         validation: Number of validation pairs.
         test: Number of test pairs.
         canvas: Height and width of the canvas in pixels.
@@ -46,6 +49,11 @@ class AbstractImagePairs(AbstractSourceImages):
         balanced: Exactly half of the pairs are positive. Published: a fair coin for each.
         background: ``mean`` (published: the mean colour, 0 once normalised), ``black``, or an intensity from 0 to 1.
         distractors: Number of images between the two that say nothing about the label. Published: 0.
+        epoch_size: Number of pairs per epoch if ``train`` is None.
+        curriculum: With ``train=None``, values in epoch 0 of ``distance`` or ``distractors``, such as
+            ``{"distance": 0}``, which change in equal steps to their own values; validation and test pairs have those.
+            If ``distance`` changes, ``boxes`` is None.
+        curriculum_epochs: Number of epochs that this takes.
         options: Further arguments of :class:`AbstractSourceImages`.
 
     Raises:
@@ -61,7 +69,7 @@ class AbstractImagePairs(AbstractSourceImages):
         source: str = "cifar10",
         root: str | Path | None = None,
         distance: int = 160,
-        train: int = 5_000,
+        train: int | None = 5_000,
         validation: int = 2_000,
         test: int = 10_000,
         canvas: tuple[int, int] = (224, 224),
@@ -70,24 +78,50 @@ class AbstractImagePairs(AbstractSourceImages):
         balanced: bool = False,
         background: Literal["mean", "black"] | float = "mean",
         distractors: int = 0,
+        epoch_size: int = 5_000,
+        curriculum: dict[str, float] | None = None,
+        curriculum_epochs: int = 10,
         **options: Any,
     ) -> None:
         super().__init__(source, root, **options)
         self.canvas, self.distance = (canvas[0], canvas[1]), distance
         self.image_shape = (self.channels, *self.canvas)
-        if distractors < 0:
-            raise ValueError(f"distractors must be at least 0 images, got {distractors}")
-        self.distractors = distractors
-        self.sizes: dict[Split, int] = {"train": train, "validation": validation, "test": test}
-        for argument, value in self.sizes.items():
+        self.distractors, self.endless = distractors, train is None
+        size = epoch_size if train is None else train
+        self.sizes: dict[Split, int] = {"train": size, "validation": validation, "test": test}
+        named = {("epoch_size" if self.endless else "train"): size, "validation": validation, "test": test}
+        for argument, value in named.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1 pair, got {value}")
         if isinstance(background, str) and background not in ("mean", "black"):
             raise ValueError(f"background must be 'mean', 'black' or a number, got {background!r}")
         self.distinct, self.balanced, self.background = distinct, balanced, background
+        if curriculum and not self.endless:
+            raise ValueError(f"curriculum={curriculum} needs new pairs in every epoch: set train=None")
+        goals = {"distance": distance, "distractors": distractors}
+        left, right, *_ = self._places(distance, distractors)
+        self._curriculum = Curriculum(curriculum or {}, curriculum_epochs, goals)
+        self._curriculum.check(self._places_at)
+        # None: not in the same places in every epoch
+        self.boxes: tuple[Box, Box] | None = None if "distance" in self._curriculum.start else (left, right)
+        self._later: tuple[int, Tensor] | None = None
+
+    @property
+    def distractor_boxes(self) -> tuple[Box, ...]:
+        """Places of the distractors from left to right."""
+        return self._places(self.distance, self.distractors)[2:]
+
+    def _places(self, distance: int, distractors: int) -> tuple[Box, ...]:
+        """Places of the left and the right image, then of the distractors from left to right."""
         wide = self.columns[0].stop - self.columns[0].start
-        left, right, *between = _boxes(self.canvas, self.image_size, wide, distance, distractors)
-        self.boxes, self.distractor_boxes = (left, right), tuple(between)
+        return tuple(_boxes(self.canvas, self.image_size, wide, distance, distractors))
+
+    def _settings(self, epoch: int) -> dict[str, Any]:
+        return {"distance": self.distance, "distractors": self.distractors} | self._curriculum.at(epoch)
+
+    def _places_at(self, epoch: int) -> tuple[Box, ...]:
+        """Places of the images in the training pairs of an epoch."""
+        return self._places(**self._settings(epoch))
 
     @abstractmethod
     def sample_pairs(self, labels: Tensor, candidates: Tensor, size: int, generator: torch.Generator) -> Pairs:
@@ -107,31 +141,52 @@ class AbstractImagePairs(AbstractSourceImages):
         """Number of pairs in a split."""
         return self.sizes[self.origin(split)]
 
-    def sample(self, split: Split) -> Tensor:
-        """Sample the pairs of a split, ``(3 + distractors, N)``: left, right, distractors from left to right, label."""
+    def sample(self, split: Split, epoch: int = 0) -> Tensor:
+        """Sample the pairs of a split, ``(3 + distractors, N)``: left, right, distractors from left to right, label.
+
+        An endless training split has other pairs in every ``epoch``.
+        """
         size, stream = self.size(split), self.origin(split)
         labels, candidates = self.images(self.part(split)).labels, self.candidates(split)
-        generator = seeded_generator(self.seed, "pairs", stream)
+        later = (epoch,) if epoch else ()
+        generator = seeded_generator(self.seed, "pairs", stream, *later)
         left, right, label = self.sample_pairs(labels, candidates, size, generator)
+        number = self._settings(epoch)["distractors"] if split == "train" else self.distractors
         # separate streams: the number of distractors changes neither the pair nor one another
-        streams = [seeded_generator(self.seed, "distractor", stream, number) for number in range(self.distractors)]
+        streams = [seeded_generator(self.seed, "distractor", stream, place, *later) for place in range(number)]
         between = [ClassImages(labels, candidates).sample(size, generator) for generator in streams]
         return torch.stack([left, right, *between, label])
 
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Canvases ``(B, C, H, W)`` and labels ``(B,)`` of the pairs ``index`` ``(B,)``, on its device."""
-        part, device, dtype = self.part(split), index.device, torch.get_default_dtype()
-        table = self.on_device(f"{split} pairs", self.table(split), device).index_select(1, index)
+        table = self.on_device(f"{split} pairs", self.table(split), index.device).index_select(1, index)
+        first = split == "train" and self.endless
+        return self._compose(
+            split, table, self._places_at(0) if first else self._places(self.distance, self.distractors)
+        )
+
+    def begin_stream(self, epoch: int, index: Tensor) -> Callable[[], Values]:
+        """Select pairs of an epoch, as rows of image indices and, last, labels."""
+        if self._later is None or self._later[0] != epoch:
+            self._later = epoch, self.sample("train", epoch)
+        rows = self._later[1][:, index]
+        return lambda: (rows,)
+
+    def compose_stream(self, epoch: int, values: Values) -> tuple[Tensor, Tensor]:
+        """Canvases ``(B, C, H, W)`` and labels ``(B,)`` of training pairs of an epoch."""
+        return self._compose("train", values[0], self._places_at(epoch))
+
+    def _compose(self, split: Split, table: Tensor, places: tuple[Box, ...]) -> tuple[Tensor, Tensor]:
+        part, device, dtype = self.part(split), table.device, torch.get_default_dtype()
         source = self.on_device(f"{part} images", self.images(part).images, device)
         scale, shift, background = self.affine(device)
         shown = source.index_select(0, table[:-1].reshape(-1)).to(dtype).mul_(scale).add_(shift)
-        shape = (len(index), *self.image_shape)
+        shape = (table.shape[1], *self.image_shape)
         # fresh zeros are the fastest canvas; a reused one would change under its user
         image = shown.new_zeros(shape) if self.background == "mean" else background.expand(shape).contiguous()
-        boxes = (*self.boxes, *self.distractor_boxes)
         # distractors alternate between the two sides, which matters if only part of an image is shown
-        columns = (*self.columns, *(self.columns[number % 2] for number in range(self.distractors)))
-        for (top, left, height, width), visible, picture in zip(boxes, columns, shown.chunk(len(boxes)), strict=True):
+        columns = [self.columns[number % 2] for number in range(len(places))]
+        for (top, left, height, width), visible, picture in zip(places, columns, shown.chunk(len(places)), strict=True):
             image[:, :, top : top + height, left : left + width] = picture[..., visible]
         return image, table[-1]
 
@@ -147,6 +202,8 @@ class AbstractImagePairs(AbstractSourceImages):
 def _boxes(canvas: tuple[int, int], size: int, wide: int, distance: int, distractors: int) -> Iterator[Box]:
     """Places of the left and the right image, then of the distractors from left to right."""
     height, width = canvas
+    if distractors < 0:
+        raise ValueError(f"distractors must be at least 0 images, got {distractors}")
     if distance < 0:
         raise ValueError(f"distance must be at least 0 pixels, got {distance}")
     if size > height or 2 * wide > width:

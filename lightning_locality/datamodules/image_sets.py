@@ -7,6 +7,7 @@ __all__ = ["CorruptImagesError", "ImagesNotFoundError", "LabelledImages", "Unkno
 import difflib
 import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -26,11 +27,14 @@ from lightning_locality.datamodules.image_files import (
     read_arrays,
     read_picture,
 )
+from lightning_locality.datamodules.picture_tree import list_tree
 
 Resize = Literal["bilinear", "area", "pad"]
-SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file"]
+SourceName = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn", "digits", "folder", "file", "lra"]
 Part = Literal["train", "validation", "test"]
 
+# mean and standard deviation that torchvision's and most of timm's pretrained networks expect
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # of torchvision; the path under root is one whose absence tells a missing set from a damaged one
 _TORCHVISION: dict[str, tuple[Any, str]] = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
@@ -116,15 +120,38 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(deviations)
 
 
+def given_statistics(
+    mean: Sequence[float] | Literal["imagenet"] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation that were given for each channel, float64; None if neither was."""
+    if isinstance(mean, str):
+        if mean != "imagenet" or std is not None or channels != 3:
+            raise ValueError(
+                f"mean must be numbers, or 'imagenet' with channels=3 and without std; "
+                f"got mean={mean!r}, std={std}, channels={channels}"
+            )
+        mean, std = IMAGENET
+    if (mean is None) != (std is None):
+        raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
+    if mean is None or std is None:
+        return None
+    for argument, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{argument} must have {channels} values, got {list(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {list(std)}")
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+
 class UnknownSourceError(ValueError):
     """Unknown name of an image source."""
 
 
 def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Path]:
-    """Split a source into its name and its location; ``"folder:PATH"`` and ``"file:PATH"`` give both."""
+    """Split a source into its name and its location; ``"folder:PATH"``, ``"file:PATH"``, ``"lra:PATH"`` give both."""
     names = get_args(SourceName)
     kind, _, path = (source := str(source)).partition(":")
-    if path and kind in ("folder", "file"):
+    if path and kind in ("folder", "file", "lra"):
         source, root = kind, path
     elif source not in names:
         near = difflib.get_close_matches(source.lower(), names, n=1)
@@ -132,7 +159,7 @@ def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Pa
             near = [f"{'file' if Path(source).suffix == '.npz' else 'folder'}:{source}"]
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownSourceError(
-            f"unknown source {source!r}{hint}; known are {', '.join(names)}, folder:PATH and file:PATH"
+            f"unknown source {source!r}{hint}; known are {', '.join(names)}, folder:PATH, file:PATH and lra:PATH"
         )
     return cast(SourceName, source), Path(root).expanduser()
 
@@ -150,15 +177,16 @@ def load_images(
     r"""Load the official train or test images of a source as one tensor.
 
     Args:
-        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH`` or
-            ``file:PATH``; data/README.md describes them.
+        source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits``, ``folder:PATH``,
+            ``file:PATH`` or ``lra:PATH``; data/README.md describes them.
         part: ``"train"``, ``"test"`` or, if the source has one (:func:`has_validation`), ``"validation"``.
         root: Folder of the set, as for torchvision; of the classes for ``folder``; not used by ``digits``.
         download: Let torchvision download a missing set.
         image_size: Height and width in pixels to resize the images to; None leaves them.
         resize: ``bilinear`` (antialiased when the image shrinks), ``area`` (mean over the block of pixels that becomes
             one) or ``pad`` (centred on black).
-        channels: 1 (luma 0.299 R + 0.587 G + 0.114 B) or 3; None leaves them (folders and files are read as 3).
+        channels: 1 (luma 0.299 R + 0.587 G + 0.114 B) or 3; None leaves them (folders and files are read as
+            3, lra as 1).
 
     Raises:
         UnknownSourceError: Unknown source.
@@ -174,6 +202,8 @@ def load_images(
             found = _part_of(_digits(), part)
         case "folder":
             found = _folder(folder, part, image_size, resize)
+        case "lra":
+            found = _tree(folder, part, image_size, resize)
         case "file":
             found = LabelledImages(*read_arrays(folder, part))
             channels = channels or 3
@@ -192,6 +222,8 @@ def load_images(
 def has_validation(source: str, root: str | Path = "data") -> bool:
     """Whether a source has validation images of its own, apart from its training and test images."""
     name, path = parse_source(source, root)
+    if name == "lra":
+        return True
     splits = folder_splits(path) if name == "folder" else array_splits(path) if name == "file" else ()
     return "validation" in splits
 
@@ -254,13 +286,27 @@ def _torchvision(name: SourceName, root: Path, part: Part, download: bool) -> La
     return LabelledImages(images if images.ndim == 4 else images[:, None], labels)
 
 
+def _tree(root: Path, part: Part, size: int | None, resize: Resize) -> LabelledImages:
+    rows = list_tree(root)
+    labels = torch.tensor([label for _, label in rows])
+    # 80, 10 and 10 % of each class
+    kept, held = stratified_split(labels, 0.2, seed=0)
+    validation, test = (held[half] for half in stratified_split(labels[held], 0.5, seed=0))
+    chosen = {"train": kept, "validation": validation, "test": test}[part]
+    return LabelledImages(_read([rows[place][0] for place in chosen.tolist()], size, resize, 1), labels[chosen])
+
+
 def _folder(root: Path, part: Part, size: int | None, resize: Resize) -> LabelledImages:
-    images, labels = [], []
-    for path, label in list_pictures(root, part):
-        image = read_picture(path)
+    paths, labels = zip(*list_pictures(root, part), strict=True)
+    whole = LabelledImages(_read(paths, size, resize), torch.tensor(labels))
+    return whole if folder_splits(root) else _part_of(whole, part)
+
+
+def _read(paths: Sequence[Path], size: int | None, resize: Resize, channels: Literal[1, 3] = 3) -> Tensor:
+    images = []
+    for path in paths:
+        image = convert_channels(read_picture(path), channels)
         images.append(image if size is None else resize_images(image, size, resize))
-        labels.append(label)
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{path} is {image.shape[-2]}x{image.shape[-1]}, unlike other images: give an image_size")
-    whole = LabelledImages(torch.cat(images), torch.tensor(labels))
-    return whole if folder_splits(root) else _part_of(whole, part)
+    return torch.cat(images)

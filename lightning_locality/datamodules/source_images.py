@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_locality.datamodules.image_sets import (
     LabelledImages,
     Part,
     Resize,
+    given_statistics,
     has_validation,
     load_images,
     parse_source,
@@ -71,11 +72,13 @@ class AbstractSourceImages(AbstractImageDataModule):
 
     Args:
         source: ``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``, ``digits`` (needs no download),
-            ``folder:PATH`` (of class folders) or ``file:PATH`` (.npz), see data/README.md.
+            ``folder:PATH`` (of class folders), ``file:PATH`` (.npz) or ``lra:PATH`` (Pathfinder of the Long Range
+            Arena), see data/README.md.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         image_size: Height and width in pixels that the source's images are resized to.
         resize: How to resize: bilinear, area (mean over blocks) or pad (black around).
-        channels: 1 (grey) or 3 (colour); by default the source's own, 3 for folders and files.
+        channels: 1 (grey) or 3 (colour); by default the source's own, 3 for folders and files,
+            1 for lra.
         classes: Labels of the images to use; all by default.
         batch_size: Samples per step and process.
         seed: Seed of the samples, of the hold-out and of the order of training batches.
@@ -84,7 +87,8 @@ class AbstractSourceImages(AbstractImageDataModule):
         validation_is_test: Validate on the test samples (published for SameClass), not on held-out training images.
         holdout: Share of the training images of each class kept for validation if the source has none for that.
         mean: Mean intensity (0 to 1) of each channel, subtracted. By default the published values for ``cifar10`` in
-            colour, and those of the official training images for every other source.
+            colour, and those of the official training images for every other source. ``imagenet``: mean and deviation
+            that most pretrained networks expect, of three channels.
         std: Standard deviation of each channel, divided by; by default likewise.
 
     Raises:
@@ -107,7 +111,7 @@ class AbstractSourceImages(AbstractImageDataModule):
         download: bool = True,
         validation_is_test: bool = False,
         holdout: float = 0.1,
-        mean: Sequence[float] | None = None,
+        mean: Sequence[float] | Literal["imagenet"] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
@@ -127,21 +131,12 @@ class AbstractSourceImages(AbstractImageDataModule):
         if channels not in (None, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.image_size, self.resize, self.classes, self.holdout = image_size, resize, classes, holdout
-        self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits") else 3)
+        self.channels: Literal[1, 3] = channels or (1 if name in ("mnist", "fashion_mnist", "digits", "lra") else 3)
         self.validation_is_test = validation_is_test
-        if (mean is None) != (std is None):
-            raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
-        if mean is None and name == "cifar10" and self.channels == 3:
+        if mean is None and std is None and name == "cifar10" and self.channels == 3:
             # as published; of the training images, to three digits
             mean, std = (0.491, 0.482, 0.446), (0.247, 0.243, 0.261)
-        self._given: tuple[Tensor, Tensor] | None = None
-        if mean is not None and std is not None:
-            for argument, values in (("mean", mean), ("std", std)):
-                if len(values) != self.channels:
-                    raise ValueError(f"{argument} must have {self.channels} values, got {list(values)}")
-            if min(std) <= 0:
-                raise ValueError(f"std must be positive, got {list(std)}")
-            self._given = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._given = given_statistics(mean, std, self.channels)
         self._own_validation: bool | None = None
         self._parts: dict[Part, LabelledImages] = {}
         self._tables: dict[Split, Tensor] = {}
@@ -150,6 +145,11 @@ class AbstractSourceImages(AbstractImageDataModule):
     @abstractmethod
     def sample(self, split: Split) -> Tensor:
         """Sample a split: ``(R, N)``, int64, rows of image indices and, last, the labels."""
+
+    def parameters(self) -> dict[str, Any]:
+        """All arguments but those that only say how the data is loaded."""
+        loading = ("root", "batch_size", "download", "drop_last")
+        return {name: value for name, value in self.hparams.items() if name not in loading}
 
     def prepare_data(self) -> None:
         """Let torchvision download the set if allowed and needed."""

@@ -63,6 +63,7 @@ def gallery(settings: list[tuple[str, int]]) -> Figure:
 
 
 def main() -> None:
+    """Write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of settings.png, settings.pdf and settings.csv")
     parser.add_argument("--pictures", type=int, default=1000, help="pictures that the numbers are means of")

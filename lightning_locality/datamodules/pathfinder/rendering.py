@@ -114,7 +114,7 @@ def render(curves: PathfinderCurves, at: Integers, stroke: Integers, discs: Inte
 
 
 def segment(curves: PathfinderCurves, at: Integers, stroke: Integers, classes: Integers) -> Bytes:
-    """Classes ``(B, size, size)`` of the pixels at least half as bright as their dash, given those of the dashes, else 0.
+    """Classes ``(B, size, size)`` of pixels at least half as bright as their dash, given those of the dashes; else 0.
 
     A pixel of a reduced picture has the highest class among its parts.
     """

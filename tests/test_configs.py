@@ -24,6 +24,8 @@ DIGITS = (
     "--data.test=8",
     "--data.batch_size=2",
 )
+# few pixels to rearrange
+SMALL_DIGITS = (*DIGITS, "--data.image_size=8")
 CURVES = (
     *UNMEASURED,
     "--data.train=4",
@@ -44,6 +46,7 @@ CASES = {
     "distant_halves": (["distant_halves.yaml"], DIGITS),
     "distant_halves + anti_locality": (["distant_halves.yaml", "overlays/anti_locality.yaml"], DIGITS),
     "permuted_images": (["permuted_images.yaml"], DIGITS),
+    "permuted_images_small": (["permuted_images_small.yaml"], SMALL_DIGITS),
     "pathfinder": (["pathfinder.yaml"], CURVES),
     "pathfinder_small": (["pathfinder_small.yaml"], CURVES),
     "pathfinder + anti_locality": (["pathfinder.yaml", "overlays/anti_locality_pathfinder.yaml"], CURVES),
@@ -87,6 +90,7 @@ RECOVERY = {
 }
 # what the runs of a sweep need in addition to the sweep's own options
 SWEEP_OPTIONS = {
+    "rearranged_images": (*SMALL_DIGITS, *UNTESTED),
     "binary_images": BITS,
     "binary_images_small": BITS,
     **dict.fromkeys(

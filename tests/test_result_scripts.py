@@ -147,6 +147,24 @@ def test_known_distances_are_found(tmp_path: Path) -> None:
     assert (tmp_path / "known_distances.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_entanglement_of_three_orders(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    script = load("rearranged_images", "entanglement")
+    options = ["--source=digits", "--image_size=8", "--images=300", "--few=100", "--seeds=1"]
+    table = script.main([f"--out={tmp_path}", *options]).set_index("order")
+    assert len(pd.read_csv(tmp_path / "entanglement.csv")) == 3
+    for quantity in ("surrogate entanglement", "entanglement", "alignment"):
+        assert (table.loc[["original", "rearranged"], quantity] < table.loc["permuted", quantity]).all()
+    # 4x4 pixels, one signal in the upper half and another in the lower one
+    signals = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    images = signals.repeat_interleave(8, 1).reshape(100, 1, 4, 4)
+    found = script.measure(images, torch.arange(100) % 2, few=50)
+    between = abs(np.corrcoef(signals.numpy().T)[0, 1])
+    assert found["correlation of neighbours"] == pytest.approx((20 + 4 * between) / 24)
+    # from the four pixels of a quadrant to its neighbour, and to the other half
+    assert found["surrogate entanglement"] == pytest.approx(16 + 32 * between)
+
+
 def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:
     sweep, ranks = tmp_path / "sweep", tmp_path / "ranks"
     sweep.mkdir()

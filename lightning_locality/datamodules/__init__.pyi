@@ -2,6 +2,7 @@ from .binary_images import BinaryImages
 from .pair_tasks import DistantHalves, IsGreater, SameClass, SameParity
 from .pathfinder import Pathfinder
 from .permuted_images import PermutedImages
+from .rearrangement import feature_correlations, rearrange_features
 from .tensor_recovery import TensorRecovery
 from .unbounded import UnboundedCompletion
 
@@ -15,4 +16,6 @@ __all__ = [
     "SameParity",
     "TensorRecovery",
     "UnboundedCompletion",
+    "feature_correlations",
+    "rearrange_features",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["PermutedImages"]
 
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, final
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import Split, seeded_generator
+from lightning_locality.datamodules.rearrangement import rearrange_features
 from lightning_locality.datamodules.source_images import AbstractSourceImages
 
 
@@ -38,10 +40,14 @@ class PermutedImages(AbstractSourceImages):
     (if w does not divide s, the last windows of a row and of a column are smaller). The permutation depends on
     ``seed``, s and w only and is the same for all splits and channels.
 
+    If ``rearranged``, the permuted pixels are laid out anew by :func:`rearrange_features` (Alexander et al., 2023),
+    which knows nothing of the permutation: pixels that correlate in the training images come to lie together.
+
     Args:
         source: ``cifar10``, ``mnist``, ``digits``, ``folder:PATH``, ..., see :class:`AbstractSourceImages`.
         root: Folder of the image set; by default ``$LIGHTNING_LOCALITY_DATA``, or ``data`` if that is not set.
         scramble: 0 (unchanged images) to 1 (no locality left).
+        rearranged: Rearrange the permuted pixels by their correlations in the training images in use.
         train: Number of training images, a random choice; all by default.
         validation: Number of validation images, likewise.
         test: Number of test images, likewise.
@@ -62,6 +68,7 @@ class PermutedImages(AbstractSourceImages):
         root: str | Path | None = None,
         scramble: float = 1.0,
         *,
+        rearranged: bool = False,
         train: int | None = None,
         validation: int | None = None,
         test: int | None = None,
@@ -74,14 +81,26 @@ class PermutedImages(AbstractSourceImages):
         for argument, value in self._wanted.items():
             if value is not None and value < 1:
                 raise ValueError(f"{argument} must be at least 1 image, or None for all, got {value}")
-        self.scramble, self.image_shape = scramble, (self.channels, self.image_size, self.image_size)
+        self.scramble, self.rearranged = scramble, rearranged
+        self.image_shape = (self.channels, self.image_size, self.image_size)
         self.window = 1 + round(scramble * (self.image_size - 1))
         generator = seeded_generator(self.seed, "permutation", self.image_size, self.window)
         self.permutation = window_permutation(self.image_size, self.window, generator)
 
+    @cached_property
+    def order(self) -> Tensor:
+        """The source's pixel at every new place, ``(s * s,)``: the permutation, rearranged or not."""
+        if not self.rearranged:
+            return self.permutation
+        # also of a stage that has sampled no training images
+        index = self.sample("train")[0]
+        images = self.images("train").images[index].flatten(2)[..., self.permutation].float()
+        order = rearrange_features(images.reshape(len(index), *self.image_shape), seed=self.seed)
+        return self.permutation[order]
+
     @property
     def expected_displacement(self) -> float:
-        """Mean displacement of a pixel along one axis, in pixels, expected over the seeds."""
+        """Mean displacement of a pixel along one axis by the permutation, in pixels, expected over the seeds."""
         full, rest = divmod(self.image_size, self.window)
         # of a window of side w, in which it is (w^2 - 1) / (3w), w rows of the s
         windows = [self.window] * full + [rest] * bool(rest)
@@ -123,9 +142,9 @@ class PermutedImages(AbstractSourceImages):
         part, device = self.part(split), index.device
         table = self.on_device(f"{split} images chosen", self.table(split), device).index_select(1, index)
         source = self.on_device(f"{part} images", self.images(part).images, device)
-        permutation = self.on_device("permutation", self.permutation, device)
+        order = self.on_device("order", self.order, device)
         scale, shift = self.affine(device)
-        chosen = source.index_select(0, table[0]).flatten(2).index_select(2, permutation)
+        chosen = source.index_select(0, table[0]).flatten(2).index_select(2, order)
         pixels = chosen.reshape(len(index), *self.image_shape).to(scale.dtype)
         return pixels.mul_(scale).add_(shift), table[1]
 

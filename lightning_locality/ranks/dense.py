@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, singular_values
+from lightning_locality.ranks.conversion import as_tensor
+from lightning_locality.ranks.spectra import NodeSpectra, singular_values
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 

@@ -137,7 +137,7 @@ class HierarchicalTensorFactorization(Factorization):
 
         Bound, arguments and errors are those of :meth:`from_dense`; the singular values are those that
         :func:`~lightning_locality.ranks.node_spectra` lists, to the same precision. A node keeps a subset of its own
-        local components, or the number given there if that is smaller. The cost is proportional to the order and the
+        local components if that is smaller than the number given there. The cost is proportional to the order and the
         fourth power of the widths.
 
         Example:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_locality.tensors.factorization import divided
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
-# relative residual of a transfer tensor written in given components, above which others are taken (ours)
+# change of the tensor, relative to its norm, above which given components are not kept (ours)
 _EXACT = 1e-12
 
 
@@ -32,11 +32,13 @@ class TransferTensors(NamedTuple):
         log_scale: Logarithm of the divisor of the root's block.
         coefficients: Interior node -> for every child ``(k_c, R)``: the columns of the child's weights in a
             factorisation, in the child's basis; empty for a tensor that was given by its entries.
+        spectra: Node -> singular values that belong to the columns of its basis ``(k_node,)``, after truncation.
     """
 
     blocks: dict[Node, Tensor]
     log_scale: float = 0.0
     coefficients: Mapping[Node, Sequence[Tensor]] = {}
+    spectra: Mapping[Node, Tensor] = {}
 
 
 def transfers_of_tensor(tensor: Tensor, tree: ModeTree) -> TransferTensors:
@@ -96,7 +98,7 @@ def truncated(transfers: TransferTensors, tree: ModeTree, rtol: float, ranks: Ma
     """
     blocks, coefficients = transfers.blocks, transfers.coefficients
     one = blocks[tree.root].new_ones(1, 1)
-    outer, bases = {tree.root: one}, {tree.root: one}
+    outer, bases, spectra = {tree.root: one}, {tree.root: one}, {tree.root: one[0]}
     # the two children of a binary root have the same singular values
     twins = tree.children(tree.root) if len(tree.children(tree.root)) == 2 else ()
     share = rtol / math.sqrt(len(tree) - (2 if twins else 1))
@@ -112,7 +114,7 @@ def truncated(transfers: TransferTensors, tree: ModeTree, rtol: float, ranks: Ma
                 tails = values.flip(0).square().cumsum(0)
                 kept = max(1, len(values) - int((tails <= share**2 * tails[-1]).sum()))
                 kept = min(kept, ranks[child] if count is None else count)
-            outer[child], bases[child] = triangle, vectors[:kept].mT
+            outer[child], bases[child], spectra[child] = triangle, vectors[:kept].mT, values[:kept]
     moved = {}
     for node, block in blocks.items():
         children = tree.children(node)
@@ -124,7 +126,7 @@ def truncated(transfers: TransferTensors, tree: ModeTree, rtol: float, ranks: Ma
         node: [bases[child].mT @ own for child, own in zip(tree.children(node), columns, strict=True)]
         for node, columns in coefficients.items()
     }
-    return TransferTensors(moved, transfers.log_scale, projected)
+    return TransferTensors(moved, transfers.log_scale, projected, spectra)
 
 
 def component_weights(transfers: TransferTensors, tree: ModeTree) -> dict[Node, Tensor]:
@@ -137,18 +139,19 @@ def component_weights(transfers: TransferTensors, tree: ModeTree) -> dict[Node, 
     for node in reversed(tree.nodes):
         own = transfers.blocks[node]
         if children := tree.children(node):
-            *below, last = _components(own, transfers.coefficients.get(node, ()))
+            *below, last = _components(own, transfers.coefficients.get(node, ()), transfers.spectra[node])
             above |= dict(zip(children, below, strict=True))
             own = last.mT
         weights[node] = own @ above[node]
     return weights
 
 
-def _components(block: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+def _components(block: Tensor, given: Sequence[Tensor], values: Tensor) -> list[Tensor]:
     r"""A CP decomposition of a transfer tensor: one matrix ``(k, R)`` per axis.
 
-    Either with all unit vectors along the axes but the longest, which are as many as the product of the sizes of those;
-    or, if these are not fewer, with a subset of the given components of a factorisation.
+    With all unit vectors along the axes but the longest, as many as the product of the sizes of those; or with a subset
+    of the given components of a factorisation if that is smaller and exact. Columns of the last axis count by their
+    singular values, ``values``: the basis of a small one has only the digits that this has.
     """
     longest = max(range(block.ndim), key=lambda axis: block.shape[axis])
     others = [size for axis, size in enumerate(block.shape) if axis != longest]
@@ -159,11 +162,11 @@ def _components(block: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
         # pivots find the columns that are combinations of others
         triangle, order = scipy.linalg.qr(products.cpu().numpy(), mode="r", pivoting=True)
         pivots = abs(triangle.diagonal())
-        if 0 < (count := int((pivots > _EXACT * pivots[0]).sum())) <= number:
+        if 0 < (count := int((pivots > _EXACT * pivots[0]).sum())) < number:
             chosen = torch.from_numpy(order[:count].copy()).to(block.device, torch.int64)
             matrix = block.flatten(0, -2)
             last = torch.linalg.lstsq(products[:, chosen], matrix).solution
-            if (products[:, chosen] @ last - matrix).norm() <= _EXACT * matrix.norm():
+            if ((products[:, chosen] @ last - matrix) * values).norm() <= _EXACT * values.norm():
                 return [*(columns[:, chosen] for columns in given), last.mT]
     places = torch.unravel_index(torch.arange(number, device=block.device), others)
     columns = [

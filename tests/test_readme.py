@@ -79,9 +79,10 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not torch.equal(module.net[3].weight, weight)
 
 
-def test_blocks_of_the_page_on_measuring() -> None:
+def test_blocks_of_the_page_on_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / "docs" / "measuring.md").read_text())
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {
         "model": Somebody(),
         "images": torch.randn(64, 1, 12, 12),
@@ -97,6 +98,7 @@ def test_blocks_of_the_page_on_measuring() -> None:
     assert names["factorization"].weight((0,)).grad_fn is not None
     assert all(weight.grad is not None for weight in names["factorization"].parameters())
     assert (names["found"].rank, names["found"].certified) == (4, True)
+    assert dict(names["smaller"].widths) == dict(names["factorization"].widths)
     assert len(names["entanglement"]) == len(names["alignment"]) > 0
 
 

@@ -78,6 +78,17 @@ def test_more_runs_than_columns_continue_below() -> None:
     assert not any(axes.axison for axes in grid[2:, 1:].flat)
 
 
+def test_reference_errors_are_lines_of_the_error_alone() -> None:
+    reference = {"nuclear norms": 0.3, "zeros": 1.0}
+    figure = component_curves({"a": CP.assign(**{"train/loss": 1.0}), "b": TREE}, loss=True, reference=reference)
+    a, _, error, no_error, loss, _ = figure.axes
+    assert lines(error)[1:] == [[[0, 0.3], [1, 0.3]], [[0, 1], [1, 1]]]
+    assert [len(axes.lines) for axes in (a, no_error, loss)] == [2, 1, 1]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["nuclear norms", "zeros"]
+    assert not component_curves({"a": CP}).legends
+
+
 def test_groups_by_name() -> None:
     node, loss = component_curves({"t": TREE}, groups=["node 0-1"]).axes
     assert (node.get_ylabel(), loss.get_ylabel()) == ("local component norm\n(node 0-1)", "training loss")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -187,3 +188,20 @@ def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:
         '"far, plain",0,1,0.5,0.002,0.001',
         '"far, plain",1,0.9,0.625,0.125,0.01',
     ]
+
+
+def test_baselines_see_the_observations_of_the_runs(tmp_path: Path) -> None:
+    script = load("completion_baselines")
+    data = {"target": "cp", "shape": [6, 6, 6], "rank": 1, "observations": 150, "seed": 3}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {}, "data": {"init_args": data}}))
+    labels = {"variant": "gradient descent", "observations": 150}
+    summary = {"labels": labels, "metrics": {"reconstruction_error": 0.5}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.csv").write_text("iteration,reconstruction_error,component/1\n0,1,0\n1,0.5,1\n")
+    table = script.main([str(tmp_path), "--observations", "150"]).set_index("variant")["reconstruction_error"]
+    assert table["gradient descent"] == 0.5
+    assert table["alternating least squares, 1 components"] < 1e-5
+    assert table["sum of nuclear norms"] < 1
+    assert {path.name for path in tmp_path.iterdir()} >= {"baselines.csv", "baselines.pdf", "dynamics.png"}

@@ -10,6 +10,8 @@ import pytest
 import tensorly
 import torch
 from tensorly.cp_tensor import CPTensor
+from tensorly.tt_tensor import TTTensor
+from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor, nn
 
 from lightning_locality.ranks import (
@@ -24,10 +26,10 @@ from lightning_locality.ranks import (
     two_way_table,
     variance_components,
 )
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.spectra import (
     ROUNDING,
     NodeSpectra,
-    as_tensor,
     effective_rank,
     entanglement_entropy,
     epsilon_rank,
@@ -244,6 +246,15 @@ def test_node_spectra_do_not_share_what_they_were_given() -> None:
 # the same tensor (3, 4, 5) of CP rank 2, as other libraries hold it
 FACTORS = [np.random.default_rng(n).normal(size=(size, 2)) for n, size in enumerate((3, 4, 5))]
 DENSE = np.einsum("ir,jr,kr->ijk", *FACTORS)
+
+
+def superdiagonal(order: int) -> Any:
+    core = np.zeros((2,) * order)
+    core[(np.arange(2),) * order] = 1.0
+    return core
+
+
+MIDDLE = np.einsum("rst,it->ris", superdiagonal(3), FACTORS[1])
 HELD: dict[str, Any] = {
     "array": DENSE,
     "reversed strides": DENSE[::-1, ::-1][::-1, ::-1],
@@ -253,6 +264,9 @@ HELD: dict[str, Any] = {
     "list of tensors": list(torch.from_numpy(DENSE)),
     "tensorly": tensorly.tensor(DENSE),
     "tensorly's CP": CPTensor((np.ones(2), FACTORS)),
+    "CP in torch": CPTensor((torch.ones(2), [torch.from_numpy(factor) for factor in FACTORS])),
+    "tensorly's Tucker": TuckerTensor((superdiagonal(3), FACTORS)),
+    "tensorly's tensor train": TTTensor([FACTORS[0][None], MIDDLE, FACTORS[2].T[..., None]]),
 }
 
 
@@ -263,9 +277,41 @@ def test_tensors_of_other_libraries_are_taken(held: str) -> None:
     cuts = [(0,), (0, 1)]
     expected = dense_spectra(reference, cuts)
     for found in (node_spectra(subject, cuts), dense_spectra(subject, cuts)):
-        assert all(torch.allclose(found[cut], expected[cut], rtol=0, atol=1e-13) for cut in cuts)
+        # values that the widths make zero may be left out
+        assert all(torch.allclose(found[cut][:2], expected[cut][:2], rtol=0, atol=1e-13) for cut in cuts)
         assert found.ranks() == {(0,): 2, (0, 1): 2}
     assert cp_rank(subject).rank == 2
+
+
+def test_factorised_tensors_of_tensorly_are_not_formed() -> None:
+    order, rng = 60, np.random.default_rng(0)
+    factors = [rng.normal(size=(3 + n % 2, 2)) for n in range(order)]
+    cp = CPTensor((np.array([2.0, -0.5]), factors))
+    train = TTTensor(
+        [
+            (factors[0] * cp.weights)[None],
+            *(np.einsum("rst,it->ris", superdiagonal(3), factor) for factor in factors[1:-1]),
+            factors[-1].T[..., None],
+        ]
+    )
+    cuts = [(0,), (0, 1), tuple(range(30))]
+    of_cp, of_train = node_spectra(cp, cuts), node_spectra(train, cuts)
+    # Gramians of the two sides
+    grams = [factor.T @ factor for factor in factors]
+    for cut in cuts:
+        left, right = (
+            np.prod([grams[n] for n in side], 0) for side in (cut, [n for n in range(order) if n not in cut])
+        )
+        squares = np.linalg.eigvals(np.diag(cp.weights) @ left @ np.diag(cp.weights) @ right)
+        expected = torch.from_numpy(np.sort(np.sqrt(squares.real))[::-1].copy())
+        for spectra in (of_cp, of_train):
+            torch.testing.assert_close(spectra[cut][:2], expected, rtol=1e-9, atol=0)
+    assert node_spectra(train).ranks()[tuple(range(30))] == 2
+    assert node_spectra(cp).ranks()[tuple(range(32))] == 2
+    ratio = participation_ratios(train, cuts)[(0, 1)]
+    assert float(ratio.detach()) == pytest.approx(float(participation_ratio(of_cp[(0, 1)])), rel=1e-9)
+    with pytest.raises(ValueError, match="subject must be real"):
+        node_spectra(CPTensor((np.ones(2) * 1j, factors)))
 
 
 def test_images_and_matrices_of_other_libraries_are_taken() -> None:

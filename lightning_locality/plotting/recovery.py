@@ -7,6 +7,7 @@ __all__ = ["components", "curve_summary", "dynamics", "norm", "value"]
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,6 +125,7 @@ def dynamics(
     against: Literal["iteration", "time"] = "iteration",
     loss: bool = True,
     width: Width = "column",
+    reference: dict[str, float] | None = None,
 ) -> Drawn:
     """Staircases: what grows, reconstruction error and loss against the iteration, a column per run.
 
@@ -139,6 +141,7 @@ def dynamics(
         against: Iteration, or time for gradient flow.
         loss: A panel for the training loss as well.
         width: 3.35 or 6.9 inches.
+        reference: Name -> reconstruction error of something else on the same observations, a horizontal line.
 
     Raises:
         ValueError: No recovery runs, too many for one figure, or no such magnitudes.
@@ -155,7 +158,8 @@ def dynamics(
     elif len(set(titles)) < len(titles):
         titles = [f"{folder.parent.name}/{folder.name}" for folder in histories]
     named = dict(zip(titles, histories.values(), strict=True))
-    return component_curves(named, magnitudes or (), top, against, loss, WIDTHS[width]), _summaries(histories)
+    figure = component_curves(named, magnitudes or (), top, against, loss, WIDTHS[width], reference)
+    return figure, _summaries(histories)
 
 
 def components(
@@ -164,9 +168,10 @@ def components(
     top: int = 10,
     x: Literal["iteration", "time"] = "iteration",
     width: Width = "text",
+    reference: dict[str, float] | None = None,
 ) -> Drawn:
     """Staircases and reconstruction error against the iteration: dynamics without the loss."""
-    return dynamics(runs, groups, top, x, loss=False, width=width)
+    return dynamics(runs, groups, top, x, loss=False, width=width, reference=reference)
 
 
 @rc_context(STYLE)
@@ -177,6 +182,7 @@ def component_curves(
     x: Literal["iteration", "time"] = "iteration",
     loss: bool = False,
     width: float = WIDTHS["text"],
+    reference: Mapping[str, float] | None = None,
 ) -> Figure:
     """Draw the figure of :func:`dynamics` from metrics by iteration; below 5 inches a row has two panels, not four."""
     chosen = {}
@@ -206,6 +212,9 @@ def component_curves(
                 # the loss instead of the error if the target is unknown
                 name = group if group in rows else _LOSS
                 axes.plot(rows[name].dropna(), color=COLOURS[-1], linewidth=1.0)
+                levels = (reference or {}).items() if name == _ERROR else ()
+                for (label, error), dashes in zip(levels, cycle((":", "--", "-.")), strict=False):
+                    axes.axhline(error, label=label, color="0.3", linewidth=0.8, linestyle=dashes)
                 axes.set(**_CURVES[name])
             else:
                 for position, name in enumerate(magnitude_groups(rows.columns)[group][:top]):
@@ -216,6 +225,7 @@ def component_curves(
             axes.set_xlabel(along)
             axes.locator_params(axis="x", nbins=3)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    style.legend_below(figure)
     return figure
 
 

@@ -7,9 +7,10 @@ __all__ = ["grid_tensor", "tree_separation"]
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
-from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra, as_tensor
+from lightning_locality.ranks.spectra import ROUNDING, NodeSpectra
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 

@@ -7,14 +7,15 @@ __all__ = ["CPRank", "CPRankNotFoundError", "cp_epsilon_ranks", "cp_rank"]
 from collections.abc import Iterable
 from functools import reduce
 from itertools import combinations
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.levenberg_marquardt import fit_cp
-from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, epsilon_rank
+from lightning_locality.ranks.spectra import NodeSpectra, epsilon_rank
 from lightning_locality.tensors.mode_tree import Node
 
 
@@ -51,7 +52,7 @@ class CPRankNotFoundError(ValueError):
 
 
 def cp_rank(
-    tensor: Tensor,
+    tensor: Any,
     rtol: float = 1e-6,
     *,
     max_rank: int | None = None,
@@ -71,7 +72,8 @@ def cp_rank(
     distance is part of the answer: see docs/measuring.md for a tensor of rank 3 with sums of two components near it.
 
     Args:
-        tensor: Real, of any order from 1; computed in float64 on its device.
+        tensor: Real, of any order from 1, as a tensor, array or tensorly's factorised tensor, which is formed; computed
+            in float64 on its device.
         rtol: Relative distance; below about 1e-14 the rounding of the tensor counts as components.
         max_rank: Largest number of components tried; None for as many as any tensor of that shape needs. The cost of a
             fit grows as the cube of R: give it for tensors that may have no small rank.
@@ -95,7 +97,7 @@ def cp_rank(
 
 
 def cp_epsilon_ranks(
-    tensor: Tensor,
+    tensor: Any,
     tolerances: Iterable[float] = (1e-1, 1e-2, 1e-3, 1e-6),
     *,
     max_rank: int | None = None,
@@ -131,7 +133,7 @@ class _Search:
     """A tensor in float64, divided by its largest entry, and its spectra at the cuts that bound the rank."""
 
     def __init__(
-        self, tensor: Tensor, tolerances: list[float], max_rank: int | None, starts: int, max_steps: int, seed: int
+        self, tensor: Any, tolerances: list[float], max_rank: int | None, starts: int, max_steps: int, seed: int
     ) -> None:
         for rtol in tolerances:
             if not 0 < rtol < 1:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
-from lightning_locality.ranks.spectra import ROUNDING, as_tensor
+from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
 

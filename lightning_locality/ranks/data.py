@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.gram import all_but_one
-from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, entanglement_entropy
+from lightning_locality.ranks.spectra import NodeSpectra, entanglement_entropy
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 _EPS = torch.finfo(torch.float64).eps

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.spectra import NodeSpectra, as_tensor, singular_values
+from lightning_locality.ranks.conversion import as_tensor
+from lightning_locality.ranks.spectra import NodeSpectra, singular_values
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 
@@ -59,7 +60,7 @@ def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[No
     measured = tensors.detach().double()
     eps = torch.finfo(tensors.dtype if tensors.is_floating_point() else torch.float64).eps
     values, tolerance = dict[Node, Tensor](), dict[Node, float]()
-    with _tensorly() as tensorly:
+    with tensorly_with_torch() as tensorly:
         # one group at a time: most matricisations are copies
         for group in groups:
             joined: Tensor = tensorly.base.matricize(measured, (0, *(1 + mode for mode in group)))
@@ -85,7 +86,7 @@ def mode_groups(cuts: ModeTree | Iterable[Node], order: int, name: str, subject:
 
 
 @contextmanager
-def _tensorly() -> Iterator[Any]:
+def tensorly_with_torch() -> Iterator[Any]:
     """Tensorly with torch as its backend in this thread; its own context manager would set it in all on exit."""
     import tensorly
 

@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lightning_locality.ranks.spectra import as_tensor
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.regularizer.state import restored
 
 # rows per call by default: the larger of a number and a part of all rows (few calls for many small inputs), as long as

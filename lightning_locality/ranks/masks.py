@@ -18,7 +18,7 @@ __all__ = ["blocks", "checkerboard", "halves", "quad_tree", "standard_cuts"]
 import torch
 from torch import Tensor
 
-from lightning_locality.ranks.spectra import as_tensor
+from lightning_locality.ranks.conversion import as_tensor
 
 
 def halves(height: int, width: int, axis: int = 1) -> Tensor:

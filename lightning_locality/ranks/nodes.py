@@ -5,17 +5,18 @@ from __future__ import annotations
 __all__ = ["node_spectra", "participation_ratios"]
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_locality.ranks import trains
+from lightning_locality.ranks.conversion import as_factorization, as_tensor
 from lightning_locality.ranks.dense import dense_spectra, mode_groups
 from lightning_locality.ranks.factored import FactoredTree, check_finite, factored
 from lightning_locality.ranks.gram import gram_ratios, gram_spectra
 from lightning_locality.ranks.qr import qr_spectra
-from lightning_locality.ranks.spectra import NodeSpectra, as_tensor
+from lightning_locality.ranks.spectra import NodeSpectra
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, ModeTree, Node, TensorTrain
 from lightning_locality.tensors.mode_tree import node_name
 
@@ -24,7 +25,7 @@ Tree = ModeTree | Iterable[Node]
 
 
 @torch.no_grad()
-def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, method: Method = "qr") -> NodeSpectra:
+def node_spectra(subject: Any, tree: Tree | None = None, method: Method = "qr") -> NodeSpectra:
     """Singular values of the matricisations of a tensor at the nodes of a tree, as :func:`dense_spectra` defines them.
 
     The ranks of these matrices are the hierarchical tensor rank of "Implicit Regularization in Hierarchical Tensor
@@ -34,7 +35,8 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
     the factored form there (ours). Values that the widths make zero may be left out by one method and not by the other.
 
     Args:
-        subject: A factorisation, or a tensor.
+        subject: A factorisation, or tensorly's CPTensor, TuckerTensor or TTTensor, of which the same holds; or a tensor
+            or array.
         tree: A tree, or groups of modes counted from 0; required for a tensor. A hierarchical factorisation is
             measured at nodes of its own tree only (None: all), a tensor train at groups of neighbouring modes only
             (None: all groups of first modes, and single modes), others anywhere (None: a perfect binary tree).
@@ -52,23 +54,24 @@ def node_spectra(subject: Factorization | Tensor, tree: Tree | None = None, meth
     """
     if method not in ("qr", "gram"):
         raise ValueError(f"method must be 'qr' or 'gram', got {method!r}")
-    if not isinstance(subject, Factorization):
+    model = as_factorization(subject, "subject")
+    if model is None:
         subject = as_tensor(subject, "subject, if it is no factorisation,")
         if method != "qr":
             raise _no_gramians("a tensor")
         if tree is None:
             raise ValueError("tree must be given for a tensor: ModeTree.perfect(tensor.ndim), or groups of modes")
         return dense_spectra(subject, mode_groups(tree, subject.ndim, "tree", "tensor"))
-    nodes, form = _nodes_and_form(subject, tree)
+    nodes, form = _nodes_and_form(model, tree)
     if form is not None:
         spectra = qr_spectra(form) if method == "qr" else gram_spectra(form)
         return spectra if nodes == form.tree.nodes[:-1] else _select(spectra, nodes)
     if method != "qr":
-        raise _no_gramians("groups of modes without a tree" if isinstance(subject, CP) else type(subject).__name__)
-    return trains.spectra(subject, nodes)
+        raise _no_gramians("groups of modes without a tree" if isinstance(model, CP) else type(model).__name__)
+    return trains.spectra(model, nodes)
 
 
-def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict[Node, Tensor]:
+def participation_ratios(model: Any, tree: Tree | None = None) -> dict[Node, Tensor]:
     r"""Participation ratios at the nodes of a tree, by matrix products alone and differentiable.
 
     .. math:: \operatorname{PR}_\nu = \Bigl( \sum_k \sigma_k^2 \Bigr)^2 \Big/ \sum_k \sigma_k^4
@@ -80,7 +83,7 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
     small multiple of :math:`2^{-52} \kappa_\nu^4` with the condition that :func:`node_spectra` gives.
 
     Args:
-        model: A factorisation, of which every node has a scalar between 1 and the rank.
+        model: A factorisation or tensorly's, of which every node has a scalar between 1 and the rank.
         tree: As in :func:`node_spectra`, and so are the errors.
 
     Example:
@@ -90,17 +93,17 @@ def participation_ratios(model: Factorization, tree: Tree | None = None) -> dict
         >>> bool(1 < ratios[(0, 1)] < 3), all(p.grad is not None for p in model.parameters())
         (True, True)
     """
-    nodes, form = _nodes_and_form(model, tree)
+    if (converted := as_factorization(model, "model")) is None:
+        raise ValueError(f"model must be a factorisation, got {type(model).__name__}: node_spectra measures tensors")
+    nodes, form = _nodes_and_form(converted, tree)
     if form is None:
-        return trains.ratios(model, nodes)
+        return trains.ratios(converted, nodes)
     ratios = gram_ratios(form)
     return {node: ratios[tuple(sorted(node))] for node in nodes}
 
 
 def _nodes_and_form(model: Factorization, tree: Tree | None) -> tuple[tuple[Node, ...], FactoredTree | None]:
     """The groups of modes to measure, checked, and the form of a tree if the factorisation has one there."""
-    if not isinstance(model, Factorization):
-        raise ValueError(f"model must be a factorisation, got {type(model).__name__}: node_spectra measures tensors")
     check_finite(model)
     if tree is None:
         match model:

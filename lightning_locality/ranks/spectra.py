@@ -25,35 +25,16 @@ __all__ = [
 ]
 
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.tensors.mode_tree import Node, node_name
 
 # rounding of a float64 decomposition, relative to the largest value (ours)
 ROUNDING = 100 * torch.finfo(torch.float64).eps
-
-
-def as_tensor(values: Any, name: str) -> Tensor:
-    """A tensor of what can be one: an array, nested lists, a list of tensors, a factorised tensor (tensorly's too)."""
-    if isinstance(values, Tensor):
-        return values
-    if callable(getattr(values, "to_tensor", None)):
-        return as_tensor(values.to_tensor(), name)
-    try:
-        if isinstance(values, (list, tuple)) and any(isinstance(value, Tensor) for value in values):
-            return torch.stack([torch.as_tensor(value) for value in values])
-        array = np.asarray(values)
-        # a copy in the machine's own byte order, without negative strides
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
-    except (TypeError, ValueError, RuntimeError):
-        kind = f"{type(values).__module__}.{type(values).__qualname__}"
-        raise ValueError(
-            f"{name} must be a tensor or an array of numbers, got {kind}: pass torch.as_tensor(...)"
-        ) from None
 
 
 def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:

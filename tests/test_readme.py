@@ -81,7 +81,7 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_blocks_of_the_page_on_measuring() -> None:
     blocks = BLOCK.findall((ROOT / "docs" / "measuring.md").read_text())
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {
         "model": Somebody(),
         "images": torch.randn(64, 1, 12, 12),
@@ -93,6 +93,8 @@ def test_blocks_of_the_page_on_measuring() -> None:
     assert 0 < names["field"].radius(0.5) < 12
     assert names["shares"].keys() == standard_cuts(12, 12).keys()
     assert names["profile"].distance.tolist() == names["exact"].distance.tolist() == [3.0, 6.0, 9.0]
+    assert 0 < names["influence"].mean_distance < names["influence"].uniform_mean_distance
+    assert names["data"].task_distance == 192
     assert len(names["spectra"].ranks()) == len(names["components"]) * 2 == 126
     assert names["factorization"].weight((0,)).grad_fn is not None
     assert all(weight.grad is not None for weight in names["factorization"].parameters())

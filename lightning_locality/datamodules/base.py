@@ -159,6 +159,11 @@ class AbstractImageDataModule(LightningDataModule, ABC):
     def compose(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
         """Float images ``(B, C, H, W)`` and int64 labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
+    @property
+    def task_distance(self) -> float | None:
+        """Distance in pixels of the regions that decide the label only together; None if it is not known."""
+        return None
+
     def origin(self, split: Split) -> Split:
         """The split whose samples a split uses: its own, but the test split's for ``validation_is_test``."""
         return "test" if split == "validation" and self.validation_is_test else split

@@ -103,6 +103,11 @@ class AbstractImagePairs(AbstractSourceImages):
         """Columns shown of the left and of the right image, equally many; here all."""
         return slice(0, self.image_size), slice(0, self.image_size)
 
+    @property
+    def task_distance(self) -> float:
+        """Distance of the centres of the two images, in pixels: ``distance`` and the width of one."""
+        return float(self.boxes[1][1] - self.boxes[0][1])
+
     def size(self, split: Split) -> int:
         """Number of pairs in a split."""
         return self.sizes[self.origin(split)]

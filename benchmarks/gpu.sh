@@ -155,6 +155,14 @@ pathfinder() { # LENGTH WEIGHT SEED [RULE]
     "--seed_everything=$3" "--data.seed=$3" "--data.root=$runs/data"
 }
 
+# 14 dashes, new pictures in every epoch, about nine minutes each
+pathfinder_long() { # WEIGHT [RULE]
+  local item="pathfinder_long_weight_$1${2:+_$2}" term=() toy=("${toy_run[@]/#--data.train=/--data.epoch_size=}")
+  local toy_run=("${toy[@]}")
+  [ "$1" != 0 ] && term=(--config configs/overlays/anti_locality_pathfinder.yaml $(rule "${2:-}" 2) "--model.weight=$1")
+  once "$item" train "$item" --config configs/pathfinder_long.yaml "${term[@]}" "--data.root=$runs/data"
+}
+
 same_class() { # DISTANCE WEIGHT SEED [RULE]
   [ "${#pairs[@]}" = 0 ] && return
   local item="same_class_distance_$1_weight_$2_seed_$3${4:+_$4}" term=()
@@ -194,6 +202,9 @@ same_class 160 1 0
 same_class 160 0 0
 for weight in 1 9; do pathfinder 9 "$weight" 0 default; done
 pathfinder 14 1 0 default
+pathfinder_long 9
+pathfinder_long 0
+pathfinder_long 1 default
 for distance in 160 0; do same_class "$distance" 1 0 default; done
 for name in content far; do
   pathfinder 9 3 0 "$name"

@@ -49,6 +49,7 @@ CASES = {
     "permuted_images_small": (["permuted_images_small.yaml"], SMALL_DIGITS),
     "pathfinder": (["pathfinder.yaml"], CURVES),
     "pathfinder_small": (["pathfinder_small.yaml"], CURVES),
+    "pathfinder_long": (["pathfinder_long.yaml"], (*CURVES, "--data.train=null", "--data.epoch_size=4")),
     "pathfinder + anti_locality": (["pathfinder.yaml", "overlays/anti_locality_pathfinder.yaml"], CURVES),
     "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
     "quickstart": (["quickstart.yaml"], QUICK),

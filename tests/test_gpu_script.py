@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ONE_OF_EACH = (
     "^(cuda_tests|steps_resnet18|pathfinder_length_9_weight_9_seed_0|"
-    "same_class_distance_160_weight_1_seed_0|recovery_speed|rank_speed|rank_networks|binary_mnist_original_rank_3)$"
+    "same_class_distance_160_weight_1_seed_0|recovery_speed|rank_speed|rank_networks|"
+    "binary_mnist_original_rank_3|pathfinder_long_weight_1_default)$"
 )
 
 
@@ -41,11 +42,11 @@ def call(tmp_path: Path, *args: str, **environment: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
 def test_every_kind_of_item_at_toy_size(tmp_path: Path) -> None:
-    assert call(tmp_path, "--list").count("pending") == 8
+    assert call(tmp_path, "--list").count("pending") == 9
     output = call(tmp_path)
     assert "all done" in output, output
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert len(results) == 8
+    assert len(results) == 9
     assert results["cuda_tests"]["status"] == 0
     assert [row["dtype"] for row in results["steps_resnet18"]] == ["bfloat16", "float32"]
     for name in ("pathfinder_length_9_weight_9_seed_0", "same_class_distance_160_weight_1_seed_0"):
@@ -60,7 +61,7 @@ def test_every_kind_of_item_at_toy_size(tmp_path: Path) -> None:
     assert binary["iterations"] == 24
     assert len((tmp_path / "results" / "binary_mnist_original_rank_3.csv").read_text().splitlines()) == 6
     assert binary["metrics"]["train/loss"] > 0
-    assert call(tmp_path).count("done  ") == 8
+    assert call(tmp_path).count("done  ") == 9
 
 
 def test_a_run_out_of_time_is_continued(tmp_path: Path) -> None:

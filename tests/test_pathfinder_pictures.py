@@ -9,6 +9,7 @@ import pytest
 from pathfinder_twin import SlowPicture
 from scipy import ndimage, stats
 
+from lightning_locality import Pathfinder
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
 from lightning_locality.datamodules.pathfinder.placement import (
     STREAMS,
@@ -278,6 +279,15 @@ def test_curves_and_discs(length: int) -> None:
         assert distance[placement.label == label].mean() == pytest.approx(expected[label], abs=tolerance[label])
     inside = (placement.at[:, : 2 * length] >= 22) & (placement.at[:, : 2 * length] < 278)
     assert inside.all()
+
+
+def test_task_distance_is_that_of_the_discs_seen() -> None:
+    curves = PathfinderCurves(path_length=5, size=300)
+    centres = [disc_centres(picture) for picture in pictures(curves, 3, "test", range(40))[0]]
+    expected = float(np.mean([np.linalg.norm(a - b) for a, b in centres]))
+    assert Pathfinder(test=40, seed=3, curves=curves).task_distance == pytest.approx(expected, abs=0.3)
+    # of pictures reduced to 150 pixels
+    assert Pathfinder(5, test=40, seed=3).task_distance == pytest.approx(expected / 2, abs=0.2)
 
 
 def test_start_directions_are_uniform() -> None:

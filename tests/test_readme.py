@@ -82,7 +82,7 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_blocks_of_the_page_on_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / "docs" / "measuring.md").read_text())
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict[str, Any] = {
         "model": Somebody(),
         "images": torch.randn(64, 1, 12, 12),
@@ -94,6 +94,8 @@ def test_blocks_of_the_page_on_measuring(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < names["field"].radius(0.5) < 12
     assert names["shares"].keys() == standard_cuts(12, 12).keys()
     assert names["profile"].distance.tolist() == names["exact"].distance.tolist() == [3.0, 6.0, 9.0]
+    assert 0 < names["influence"].mean_distance < names["influence"].uniform_mean_distance
+    assert names["data"].task_distance == 192
     assert len(names["spectra"].ranks()) == len(names["components"]) * 2 == 126
     assert names["factorization"].weight((0,)).grad_fn is not None
     assert all(weight.grad is not None for weight in names["factorization"].parameters())
@@ -190,15 +192,17 @@ def test_sweep_of_the_page_on_transfer_runs(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "runs" / "choose").glob("*.pdf"))
 
 
-def test_block_of_the_page_on_data() -> None:
-    block = BLOCK.findall((ROOT / "data" / "README.md").read_text())[0]
+def test_blocks_of_the_page_on_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, loop, _, masks, stream, *_ = BLOCK.findall((ROOT / "data" / "README.md").read_text())
     names: dict[str, Any] = {}
-    exec(compile(block, "data/README.md", "exec"), names)
+    exec(compile(first, "data/README.md", "exec"), names)
     assert "Pathfinder" in names
-    loops = [block for block in BLOCK.findall((ROOT / "data" / "README.md").read_text()) if "data.batch" in block]
-    for block, size in zip(loops, ("distance=8, train=70", "distance=8, epoch_size=70"), strict=True):
+    for block, size in ((loop, "distance=8, train=70"), (stream, "distance=8, epoch_size=70")):
         exec(compile(block.replace("distance=8", size), "data/README.md", "exec"), names)
         assert names.pop("images").shape == (6, 1, 8, 24)
+    exec(compile(masks, "data/README.md", "exec"), names)
+    assert names["masks"].shape == (64, 32, 32)
 
 
 @pytest.mark.parametrize("line", [line for line in CONSOLE if line.startswith("lightning-locality fit")])

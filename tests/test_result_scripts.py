@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from lightning_locality.cli import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -164,6 +166,31 @@ def test_entanglement_of_three_orders(tmp_path: Path) -> None:
     assert found["correlation of neighbours"] == pytest.approx((20 + 4 * between) / 24)
     # from the four pixels of a quadrant to its neighbour, and to the other half
     assert found["surrogate entanglement"] == pytest.approx(16 + 32 * between)
+
+
+def test_influence_by_layers_of_runs(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    torch.set_default_dtype(torch.float32)
+    small = (
+        "--data.train=64",
+        "--data.validation=40",
+        "--data.test=60",
+        "--data.batch_size=16",
+        "--trainer.max_epochs=1",
+    )
+    main(["fit", f"--config={ROOT / 'configs' / 'quickstart.yaml'}", *small, f"--run_dir={tmp_path / 'run'}"])
+    path = str(tmp_path / "run" / "last.ckpt")
+    arguments = [path, path, "--labels", "a", "b", "--layers", "stem", "--images=24", "--samples=4", "--patch=8"]
+    table = load("influence").main([*arguments, f"--out={tmp_path}"])
+    found = table.set_index(["network", "layer", "quantity"])["value"]
+    assert len(found) == 12
+    assert (table["task_distance"] == 72).all()
+    assert found["a", "stem", "influence"] < 2 < 10 < found["a", "output", "influence"]
+    assert abs(found["a", "stem", "cut_share"]) < 1e-9
+    assert found["a"].equals(found["b"])
+    assert len(pd.read_csv(tmp_path / "influence.csv")) == 12
+    for name in ("influence", "layers"):
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:

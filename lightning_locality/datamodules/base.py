@@ -164,6 +164,11 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Float images ``(B, C, H, W)`` and int64 labels ``(B,)`` of the samples ``index`` ``(B,)``, on its device."""
 
     @property
+    def task_distance(self) -> float | None:
+        """Distance in pixels of the regions that decide the label only together; None if it is not known."""
+        return None
+
+    @property
     def ahead(self) -> int:
         """Number of batches of an endless stream that are sampled in advance."""
         return 1

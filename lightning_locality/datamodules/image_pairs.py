@@ -137,6 +137,12 @@ class AbstractImagePairs(AbstractSourceImages):
         """Columns shown of the left and of the right image, equally many; here all."""
         return slice(0, self.image_size), slice(0, self.image_size)
 
+    @property
+    def task_distance(self) -> float:
+        """Distance of the centres of the two images, in pixels: ``distance`` and the width of one."""
+        width = self.columns[0].stop - self.columns[0].start
+        return float(self.distance + width)
+
     def size(self, split: Split) -> int:
         """Number of pairs in a split."""
         return self.sizes[self.origin(split)]

@@ -260,6 +260,46 @@ def profile_figure(profiles: Mapping[str, Any]) -> Figure:
         return figure
 
 
+def plot_influence(axes: Axes, influence: Any, color: str | None = None) -> None:
+    """Plot influence against distance as :func:`plot_profile` does interaction; 1 is that of a pixel anywhere."""
+    plot_profile(axes, influence, color=color)
+    axes.set(ylabel="relative influence", title=influence.layer or "output")
+
+
+def range_figure(
+    influences: Mapping[str, Any], profiles: Mapping[str, Any], task_distance: float | None = None
+) -> Figure:
+    """Plot influence (first order) and interaction (second order) of several networks against distance, side by side.
+
+    Dashed: their mean distances, which the legends give in pixels. Dotted: the distance of the regions that the task
+    needs.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2 * COLUMN, 2.3), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, measured in zip(panels, (influences, profiles), strict=True):
+            for position, own in enumerate(measured.values()):
+                (plot_influence if measured is influences else plot_profile)(axes, own, color=_color(position))
+            for position, (name, own) in enumerate(measured.items()):
+                mean: Any = {"color": _color(position), "linewidth": 0.8, "linestyle": "--"}
+                label = name if math.isnan(own.mean_distance) else f"{name}: {own.mean_distance:.3g}"
+                # NaN, if there is none, draws nothing
+                axes.axvline(own.mean_distance, label=label, **mean)
+            if task_distance is not None:
+                task: Any = {"color": "0.3", "linewidth": 0.9, "linestyle": ":"}
+                axes.axvline(task_distance, label=f"task: {task_distance:.3g}", **task)
+            # below, where no curve is
+            place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": min(3, len(measured) + 1)}
+            axes.legend(title="mean distance (pixels)", fontsize=6.5, title_fontsize=6.5, columnspacing=1.0, **place)
+        # one scale, on which the task's distance lies too
+        right = max(*(axes.get_xlim()[1] for axes in panels), 1.05 * (task_distance or 0))
+        for axes in panels:
+            axes.set_xlim(0, right)
+        panels[0].set_title("influence of a pixel, first order", fontsize=7)
+        panels[1].set_title("interaction of patches, second order", fontsize=7)
+        return figure
+
+
 def _plot_cumulative(axes: Axes, profile: Any, color: str) -> None:
     distance, share = _to_numpy(profile.distance), _to_numpy(profile.cumulative)
     if not np.isfinite(share).any():

@@ -7,6 +7,7 @@ __all__ = [
     "CPRankNotFoundError",
     "CutShare",
     "Evaluation",
+    "InfluenceProfile",
     "InteractionProfile",
     "NodeSpectra",
     "ReceptiveField",
@@ -28,6 +29,7 @@ __all__ = [
     "epsilon_rank",
     "grid_tensor",
     "halves",
+    "influence_by_distance",
     "interaction_profile",
     "measuring",
     "node_spectra",
@@ -52,6 +54,7 @@ from lightning_locality.ranks.cuts import CutShare, cut_share, pair_moments, two
 from lightning_locality.ranks.data import data_alignment, data_entanglement, data_spectra
 from lightning_locality.ranks.dense import dense_spectra, stacked_spectra
 from lightning_locality.ranks.evaluation import Evaluation, measuring
+from lightning_locality.ranks.influence import InfluenceProfile, influence_by_distance
 from lightning_locality.ranks.masks import blocks, checkerboard, halves, quad_tree, standard_cuts
 from lightning_locality.ranks.nodes import node_spectra, participation_ratios
 from lightning_locality.ranks.patch_pairs import InteractionProfile

@@ -270,6 +270,7 @@ def cut_share(
     size: int | None = None,
     repetitions: int = 1,
     seed: int = 0,
+    layer: str | None = None,
     evaluation: Evaluation | None = None,
 ) -> CutShare:
     r"""Share of the variance of a network's output that crosses a cut through the image.
@@ -281,7 +282,7 @@ def cut_share(
     adds a function of either block. Interactions inside a block do not count. This is the second-order Sobol' index of
     the two blocks: the total index of either less its closed index ("Global sensitivity indices for nonlinear
     mathematical models and their Monte Carlo estimates", Sobol', 2001). Variances are the :func:`variance_components`
-    of a :func:`two_way_table`, summed over outputs.
+    of a :func:`two_way_table`, summed over outputs. Those of a layer are as in :func:`interaction_profile`.
 
     Outputs that do not vary beyond rounding, estimated from images moved by one unit in the last place, have a share of
     0. Where the standard error comes from is in docs/measuring.md.
@@ -293,10 +294,11 @@ def cut_share(
         size: Images K for either block, at least 4; None: 64, or half of all images.
         repetitions: Number of tables, of independently drawn images if there are enough; their variances are pooled.
         seed: Of the choice of images.
+        layer: Name in ``model.named_modules()``, such as "layer3", whose outputs are taken; None: the network's.
         evaluation: How the network is evaluated, ``size ** 2`` times per repetition and up to 256 times for the noise.
 
     Raises:
-        ValueError: Numbers out of range, images, mask and model that do not fit together, or outputs not finite.
+        ValueError: Numbers out of range, images, mask, layer and model that do not fit together, or outputs not finite.
 
     Example:
         >>> near = lambda x: x[:, 0, 0, 0] * x[:, 0, 0, 1] + x[:, 0, 0, 2] * x[:, 0, 0, 3]
@@ -314,7 +316,7 @@ def cut_share(
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
     chosen, own = _sample_images(len(images), 2 * size, repetitions, seed)
-    with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation) as network:
+    with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation, layer) as network:
         tables = [_table(network, start, start + size, size, size) for start in range(0, len(chosen), 2 * size)]
         noise, floor = _noise(network, tables[0], seed)
     parts = [variance_components(table) for table in tables]

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 _MAX_PATCHES = 64  # of the default side
 _BOOTSTRAP_NUMBERS = 2**23  # float64 numbers that the bootstrap holds at a time: 64 MiB
+BAND = torch.tensor([0.025, 0.975], dtype=torch.float64)  # ends of 95 %
+
+
+def resamples(number: int, samples: int, seed: int) -> Tensor:
+    """Return weights ``(number, n)`` of the samples in bootstrap resamples, which sum to 1, float64."""
+    chosen = torch.randint(samples, (number, samples), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(number, samples, dtype=torch.float64)
+    return counts.scatter_add_(1, chosen, torch.ones_like(counts)).div_(samples)
 
 
 @final
@@ -226,17 +234,14 @@ class PairwiseInteractions:
         self, alive: Tensor, average: Tensor, weight: Tensor, distance: Tensor, bootstraps: int, seed: int
     ) -> tuple[Tensor, Tensor, float, float]:
         """Bands of strength and of mean distance."""
-        device, samples = self.interaction.device, len(self.interaction)
-        chosen = torch.randint(samples, (bootstraps, samples), generator=torch.Generator().manual_seed(seed))
-        counts = torch.zeros(bootstraps, samples, dtype=torch.float64)
-        counts = counts.scatter_add_(1, chosen, torch.ones_like(counts)).div_(samples).to(device)
+        device = self.interaction.device
+        counts = resamples(bootstraps, len(self.interaction), seed).to(device)
         contributions = torch.where(alive, self.interaction, 0.0)
         strengths, means = [], []
         for some in torch.split(counts, max(1, _BOOTSTRAP_NUMBERS // self.interaction.shape[1])):
             strength, mass = self._by_distance(some @ contributions, some @ self.effect, average, weight)
             strengths.append(strength.cpu())
             means.append((mass @ distance.to(device) / mass.sum(1)).cpu())
-        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        low, high = torch.cat(strengths).quantile(ends, 0)
+        low, high = torch.cat(strengths).quantile(BAND, 0)
         # a resample may have no interaction at all
-        return low, high, *torch.cat(means).nanquantile(ends).tolist()
+        return low, high, *torch.cat(means).nanquantile(BAND).tolist()

@@ -34,6 +34,7 @@ def interaction_profile(
     pairs_per_distance: int | None = None,
     seed: int = 0,
     bootstraps: int = 1000,
+    layer: str | None = None,
     evaluation: Evaluation | None = None,
 ) -> InteractionProfile:
     r"""Interaction of image patches in the function that a network computes, against their distance.
@@ -60,6 +61,10 @@ def interaction_profile(
     (unbiased for the mean). Interactions and effects within the rounding of the network's type are set to zero (ours),
     and if an effect is zero so is I.
 
+    Of a layer with a map ``(n, K, H', W')`` the outputs are the means of its K channels over its places, of tokens
+    ``(n, N, K)`` over the patches (ours): as many at any depth, of all places and not of the central one alone, which
+    may see an empty part of the image; patches that no unit sees together do not interact in a mean either.
+
     Args:
         model: Module, or function of networks in evaluation mode; differentiable by the images for "linear".
         images: ``(N, C, H, W)``, on any device.
@@ -69,10 +74,11 @@ def interaction_profile(
         pairs_per_distance: With "exact", how many pairs stand for all at a distance; None: all.
         seed: Seed of the samples, donors, directions, sampled pairs and bands.
         bootstraps: Resamples of the samples for the 95 % bands; 0 for none.
+        layer: Name in ``model.named_modules()``, such as "layer3", whose outputs are taken; None: the network's.
         evaluation: How the network is evaluated; None: the default.
 
     Raises:
-        ValueError: Images, patch, samples or outputs that do not fit; a network without a gradient by its input.
+        ValueError: Images, patch, samples, layer or outputs that do not fit; a network without a gradient by its input.
 
     Example:
         >>> neighbours = lambda x: (x[:, 0, 0, 1:] * x[:, 0, 0, :-1]).sum(1)
@@ -102,7 +108,7 @@ def interaction_profile(
     # on a circle, donors precede their samples: the two are disjoint if there are enough images
     donors = order.roll(samples % len(images) or 1)[:samples]
     used = images[torch.cat([order[:samples], donors]).to(images.device)]
-    with spliced(model, used, grid.labels(), evaluation) as network:
+    with spliced(model, used, grid.labels(), evaluation, layer) as network:
         measured = _Measurement(network, grid, generator)
         found = measured.linear() if method == "linear" else measured.exact(pairs_per_distance)
     return found.profile(method, bootstraps, seed)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_locality.ranks.attention import token_grid
-from lightning_locality.ranks.evaluation import Evaluation, as_images, scores
+from lightning_locality.ranks.evaluation import Evaluation, as_images
+from lightning_locality.ranks.layers import as_map, check_layer, layer_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,10 +150,7 @@ def effective_receptive_field(
         ([0.0, 3.0, 6.0, 9.0, 6.0, 3.0, 0.0], 25)
     """
     images = as_images(images)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if layer is not None and layer not in modules:
-        few = ", ".join([name for name in modules if name and "." not in name][:12])
-        raise ValueError(f"layer must be a name in model.named_modules(), such as {few}, got {layer!r}")
+    check_layer(model, layer)
     evaluation = Evaluation() if evaluation is None else evaluation
     with torch.inference_mode(False), torch.enable_grad(), evaluation.prepared(model) as network:
         images = evaluation.placed(network, images)
@@ -171,33 +168,15 @@ def _check_share(share: float) -> None:
 
 def _gradient(network: nn.Module, x: Tensor, layer: str | None) -> Tensor:
     """Gradient of the central unit of every image ``(n, C, H, W)``, float64."""
-    x, kept = x.requires_grad_(), list[Any]()
-    if layer is None:
-        kept.append(network(x))
-    else:
-        handle = network.get_submodule(layer).register_forward_hook(lambda module, given, out: kept.append(out))
-        try:
-            network(x)
-        finally:
-            handle.remove()
-    # of a layer that is used more than once, the last time
-    unit = _central(network, kept[-1] if kept else None, layer)
+    x = x.requires_grad_()
+    out = layer_output(network, layer, x)
+    found = as_map(network, out)
+    center = found[:, :, found.shape[2] // 2, found.shape[3] // 2]
+    unit = center.amax(1) if out.dim() == 2 else center.relu()
     if not unit.requires_grad:
         raise ValueError("model cannot be differentiated by its images, which its receptive field takes")
     (gradient,) = torch.autograd.grad(unit.sum(), x, allow_unused=True)
     return torch.zeros_like(x, dtype=torch.float64) if gradient is None else gradient.double()
-
-
-def _central(network: nn.Module, out: Any, layer: str | None) -> Tensor:
-    if isinstance(out, Tensor) and out.dim() == 4:
-        return out[:, :, out.shape[2] // 2, out.shape[3] // 2].relu()
-    if isinstance(out, Tensor) and out.dim() == 3:
-        rows, columns, first = token_grid(network, out.shape[1])
-        return out[:, first + rows // 2 * columns + columns // 2].relu()
-    if layer is not None and not (isinstance(out, Tensor) and out.dim() in (1, 2)):
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"layer {layer!r} must give a map (n, K, H', W') or tokens (n, N, K), got {got}")
-    return scores(out).amax(1)
 
 
 def _theoretical(network: nn.Module, image: Tensor, layer: str | None) -> Tensor:

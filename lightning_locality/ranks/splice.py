@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_locality.ranks.evaluation import Evaluation, is_out_of_memory, row_too_large, scores
+from lightning_locality.ranks.layers import as_map, check_layer, layer_output
 
 Network = nn.Module | Callable[[Tensor], Tensor]
 
@@ -27,7 +28,9 @@ def splice(images: Tensor, labels: Tensor, choices: Tensor) -> Tensor:
 
 
 @contextmanager
-def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None) -> Iterator[SplicedNetwork]:
+def spliced(
+    model: Network, images: Tensor, labels: Tensor, evaluation: Evaluation | None, layer: str | None = None
+) -> Iterator[SplicedNetwork]:
     """Prepare a network (:meth:`Evaluation.prepared`) for spliced images, which are moved to its device and type.
 
     A method of a module is measured as the module is; networks inside any other function keep their mode.
@@ -39,6 +42,7 @@ def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluati
         raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
     if not callable(model):
         raise ValueError(f"model must be a network or a function of images, got {type(model).__name__}")
+    check_layer(model, layer)
     if not isinstance(model, nn.Module):
         function, owner, model = model, getattr(model, "__self__", None), nn.Module()
         model.forward = function
@@ -47,15 +51,21 @@ def spliced(model: Network, images: Tensor, labels: Tensor, evaluation: Evaluati
     # no inference mode: hidden state that a network keeps for its next call must be fit for training
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
         images = evaluation.placed(network, images)
-        yield SplicedNetwork(network, images, labels.to(images.device), evaluation)
+        yield SplicedNetwork(network, images, labels.to(images.device), evaluation, layer)
 
 
 @final
 class SplicedNetwork:
-    """A network in evaluation mode as a function of the images ``(K, C, H, W)`` that its blocks are taken from."""
+    """A network in evaluation mode as a function of the images ``(K, C, H, W)`` that its blocks are taken from.
 
-    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, evaluation: Evaluation) -> None:
+    Its outputs, or those of a layer: of a map the means over its places, channel by channel.
+    """
+
+    def __init__(
+        self, network: nn.Module, images: Tensor, labels: Tensor, evaluation: Evaluation, layer: str | None
+    ) -> None:
         self.network, self.images, self.labels, self.evaluation = network, images, labels, evaluation
+        self.layer = layer
         self.device = images.device
         # the coarser of what goes in and what comes out
         self.eps = max(torch.finfo(dtype).eps for dtype in (images.dtype, self._first_outputs().dtype))
@@ -73,7 +83,10 @@ class SplicedNetwork:
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return outputs ``(n, C)`` for images."""
-        return scores(self.network(x))
+        if self.layer is None:
+            return scores(self.network(x))
+        # as many as channels, whatever the size of the map; a mean makes no interactions that no unit has
+        return as_map(self.network, layer_output(self.network, self.layer, x)).mean((2, 3))
 
     def _first_outputs(self) -> Tensor:
         """Return the outputs for one image, after checking that they are the same in any company."""

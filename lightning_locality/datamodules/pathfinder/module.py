@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
@@ -135,6 +136,12 @@ class Pathfinder(AbstractImageDataModule):
         goals = {name: goal for name, goal in self.curves.parameters().items() if name not in ("window", "size")}
         self._curriculum = Curriculum(curriculum or {}, curriculum_epochs, goals)
         self._curriculum.check(self.curves_at)
+
+    @property
+    def task_distance(self) -> float:
+        """Mean distance of the two discs, in pixels, in the first test pictures, up to 256 (drawn anew: 0.2 s)."""
+        known = pictures_with_targets(self.curves, self.seed, "test", range(min(256, self.size("test"))))[2]
+        return float(np.linalg.norm(known.markers[:, 0] - known.markers[:, 1], axis=1).mean())
 
     def size(self, split: Split) -> int:
         """Number of pictures of a split."""

@@ -69,6 +69,7 @@ def rank(
     label: list[str] | None = None,
     untrained: bool = False,
     what: list[Literal["nodes", "components", "cuts", "profile"]] | None = None,
+    layer: str | None = None,
     number: PositiveInt | None = None,
     size: int | None = None,
     repetitions: PositiveInt = 1,
@@ -114,6 +115,7 @@ def rank(
         untrained: Also measure every model as it was before training, on the same images: built with the seed and
             configuration of its run, or for --model with --seed.
         what: Kinds of measurement (nodes, components, cuts, profile); the default is all that apply.
+        layer: Cuts and profile of the outputs of this layer of the network, such as layer3; the default is its own.
         number: Number of test images; the default is 256, or all if there are fewer.
         size: Images on each side of a cut (size * size forward passes); the default is 64, or half of all if fewer.
         repetitions: Independent draws of these images per cut.

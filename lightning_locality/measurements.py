@@ -33,6 +33,7 @@ from lightning_locality.networks import (
     plain_arguments,
     read_weights,
 )
+from lightning_locality.ranks.layers import check_layer
 from lightning_locality.results import read_settings, versions
 from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization
@@ -316,6 +317,8 @@ def measurements(label: str, run: TrainedModel, settings: Any, folder: Path) -> 
         found.append(Measurement(label, kind, name, model, function, path))
 
     if isinstance(run.model, Factorization):
+        if settings.layer is not None:
+            raise ValueError(f"--layer {settings.layer}: {run.name} is a factorisation, which has no layers; omit it")
         add("nodes", "nodes", run.model, _measure_spectra)
         add("components", "components", run.model, _measure_components)
     else:
@@ -331,7 +334,10 @@ def measurements(label: str, run: TrainedModel, settings: Any, folder: Path) -> 
 
 def _add_network(run: TrainedModel, settings: Any, add: Callable[..., None]) -> None:
     """Cuts, profile, perhaps a tree of blocks; of every convolutional arithmetic circuit in it the exact spectra."""
-    network, seed, patch = run.model, settings.seed, settings.patch
+    network, seed, patch, layer = run.model, settings.seed, settings.patch, settings.layer
+    check_layer(network, layer)
+    if layer is not None and settings.tree is not None:
+        raise ValueError(f"--tree {settings.tree} is of the output: omit it, or --layer {layer}")
     images = run.images = sample_images(run, settings.number, seed) if run.images is None else run.images
     count, height, width = (int(images.shape[axis]) for axis in (0, 2, 3))
     size = min(count // 2, 64) if settings.size is None else settings.size
@@ -353,12 +359,21 @@ def _add_network(run: TrainedModel, settings: Any, add: Callable[..., None]) -> 
                 function = partial(_measure_spectra, within=which)
                 add("nodes", f"nodes of {which}", circuit.to_factorization(output), function)
     common = {"images": count, "seed": seed, "float64": settings.float64}
-    own: dict[str, Any] = {"size": size, "repetitions": settings.repetitions}
+    # absent, so that what was measured before there were layers is not measured again
+    chosen, of_layer = ({}, "") if layer is None else ({"layer": layer}, f" of {layer}")
+    own: dict[str, Any] = {"size": size, "repetitions": settings.repetitions} | chosen
     for name, mask in ranks.standard_cuts(height, width).items():
         function = partial(_measure_cut, images=images, name=name, mask=mask, seed=seed, **own)
-        add("cuts", f"cut {name}", network, function, **common, **own)
-    own = {"patch": patch, "samples": samples, "method": settings.method, "pairs": settings.pairs}
-    add("profile", "profile", network, partial(_measure_profile, images=images, seed=seed, **own), **common, **own)
+        add("cuts", f"cut {name}{of_layer}", network, function, **common, **own)
+    own = {"patch": patch, "samples": samples, "method": settings.method, "pairs": settings.pairs} | chosen
+    add(
+        "profile",
+        f"profile{of_layer}",
+        network,
+        partial(_measure_profile, images=images, seed=seed, **own),
+        **common,
+        **own,
+    )
     if settings.tree is not None:
         partition, tree = _blocks(settings.tree, height, width)
         size = min(16, count) if settings.size is None else size

@@ -18,7 +18,7 @@ from test_rank_command import QUICK, fit, rank, refused, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_locality import ModeTree, cut_share, halves, measurements
+from lightning_locality import ModeTree, cut_share, halves, interaction_profile, measurements
 from lightning_locality.datamodules.base import seeded_generator
 from lightning_locality.measurements import load_run
 from lightning_locality.networks import match_weights, read_weights
@@ -151,6 +151,20 @@ def test_what_is_measured_follows_images_and_seed(pictures: Path, tmp_path: Path
     rank(*model, "--images=digits")
     assert shares(tmp_path, "Net") == first
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()} == before
+
+
+def test_a_layer(tmp_path: Path) -> None:
+    rank(*NET, "--images=digits", "--layer=conv", "--patch=4", "--out", tmp_path)
+    torch.manual_seed(0)
+    network = Net(5)
+    images, mask = measurements.ImageSource("digits").sample(network, 24, seed=0), halves(8, 8)
+    share = cut_share(network, images, mask, size=4, layer="conv").share
+    assert shares(tmp_path, "Net")[0] == pytest.approx(share, rel=1e-4, abs=1e-9)
+    assert share != pytest.approx(cut_share(network, images, mask, size=4).share, abs=1e-3)
+    profile = interaction_profile(network, images, patch=4, samples=6, layer="conv")
+    assert float(table(tmp_path)["Net", "uniform_mean_distance", ""]["value"]) == profile.uniform_mean_distance
+    content = json.loads((tmp_path / "ranks.json").read_text())["checkpoints"]["Net"]["measurements"]
+    assert content["profile of conv"]["content"]["strength"] == pytest.approx(profile.strength.tolist(), abs=1e-9)
 
 
 def test_grey_images_for_a_network_of_one_channel(tmp_path: Path) -> None:
@@ -334,6 +348,8 @@ BAD = [
     (["--model=timm/resnet81", "--images=digits", "--out=OUT"], ["resnet81"]),
     (["--model=os.getcwd", "--images=digits", "--out=OUT"], ["os.getcwd"]),
     ([NET[0], "--images=digits", "--out=OUT"], ["width"]),
+    ([*NET, "--images=digits", "--out=OUT", "--layer=convolution"], ["conv, norm, head", "'convolution'"]),
+    ([*NET, "--images=digits", "--out=OUT", "--layer=conv", "--tree=strips"], ["--tree strips", "--layer conv"]),
     ([*NET, "--model.depth=2", "--images=digits", "--out=OUT"], ["depth"]),
     ([*NET, "--model.channels=5", "--images=digits", "--out=OUT"], ["Net fails on images of 1 x 8 x 8"]),
 ]

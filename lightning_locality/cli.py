@@ -19,7 +19,8 @@ Train convolutional networks that see far, and measure how far any network sees.
   predict               write the class probabilities of the test images
   sweep GRID.yaml       run a grid here or on SLURM, and collect a table and figures          [--dry-run]
   figure KIND FOLDER    draw finished runs: accuracy, dynamics, rank, norm, ..., or any column (xy)
-  rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER]
+  rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER] [--untrained]
+                        or --model torchvision.models.resnet18 --weights FILE.pt --images folder:DIR --out FOLDER
   make-data pathfinder  render the Pathfinder images before training  [--format parquet --out FOLDER]
   make-data export      write a task as PNG folders, .npz, WebDataset or Parquet:
                         --data SameClass [--data.distance 80 ...] --out FOLDER [--format parquet]

@@ -1,4 +1,4 @@
-"""The rank command: measure ranks and interaction distances of trained models from their checkpoints."""
+"""The rank command: measure ranks and interaction distances of trained models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import copy
 import itertools
 import json
 import platform
+import re
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -29,25 +31,46 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_locality.measurements import Measurement, Record, TrainedRun, load_run, measurements
+from lightning_locality.measurements import (
+    ImageSource,
+    Measurement,
+    Record,
+    TrainedModel,
+    load_model,
+    load_run,
+    measurements,
+)
 from lightning_locality.plotting.ranks import cut_figure, profile_figure, spectra_figure, tree_figure
 from lightning_locality.plotting.style import save_figure
 from lightning_locality.ranks import Evaluation, InteractionProfile, NodeSpectra, measuring
 from lightning_locality.results import atomic_write, gather, versions, write_json
 from lightning_locality.tensors.mode_tree import ModeTree, Node, node_name
 
-# label of a checkpoint -> name of a measurement -> its record
+# label of a model -> name of a measurement -> its record
 Records = Mapping[str, Mapping[str, Record]]
 
+# options that only go with --model
+_ELSEWHERE = ("weights", "images", "image_size", "mean", "std")
+_SEVERAL = ("--checkpoint", "--label", "--what", "--model", "--weights", "--mean", "--std")
+_FLAGS = ("--untrained", "--float64")
+_OPTION = re.compile(r"^--([a-z]+-[a-z-]+)(?==|$)")
 _COLUMNS = ["checkpoint", "quantity", "key", "value", "standard_error", "low", "high"]
 
 
 def rank(
-    checkpoint: list[str],
+    checkpoint: list[str] | None = None,
+    model: list[str] | None = None,
+    weights: list[str] | None = None,
+    images: str | None = None,
+    image_size: PositiveInt | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
     out: Path | None = None,
     label: list[str] | None = None,
+    untrained: bool = False,
     what: list[Literal["nodes", "components", "cuts", "profile"]] | None = None,
-    images: int | None = None,
+    layer: str | None = None,
+    number: PositiveInt | None = None,
     size: int | None = None,
     repetitions: PositiveInt = 1,
     patch: int | None = None,
@@ -68,16 +91,32 @@ def rank(
     components. A network is measured on images of its test split: the share of its variance that crosses cuts of
     the image (halves, quarters, checkerboards), and how strongly patches interact as a function of their distance.
 
+    Runs of this package are given by --checkpoint. Any other network is given by --model, with --weights and --images.
+
     The output folder gets ranks.csv (one number per row), ranks.json (everything) and figures that compare the
-    checkpoints. Finished measurements are cached in its subfolder parts: re-run an interrupted command to resume it;
-    with other settings or checkpoints, only what is new is measured.
+    models. Finished measurements are cached in its subfolder parts: re-run an interrupted command to resume it;
+    with other settings or models, only what is new is measured.
 
     Args:
         checkpoint: Checkpoint in a run directory (runs/a/last.ckpt); may be given several times.
-        out: Output folder; required for several checkpoints. For one, the default is ranks/ in its run directory.
-        label: Names of the checkpoints in tables and figures, one each; the default is the run directory's name.
+        model: A network that was not trained here: torchvision.models.resnet18, timm/resnet18, my_code.Net (class, or
+            function annotated with what it returns), or a YAML file with class_path and init_args. Arguments follow
+            as --model.num_classes 10.
+        weights: File of a state dict (torch or safetensors), or a Lightning checkpoint; may be given several times.
+            No code in it is executed. Without, the network is measured as it is constructed under --seed.
+        images: What --model is measured on: folder:DIR (pictures, with or without class folders), file:FILE.npz,
+            digits, or cifar10, mnist, ... in $LIGHTNING_LOCALITY_DATA.
+        image_size: Height and width in pixels to resize these images to; the default leaves them.
+        mean: Mean of each channel, 0 to 1, subtracted; the default is that of timm's network, else of ImageNet.
+        std: Standard deviation of each channel, divided by; the default likewise.
+        out: Output folder; required unless there is one checkpoint, whose default is ranks/ in its run directory.
+        label: Names in tables and figures, one for each checkpoint or file of weights; the default is the run
+            directory's name, or that of the network.
+        untrained: Also measure every model as it was before training, on the same images: built with the seed and
+            configuration of its run, or for --model with --seed.
         what: Kinds of measurement (nodes, components, cuts, profile); the default is all that apply.
-        images: Number of test images; the default is 256, or all if there are fewer.
+        layer: Cuts and profile of the outputs of this layer of the network, such as layer3; the default is its own.
+        number: Number of test images; the default is 256, or all if there are fewer.
         size: Images on each side of a cut (size * size forward passes); the default is 64, or half of all if fewer.
         repetitions: Independent draws of these images per cut.
         patch: Side of the profile's patches in pixels; the default depends on the size of the images.
@@ -93,18 +132,42 @@ def rank(
         devices: Number of devices that share the measurements; the numbers do not depend on it.
         chunk: Images per call of the network, halved when memory runs out; the default depends on their size.
     """
+    if images is not None and images.isdigit():
+        # the number's former name
+        number, images = int(images), None
     # all options: nothing else is local yet
     settings = SimpleNamespace(**locals())
     if not 0 <= rtol < 1:
         raise ValueError(f"--rtol must be a fraction of the largest singular value, 0 up to 1, got {rtol}")
-    if not checkpoint:
-        raise ValueError("--checkpoint: name at least one, for example runs/a/last.ckpt")
-    if out is None and len(checkpoint) > 1:
-        raise ValueError(f"--out: name the folder for the results of {len(checkpoint)} checkpoints")
-    paths, workers = [Path(path) for path in checkpoint], _devices(accelerator, devices)
-    folder = paths[0].parent / "ranks" if out is None else out
-    runs = {name: load_run(path) for name, path in zip(_labels(paths, label), paths, strict=True)}
-    plan = [one for name, run in runs.items() for one in measurements(name, run, settings, folder / "parts")]
+    if bool(checkpoint) == bool(model):
+        raise ValueError("name either --checkpoint, such as runs/a/last.ckpt, or the --model of weights from elsewhere")
+    workers = _devices(accelerator, devices)
+    paths: list[Path | None] = [Path(path) for path in checkpoint or weights or ()] or [None]
+    loading: Callable[..., TrainedModel] = load_run
+    if model:
+        if images is None or out is None:
+            raise ValueError(f"--model {model[0]} needs --images, such as folder:DIR, and --out, a folder for results")
+        if untrained and not weights:
+            raise ValueError(f"--untrained compares with --weights: {model[0]} without them is as it is constructed")
+        loading = partial(load_model, model, data=ImageSource(images, image_size, mean, std), seed=seed)
+    elif given := [f"--{name.replace('_', '-')}" for name in _ELSEWHERE if getattr(settings, name) is not None]:
+        raise ValueError(f"{', '.join(given)}: only for --model; a run is measured on the test images of its own data")
+    if out is None and len(paths) > 1:
+        raise ValueError(f"--out: name the folder for the results of {len(paths)} checkpoints")
+    folder = Path(str(paths[0])).parent / "ranks" if out is None else out
+    runs: dict[str, TrainedModel] = {}
+    plan: list[Measurement] = []
+    shared = None
+    for name, path in zip(_labels(paths, label, model), paths, strict=True):
+        for initial in (False, True)[: 1 + untrained]:
+            run = loading(path, initial=initial)
+            if initial and any(run.about == other.about | {"path": run.name} for other in runs.values()):
+                continue
+            own = f"{name} (untrained)" if initial else name
+            run.images = shared if initial or model else None
+            runs[own] = run
+            plan += measurements(own, run, settings, folder / "parts")
+            shared = run.images
     # without a terminal rich would wrap the table at 80 columns
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     # equal checkpoints under two labels share a result
@@ -123,34 +186,51 @@ def rank(
 
 
 def gathered(args: Sequence[str]) -> list[str]:
-    """Collect the values of the options that take several into one JSON list each, as the parser expects.
+    """Rewrite a command line as the parser expects it: several values as one JSON list, flags with a value.
 
     Example:
-        >>> gathered(["--checkpoint", "a", "--out=x", "--checkpoint=b", "c"])
-        ['--out=x', '--checkpoint=["a", "b", "c"]']
+        >>> gathered(["--checkpoint", "a", "--out=x", "--checkpoint=b", "c", "--untrained"])
+        ['--out=x', '--checkpoint=["a", "b", "c"]', '--untrained=true']
+        >>> gathered(["--image-size=8", "--model", "my_code.Net", "--model.width", "3"])
+        ['--image_size=8', '--model=["my_code.Net", "width=3"]']
     """
-    others, values = gather(args, ("--checkpoint", "--label", "--what").__contains__)
-    return [*others, *(f"{name}={json.dumps(given)}" for name, given in values.items())]
+    words = [_OPTION.sub(lambda name: f"--{name[1].replace('-', '_')}", arg) for arg in args]
+    others, values = gather(words, lambda name: name in (*_SEVERAL, *_FLAGS) or name.startswith("--model."))
+    for name in [name for name in values if name.startswith("--model.")]:
+        values.setdefault("--model", []).append(f"{name[8:]}={' '.join(values.pop(name)) or 'true'}")
+    several = {name: json.dumps(given) for name, given in values.items() if name not in _FLAGS}
+    flags = {name: " ".join(values[name]) or "true" for name in _FLAGS if name in values}
+    return [*others, *(f"{name}={value}" for name, value in (several | flags).items())]
 
 
-def _labels(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:
-    """Labels as given, or the folders of the runs with as much of their paths as it takes to tell them apart."""
-    full = [path.resolve() for path in paths]
+def _labels(paths: Sequence[Path | None], given: Sequence[str] | None, model: Sequence[str] | None) -> list[str]:
+    """Labels as given, or the folders of the runs with as much of their paths as it takes to tell them apart.
+
+    For ``model``, its name, or of several files of weights theirs.
+    """
+    full = [Path(str(path)).resolve() for path in paths]
     for path, count in Counter(full).items():
         if count > 1:
-            raise ValueError(f"--checkpoint {path} is given {count} times")
+            raise ValueError(f"--{'weights' if model else 'checkpoint'} {path} is given {count} times")
+    if given is None and model:
+        name = re.split(r"[./]", model[0].removesuffix(".yaml"))[-1]
+        return _distinct([name] * len(full), [path.stem for path in full], [*map(str, full)])
     if given is None:
         runs = [path.parent for path in full]
         with_stem = [f"{run.name}/{path.stem}" for run, path in zip(runs, full, strict=True)]
         with_parent = [f"{run.parent.name}/{run.name}" for run in runs]
-        ways = [run.name for run in runs], with_stem, with_parent, [*map(str, full)]
-        return next(names for names in ways if len(set(names)) == len(names))
+        return _distinct([run.name for run in runs], with_stem, with_parent, [*map(str, full)])
     if len(given) != len(paths):
-        raise ValueError(f"--label names {len(given)} checkpoints, and there are {len(paths)}: name all or none")
+        raise ValueError(f"--label names {len(given)} models, and there are {len(paths)}: name all or none")
     for name, count in Counter(given).items():
         if count > 1:
-            raise ValueError(f"--label: several checkpoints are called {name!r}; give each a name of its own")
+            raise ValueError(f"--label: several models are called {name!r}; give each a name of its own")
     return list(given)
+
+
+def _distinct(*ways: list[str]) -> list[str]:
+    """Return the first way of naming that names everything differently."""
+    return next(names for names in ways if len(set(names)) == len(names))
 
 
 def _devices(accelerator: str, count: int) -> list[torch.device]:
@@ -209,7 +289,7 @@ def _measure_all(
             stopped.set()
 
 
-def _write(folder: Path, records: Records, runs: Mapping[str, TrainedRun], settings: Any) -> list[str]:
+def _write(folder: Path, records: Records, runs: Mapping[str, TrainedModel], settings: Any) -> list[str]:
     """Write ``ranks.csv``, ``ranks.json`` and the figures; return their names, those of figures as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "ranks.csv") as file:

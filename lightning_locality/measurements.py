@@ -1,4 +1,4 @@
-"""Measurements of a trained run: the model rebuilt from its checkpoint, what can be measured of it, and the records."""
+"""Measurements of trained models: each rebuilt from its file, what can be measured of it, and the records."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ __all__: list[str] = []
 import hashlib
 import json
 import logging
+import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_locality import ranks
 from lightning_locality.callbacks.anti_locality import images_and_labels
 from lightning_locality.datamodules.base import AbstractImageDataModule, seeded_generator
-from lightning_locality.networks import ConvolutionalArithmeticCircuit
+from lightning_locality.datamodules.image_sets import IMAGENET, given_statistics, sample_source
+from lightning_locality.networks import (
+    ConvolutionalArithmeticCircuit,
+    build_network,
+    match_weights,
+    plain_arguments,
+    read_weights,
+)
+from lightning_locality.ranks.layers import check_layer
 from lightning_locality.results import read_settings, versions
 from lightning_locality.tasks.classification import Classification, check_state_dict
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization
@@ -35,24 +45,66 @@ Record = dict[str, Any]
 _FORMAT = 1  # of the records: increase it when they change
 _CUT_QUANTITIES = ("crossing", "inside", "outside", "participation_ratio", "rank", "noise")
 _REMEDY = (
-    "a network from elsewhere is measured from Python, with cut_share(model, images, mask) and "
-    "interaction_profile(model, images) of lightning_locality"
+    "a network from elsewhere is measured by --model CLASS --weights FILE --images folder:DIR, or from Python, with "
+    "cut_share(model, images, mask) and interaction_profile(model, images) of lightning_locality"
 )
 
 
+@dataclass(frozen=True)
+class ImageSource:
+    """Images for a network that comes without data: a source of :mod:`~.datamodules.image_sets`, and how to read it."""
+
+    source: str
+    image_size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def sample(self, network: nn.Module, count: int, seed: int) -> Tensor:
+        """Sample ``count`` images, or all if there are fewer, with the channels that the network's first layer takes.
+
+        They are normalised by ``mean`` and ``std``, else by those that timm's networks name, else by ImageNet's; grey
+        images by the means over the three channels.
+        """
+        first = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = cast(Literal[1, 3] | None, first if first in (1, 3) else None)
+        root, generator = os.environ.get("LIGHTNING_LOCALITY_DATA", "data"), seeded_generator(seed, "measured images")
+        images = sample_source(self.source, count, generator, root, self.image_size, channels)
+        mean, std = self.mean, self.std
+        if mean is None and std is None:
+            own = getattr(network, "pretrained_cfg", None) or {}
+            mean, std = own.get("mean", IMAGENET[0]), own.get("std", IMAGENET[1])
+            if images.shape[1] == 1:
+                mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+        shift, scale = given_statistics(mean, std, images.shape[1]) or (torch.zeros(1), torch.ones(1))
+        images = ((images / 255 - shift[:, None, None]) / scale[:, None, None]).float()
+        try:
+            with torch.no_grad(), ranks.Evaluation().prepared(network) as prepared:
+                prepared(ranks.Evaluation().placed(prepared, images[:2]))
+        # a network may raise anything at images of another size
+        except Exception as error:
+            shape = " x ".join(map(str, images.shape[1:]))
+            reason = f"{type(network).__name__} fails on images of {shape} ({error})"
+            raise ValueError(f"--images {self.source}: {reason}; change --image-size, or the network") from error
+        return images
+
+
 @dataclass
-class TrainedRun:
-    """A run rebuilt from its checkpoint and config.yaml, on the CPU, in evaluation mode."""
+class TrainedModel:
+    """A model rebuilt from a file, on the CPU, in evaluation mode."""
 
-    path: Path
-    module: LightningModule
+    name: str  # the path of the file, or how the model was constructed
+    module: nn.Module
     model: nn.Module  # the factorisation of a recovery, the network of a classification, otherwise the module
-    data: LightningDataModule | None
-    about: dict[str, str]  # path, class of the model, and digests by which a changed file is noticed
+    data: LightningDataModule | ImageSource | None
+    about: dict[str, Any]  # path, class of the model, and digests by which a changed file is noticed
+    images: Tensor | None = None  # on which it is measured; None until they are sampled from the data
 
 
-def load_run(path: Path) -> TrainedRun:
-    """Rebuild the model and the data module of a run, without touching the data or the global random state."""
+def load_run(path: Path, initial: bool = False) -> TrainedModel:
+    """Rebuild the model and the data module of a run, without touching the global random state.
+
+    The data is touched only if the model is to be as it was before the first step of training, ``initial``.
+    """
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
         weights = stored["state_dict"]
@@ -65,29 +117,95 @@ def load_run(path: Path) -> TrainedRun:
     if not settings.get("model"):
         reason = f"there is no {config} that names a model; only runs of lightning-locality fit can be measured here"
         raise ValueError(f"--checkpoint {path}: {reason}, and {_REMEDY}")
+    # a resumed run may have another seed than its first part, by which the weights were initialised
+    seed = read_settings(path.parent, "config.0.yaml").get("seed_everything", settings.get("seed_everything"))
+    if initial and type(seed) is not int:
+        raise ValueError(
+            f"--untrained: {config} has no seed_everything, so the weights of {path} cannot be drawn again"
+        )
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            module, data = _build(settings, stored.get("hyper_parameters", {}))
-        module.on_load_checkpoint(stored)
-        check_state_dict(module, weights)
+        with _seeded(seed):
+            module, data = _build(settings, stored.get("hyper_parameters", {}), "fit" if initial else "test")
+        if initial:
+            weights = {
+                name: value.to(weights[name].dtype) if isinstance(value, Tensor) and name in weights else value
+                for name, value in module.state_dict().items()
+            }
+        else:
+            module.on_load_checkpoint(stored)
+            check_state_dict(module, weights)
     # jsonargparse has types of its own, and a constructor may raise anything
     except Exception as error:
         raise ValueError(f"--checkpoint {path}: cannot be rebuilt from {config}: {error}") from error
     # assigned, so that weights keep the type in which they were trained
     module.load_state_dict(weights, strict=module.strict_loading, assign=True)
+    own = {"config_sha256": hashlib.sha256(config.read_bytes()).hexdigest()}
+    if not initial:
+        own["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _frozen(str(path), module, data, own)
+
+
+def load_model(
+    words: Sequence[str], weights: Path | None, data: ImageSource, seed: int, initial: bool = False
+) -> TrainedModel:
+    """Construct a network by the words of :func:`~lightning_locality.networks.build_network`, and load its weights.
+
+    ``weights`` None, or ``initial``: the weights that it is constructed with under the seed. Nothing in the file is
+    executed; of a Lightning checkpoint, hyper-parameters that are plain values become arguments.
+    """
+    try:
+        stored = {} if weights is None else read_weights(weights)
+    except ValueError as error:
+        raise ValueError(f"--weights {error}") from error
+    words = [words[0], *plain_arguments(words[0], stored.get("hyper_parameters")), *words[1:]]
+    where = f"--model {' '.join(words)}" + (f" --weights {weights}" if weights else "")
+    try:
+        with _seeded(seed):
+            module = build_network(words)
+            if isinstance(module, LightningModule):
+                module.configure_model()
+        if weights is not None and not initial:
+            if isinstance(module, LightningModule) and "state_dict" in stored:
+                module.on_load_checkpoint(stored)
+            module.load_state_dict(match_weights(module, stored), assign=True)
+    # a module of someone else's may raise anything
+    except Exception as error:
+        raise ValueError(f"{where}: {error}") from error
+    return _frozen(where, module, data, {"built": words, "images": vars(data), "seed": seed})
+
+
+@contextmanager
+def _seeded(seed: Any) -> Iterator[None]:
+    """Seed everything as a run does, without its warnings, and restore the random states."""
+    with isolate_rng(include_cuda=False), warnings.catch_warnings(action="ignore"):
+        # not False, which a run has that is not seeded
+        if type(seed) is int:
+            seed_everything(seed, verbose=False)
+        yield
+
+
+def _frozen(name: str, module: nn.Module, data: Any, own: dict[str, Any]) -> TrainedModel:
     module.eval().requires_grad_(False)
-    model: nn.Module = module
+    model = module
     if isinstance(module, Classification):
         model = module.network
-    elif isinstance(getattr(module, "model", None), Factorization):
-        model = module.model
-    about = {"path": str(path), "model": f"{type(model).__module__}.{type(model).__qualname__}"}
-    for name, file in {"sha256": path, "config_sha256": config}.items():
-        about[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return TrainedRun(path, module, model, data, about)
+    elif isinstance(found := getattr(module, "model", None), Factorization):
+        model = found
+    about = {"path": name, "model": f"{type(model).__module__}.{type(model).__qualname__}"}
+    return TrainedModel(name, module, model, data, about | {"sha256": _digest(module.state_dict())} | own)
 
 
-def _build(settings: dict[str, Any], trained: Mapping[str, Any]) -> tuple[Any, Any]:
+def _digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors by name."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(repr((name, value.dtype, value.shape) if isinstance(value, Tensor) else (name, value)).encode())
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _build(settings: dict[str, Any], trained: Mapping[str, Any], stage: str) -> tuple[Any, Any]:
     """Build module and data module, and prepare them for each other as a Trainer does before it loads a checkpoint."""
     # not load_from_checkpoint, which refuses classes that are not imported yet and rounds weights trained in float64
     parser = LightningArgumentParser(exit_on_error=False)
@@ -108,17 +226,22 @@ def _build(settings: dict[str, Any], trained: Mapping[str, Any]) -> tuple[Any, A
     logger.setLevel(level)
     trainer.datamodule = data
     module.trainer = trainer
-    module.setup("test")
+    if stage == "fit" and data is not None and not isinstance(data, AbstractImageDataModule):
+        # these come before configure_model, and may use the global generator, which the package's own never do
+        data.prepare_data()
+        data.setup(stage)
+    module.setup(stage)
     module.configure_model()
     # networks are copied, and a trainer must not be copied with them
     module.trainer = None
     return module, data
 
 
-def sample_images(run: TrainedRun, count: int | None, seed: int) -> Tensor:
+def sample_images(run: TrainedModel, count: int | None, seed: int) -> Tensor:
     """Distinct test images ``(count, C, H, W)`` on the CPU; None: 256, or all if there are fewer.
 
-    Sampled from the test split of a data module of this package; of any other, the first ones of the test loader.
+    Sampled from the test split of a data module of this package, or from a source; of any other data module, the first
+    ones of the test loader.
     """
     data, limit = run.data, 256 if count is None else count
     if isinstance(data, AbstractImageDataModule):
@@ -127,14 +250,15 @@ def sample_images(run: TrainedRun, count: int | None, seed: int) -> Tensor:
         order = torch.randperm(available, generator=seeded_generator(seed, "measured images"))
         images, _ = data.batch("test", order[:limit].sort().values)
     else:
-        images = _first_images(run, limit)
+        images = data.sample(run.model, limit, seed) if isinstance(data, ImageSource) else _first_images(run, limit)
         available = len(images)
     if count is not None and available < count:
-        raise ValueError(f"--images {count}: the test split of {run.path.parent} has {available}; take no more")
+        where = data.source if isinstance(data, ImageSource) else f"the test split of {run.name}"
+        raise ValueError(f"--number {count}: {where} has {available}; take no more")
     return images
 
 
-def _first_images(run: TrainedRun, count: int) -> Tensor:
+def _first_images(run: TrainedModel, count: int) -> Tensor:
     source: Any = run.module if run.data is None else run.data
     source.prepare_data()
     source.setup("test")
@@ -143,7 +267,7 @@ def _first_images(run: TrainedRun, count: int) -> Tensor:
     # Lightning raises a type of its own for a hook that is not implemented
     except Exception as error:
         reason = f"{type(source).__name__} has no test data to measure with ({error}); give it a test_dataloader"
-        raise ValueError(f"--checkpoint {run.path}: {reason}; {_REMEDY}") from error
+        raise ValueError(f"--checkpoint {run.name}: {reason}; {_REMEDY}") from error
     parts: list[Tensor] = []
     for batch in loader:
         # as a Trainer prepares a batch, except for the device
@@ -152,7 +276,7 @@ def _first_images(run: TrainedRun, count: int) -> Tensor:
         if part is None or part.ndim != 4 or not part.is_floating_point():
             found = type(batch).__name__ if part is None else f"{part.dtype} {tuple(part.shape)}"
             reason = f"a test batch must begin with float images (B, C, H, W), or name them image or x, and has {found}"
-            raise ValueError(f"--checkpoint {run.path}: {reason}; {_REMEDY}")
+            raise ValueError(f"--checkpoint {run.name}: {reason}; {_REMEDY}")
         parts.append(part)
         if sum(map(len, parts)) >= count:
             break
@@ -177,18 +301,24 @@ class Measurement:
         return None
 
 
-def measurements(label: str, run: TrainedRun, settings: Any, folder: Path) -> list[Measurement]:
+def measurements(label: str, run: TrainedModel, settings: Any, folder: Path) -> list[Measurement]:
     """Everything that is to be measured of a run, each with a digest of all that its numbers depend on."""
     found: list[Measurement] = []
 
     def add(kind: Any, name: str, model: nn.Module, function: Any, **own: Any) -> None:
         depends = {"measurement": name, "settings": own, "version": [versions()["lightning-locality"], _FORMAT]}
-        depends |= {"checkpoint": run.about["sha256"], "config": run.about["config_sha256"]}
+        depends |= {"checkpoint": run.about["sha256"]}
+        if isinstance(run.data, ImageSource):
+            depends |= {"built": run.about["built"], "images": _digest({"images": run.images})}
+        else:
+            depends |= {"config": run.about["config_sha256"]}
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         path = folder / f"{name.replace(' ', '_').replace('/', '_')}-{digest[:20]}.json"
         found.append(Measurement(label, kind, name, model, function, path))
 
     if isinstance(run.model, Factorization):
+        if settings.layer is not None:
+            raise ValueError(f"--layer {settings.layer}: {run.name} is a factorisation, which has no layers; omit it")
         add("nodes", "nodes", run.model, _measure_spectra)
         add("components", "components", run.model, _measure_components)
     else:
@@ -197,23 +327,26 @@ def measurements(label: str, run: TrainedRun, settings: Any, folder: Path) -> li
     if not wanted:
         kinds = ", ".join(dict.fromkeys(one.kind for one in found))
         raise ValueError(
-            f"--what {' '.join(settings.what)}: {run.path} has nothing of that kind to measure; there is {kinds}"
+            f"--what {' '.join(settings.what)}: {run.name} has nothing of that kind to measure; there is {kinds}"
         )
     return wanted
 
 
-def _add_network(run: TrainedRun, settings: Any, add: Callable[..., None]) -> None:
+def _add_network(run: TrainedModel, settings: Any, add: Callable[..., None]) -> None:
     """Cuts, profile, perhaps a tree of blocks; of every convolutional arithmetic circuit in it the exact spectra."""
-    network, seed, patch = run.model, settings.seed, settings.patch
-    images = sample_images(run, settings.images, seed)
+    network, seed, patch, layer = run.model, settings.seed, settings.patch, settings.layer
+    check_layer(network, layer)
+    if layer is not None and settings.tree is not None:
+        raise ValueError(f"--tree {settings.tree} is of the output: omit it, or --layer {layer}")
+    images = run.images = sample_images(run, settings.number, seed) if run.images is None else run.images
     count, height, width = (int(images.shape[axis]) for axis in (0, 2, 3))
     size = min(count // 2, 64) if settings.size is None else settings.size
     samples = min(count, 64) if settings.samples is None else settings.samples
     if not 4 <= size <= count // 2:
         reason = f"a cut takes at least 4 images on either side, different ones on each, and there are {count}"
-        raise ValueError(f"--size {size}: {reason}; change it, or --images")
+        raise ValueError(f"--size {size}: {reason}; change it, or --number")
     if not 2 <= samples <= count:
-        raise ValueError(f"--samples {samples} must be 2 to {count}, the number of images; change it, or --images")
+        raise ValueError(f"--samples {samples} must be 2 to {count}, the number of images; change it, or --number")
     if settings.pairs is not None and (settings.method == "linear" or settings.pairs < 1):
         raise ValueError(f"--pairs {settings.pairs} must be 1 or more, and goes with --method exact")
     if patch is not None and (patch < 1 or height % patch or width % patch or patch >= max(height, width)):
@@ -226,12 +359,21 @@ def _add_network(run: TrainedRun, settings: Any, add: Callable[..., None]) -> No
                 function = partial(_measure_spectra, within=which)
                 add("nodes", f"nodes of {which}", circuit.to_factorization(output), function)
     common = {"images": count, "seed": seed, "float64": settings.float64}
-    own: dict[str, Any] = {"size": size, "repetitions": settings.repetitions}
+    # absent, so that what was measured before there were layers is not measured again
+    chosen, of_layer = ({}, "") if layer is None else ({"layer": layer}, f" of {layer}")
+    own: dict[str, Any] = {"size": size, "repetitions": settings.repetitions} | chosen
     for name, mask in ranks.standard_cuts(height, width).items():
         function = partial(_measure_cut, images=images, name=name, mask=mask, seed=seed, **own)
-        add("cuts", f"cut {name}", network, function, **common, **own)
-    own = {"patch": patch, "samples": samples, "method": settings.method, "pairs": settings.pairs}
-    add("profile", "profile", network, partial(_measure_profile, images=images, seed=seed, **own), **common, **own)
+        add("cuts", f"cut {name}{of_layer}", network, function, **common, **own)
+    own = {"patch": patch, "samples": samples, "method": settings.method, "pairs": settings.pairs} | chosen
+    add(
+        "profile",
+        f"profile{of_layer}",
+        network,
+        partial(_measure_profile, images=images, seed=seed, **own),
+        **common,
+        **own,
+    )
     if settings.tree is not None:
         partition, tree = _blocks(settings.tree, height, width)
         size = min(16, count) if settings.size is None else size

@@ -1,19 +1,33 @@
-"""Networks: a small residual network, the hierarchical tensor factorisation as one, and adapting existing ones."""
+"""Networks: a small residual network, the hierarchical tensor factorisation as one, and existing ones.
+
+Existing ones are adapted to channels and outputs, or built by their class path and given weights from a file.
+"""
 
 from __future__ import annotations
 
 __all__ = ["ConvolutionalArithmeticCircuit", "SmallResNet", "adapt"]
 
+import inspect
+import json
+import pkgutil
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
 from typing import Any, Self, cast, final
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from lightning_locality.tensors.contraction import RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree
+
+# names under which files keep a state dict among other things
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 class _Block(nn.Module):
@@ -154,6 +168,150 @@ def _convolution_like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> n
     settings: dict[str, Any] = {name: getattr(conv, name) for name in names}
     settings |= {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
     return nn.Conv2d(in_channels, out_channels, **settings)
+
+
+def build_network(words: Sequence[str]) -> nn.Module:
+    """Construct a network by its name and its arguments, as typed.
+
+    Args:
+        words: The name, then arguments as ``NAME=VALUE``, of which the last counts. The name is the path of a class, or
+            of a function whose annotation says that it returns a network, or ``timm/NAME``, or a YAML file of
+            class_path and init_args.
+
+    Raises:
+        ValueError: No network of that name, or arguments that it does not take.
+
+    Example:
+        >>> build_network(["torchvision.models.resnet18", "num_classes=10"]).fc.out_features
+        10
+    """
+    name, *typed = words
+    if name.startswith("timm/"):
+        try:
+            import timm
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name} needs timm: pip install 'lightning-locality[timm]'") from error
+        own = inspect.signature(timm.create_model).parameters
+        typed = [word if word.partition("=")[0] in own else f"dict_kwargs.{word}" for word in typed]
+        name, typed = "timm.create_model", [f"model_name={name.removeprefix('timm/')}", *typed]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "model")
+    try:
+        # jsonargparse 5 will rename a method
+        with warnings.catch_warnings(action="ignore"):
+            given = parser.parse_args([f"--model={name}", *(f"--model.{word}" for word in typed)])
+            network: nn.Module = parser.instantiate_classes(given).model
+    # jsonargparse has types of its own, and a constructor may raise anything
+    except Exception as error:
+        if not {".", "/"} & set(name):
+            example = "torchvision.models.resnet18, or of timm as timm/resnet18"
+            raise ValueError(f"{name!r} is no network: name it by the path of its class, as {example}") from error
+        # without the types that jsonargparse tried
+        reason = re.search(r"Errors:\n\s*- (.*?)\n\s*- Expected a <class 'NoneType'>", str(error), re.DOTALL)
+        raise ValueError(f"cannot be built: {' '.join(reason[1].split()) if reason else error}") from error
+    return network
+
+
+def plain_arguments(name: str, arguments: Any) -> list[str]:
+    """Return those arguments of a class that a file which is not trusted may give, as words of :func:`build_network`.
+
+    They are numbers, single words and lists of these: jsonargparse would import what a longer text names.
+
+    Example:
+        >>> plain_arguments("torch.nn.Linear", {"in_features": 3, "device": "os.getcwd", "unknown": 1})
+        ['in_features=3']
+    """
+    try:
+        cls = pkgutil.resolve_name(name)
+    # a YAML file, or no name at all
+    except (ValueError, ImportError, AttributeError):
+        return []
+    # not of a function such as those of torchvision, whose arguments may download weights
+    if not isinstance(cls, type) or not isinstance(arguments, Mapping):
+        return []
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(plain, value))
+        return isinstance(value, (int, float, NoneType)) or bool(re.fullmatch(r"[\w-]*", str(value)))
+
+    own = inspect.signature(cls).parameters
+    return [f"{key}={json.dumps(value)}" for key, value in arguments.items() if key in own and plain(value)]
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Read a state dict or a checkpoint of torch, or a file of safetensors, without executing anything in it.
+
+    Raises:
+        ValueError: A file that is something else, or that could only be read by running code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        # torch also warns of files that it then refuses
+        with warnings.catch_warnings(action="ignore"):
+            stored = torch.load(path, weights_only=True, map_location="cpu")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} needs safetensors: pip install safetensors") from error
+    except OSError:
+        raise
+    # torch and safetensors raise a different type for every way in which a file can be something else
+    except Exception as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked[1]}, so reading it could run code" if asked else str(error).partition(". ")[0]
+        remedy = "pass a state dict saved by torch.save or safetensors, or a Lightning checkpoint of plain values"
+        raise ValueError(f"{path} cannot be read safely ({reason}): {remedy}") from error
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{path} holds a {type(stored).__name__}, not weights by name")
+    return dict(stored)
+
+
+def match_weights(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Find a model's state dict in one that may be wrapped: in a checkpoint, or in a larger module by a prefix.
+
+    Raises:
+        ValueError: Names or shapes that differ, or several networks with these names.
+
+    Example:
+        >>> linear = torch.nn.Linear(1, 1, bias=False)
+        >>> match_weights(linear, {"state_dict": {"module.weight": torch.ones(1, 1), "loss.scale": torch.ones(1)}})
+        {'weight': tensor([[1.]])}
+    """
+    while wrapper := next((key for key in _WRAPPERS if isinstance(stored.get(key), Mapping)), None):
+        stored = stored[wrapper]
+    own = model.state_dict()
+    ends = [*own][:1] + [*own][-1:]
+    prefixes = [key.removesuffix(end) for end in ends for key in stored if key.endswith(end)]
+    found = {
+        prefix: {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        for prefix in ("", *prefixes)
+        if not prefix or prefix.endswith(".")
+    }
+    differences = {prefix: len(own.keys() ^ state.keys()) for prefix, state in found.items()}
+    fewest = min(differences.values())
+    best, *others = (prefix for prefix, count in differences.items() if count == fewest)
+    if others and not fewest:
+        raise ValueError(f"the weights are of several such networks, {', '.join([best, *others])}: save one alone")
+    state = found[best]
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
+    expected = {key: tuple(getattr(value, "shape", ())) for key, value in own.items()}
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes.get(key, shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' * (len(keys) > 5)}"
+            for what, keys in problems.items()
+            if keys
+        )
+        raise ValueError(f"the weights do not fit {type(model).__name__}: {listed}")
+    return state
 
 
 @final

@@ -287,9 +287,9 @@ def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from flatten(value, prefix if name == "init_args" else f"{prefix}.{name}" if prefix else str(name))
 
 
-def read_settings(run: Path) -> dict[str, Any]:
-    """Read the configuration of a run as nested settings; empty if it has no ``config.yaml``."""
-    path = run / "config.yaml"
+def read_settings(run: Path, name: str = "config.yaml") -> dict[str, Any]:
+    """Read a configuration of a run as nested settings; empty if it has no such file."""
+    path = run / name
     # the pure Python loader takes ten times as long
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(path.read_text(), loader) or {} if path.is_file() else {}

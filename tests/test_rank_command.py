@@ -39,7 +39,7 @@ from lightning_locality.tensors.mode_tree import node_name
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SMALL = ("--data.train=64", "--data.validation=40", "--data.test=60", "--data.batch_size=16", "--trainer.max_epochs=1")
-QUICK = ("--images=24", "--size=4", "--samples=6", "--accelerator=cpu", "--chunk=16")
+QUICK = ("--number=24", "--size=4", "--samples=6", "--accelerator=cpu", "--chunk=16")
 
 
 @pytest.fixture(autouse=True)
@@ -273,8 +273,8 @@ BAD = [
     (["RUNS/mixed/last.ckpt"], ["does not fit this model", "config.yaml of the run"]),
     (["RUNS/tensor/last.ckpt"], ["state_dict", "cut_share(model"]),
     (["RUNS/empty/last.ckpt"], ["there is no RUNS/empty/config.yaml that names a model"]),
-    (["RUNS/a/last.ckpt", "--images=61"], ["--images 61", "has 60"]),
-    (["RUNS/a/last.ckpt", "--images=24", "--size=13"], ["--size 13", "there are 24", "--images"]),
+    (["RUNS/a/last.ckpt", "--images=61"], ["--number 61", "has 60"]),
+    (["RUNS/a/last.ckpt", "--images=24", "--size=13"], ["--size 13", "there are 24", "--number"]),
     (["RUNS/a/last.ckpt", "--size=3"], ["--size 3", "at least 4 images"]),
     (["RUNS/a/last.ckpt", "--images=24", "--samples=25"], ["--samples 25", "2 to 24"]),
     (["RUNS/a/last.ckpt", "--patch=3"], ["--patch 3", "8 x 80"]),
@@ -398,7 +398,7 @@ def test_somebody_elses_module_and_data(foreign: Path, tmp_path: Path) -> None:
     data = Images()
     data.setup("test")
     assert torch.equal(sample_images(trained, 24, 0), data.images[:24])
-    with pytest.raises(ValueError, match=r"--images 33: the test split of .* has 32"):
+    with pytest.raises(ValueError, match=r"--number 33: the test split of .* has 32"):
         sample_images(trained, 33, 0)
     rows = table(out)
     circuit = trained.module.net

@@ -177,6 +177,15 @@ def _walk(folder: Path, left: Counter[str]) -> Iterator[Path]:
             left[f"*{path.suffix.lower()}"] += 1
 
 
+def every_picture(root: Path) -> list[Path]:
+    """Test pictures of a folder, or all if it is not divided; there need be no class folders."""
+    splits = folder_splits(root)
+    top = splits.get("test", splits.get("train", root))
+    if found := list(_walk(top, Counter())):
+        return found
+    raise ImagesNotFoundError(f"no images in {top}")
+
+
 @cache
 def _suffixes() -> frozenset[str]:
     """Suffixes of the pictures that Pillow, with the plugins that are registered, can read."""

@@ -22,6 +22,7 @@ from lightning_locality.datamodules.image_files import (
     CorruptImagesError,
     ImagesNotFoundError,
     array_splits,
+    every_picture,
     folder_splits,
     list_pictures,
     read_arrays,
@@ -217,6 +218,29 @@ def load_images(
     if channels is not None:
         images = convert_channels(images, channels)
     return LabelledImages(images.contiguous(), labels)
+
+
+def sample_source(
+    source: str,
+    count: int,
+    generator: torch.Generator,
+    root: str | Path = "data",
+    image_size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+) -> Tensor:
+    """Sample distinct test images of a source, uint8 ``(N, C, H, W)``: ``count``, or all if there are fewer.
+
+    The other arguments and the errors are those of :func:`load_images`. Of a folder, which need not hold class folders,
+    only the sampled pictures are read.
+    """
+    name, folder = parse_source(source, root)
+    whole = every_picture(folder) if name == "folder" else load_images(source, "test", root).images
+    chosen = torch.randperm(len(whole), generator=generator)[:count].sort().values
+    if isinstance(whole, Tensor):
+        images = whole[chosen] if image_size is None else resize_images(whole[chosen], image_size)
+    else:
+        images = _read([whole[place] for place in chosen.tolist()], image_size, "bilinear")
+    return images if channels is None else convert_channels(images, channels)
 
 
 def has_validation(source: str, root: str | Path = "data") -> bool:

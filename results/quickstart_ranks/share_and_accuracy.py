@@ -1,7 +1,7 @@
 r"""Pair the cut share of the networks of a sweep with their test accuracy: does one predict the other?
 
     lightning-locality sweep configs/sweeps/quickstart_seeds.yaml
-    lightning-locality rank --checkpoint runs/quickstart_seeds/*/last.ckpt --images 1024 --samples 256 \
+    lightning-locality rank --checkpoint runs/quickstart_seeds/*/last.ckpt --number 1024 --samples 256 \
         --repetitions 4 --patch 8 --method exact --out ranks_seeds
     python results/quickstart_ranks/share_and_accuracy.py runs/quickstart_seeds ranks_seeds --out seeds.csv
     lightning-locality figure xy seeds.csv --x cut_share --y test_accuracy --group variant --points

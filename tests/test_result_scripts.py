@@ -191,6 +191,28 @@ def test_influence_by_layers_of_runs(tmp_path: Path) -> None:
     assert len(pd.read_csv(tmp_path / "influence.csv")) == 12
     for name in ("influence", "layers"):
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    # the same run as it was before training, as of a sweep of one run
+    (tmp_path / "results.csv").write_text("run,variant,seed_everything,test/accuracy\nrun,far,0,0.5\n")
+    table = load("training_range").main(
+        [str(tmp_path), "--layer=blocks.0", "--images=24", f"--out={tmp_path / 'range'}"]
+    )
+    before, after = table.set_index("state").loc[["untrained", "trained"]].to_dict("records")
+    # an untrained one has no interaction over 64 pixels; the reach of a unit is at most that of its layer
+    assert abs(before["cut"]) < 1e-6
+    assert 0 < before["layer"] < 8
+    assert before["output"] != after["output"]
+    assert (tmp_path / "range" / "range.png").exists()
+
+
+def test_settings_of_pathfinder_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("pathfinder_settings")
+    monkeypatch.setattr(script, "SETTINGS", [("lra32", 6), ("lra64", 6)])
+    monkeypatch.setattr(sys, "argv", ["make.py", f"--out={tmp_path}", "--pictures=40"])
+    script.main()
+    table = pd.read_csv(tmp_path / "settings.csv")
+    assert table["distractors"].tolist() == [10, 11]
+    assert (table["ink_percent"] > 10).all()
+    assert (tmp_path / "settings.png").exists()
 
 
 def test_shares_are_paired_with_accuracies(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def gallery(settings: list[tuple[str, int]]) -> Figure:
     """Columns in pairs: picture and classes of label 0, then of label 1."""
     rows, across = -(-len(settings) // 2), 8
     figure = Figure(figsize=(across * 1.05, rows * 1.18), layout="constrained")
-    axes = figure.subplots(rows, across)
+    axes = figure.subplots(rows, across, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     colours = ListedColormap(["black", COLOURS[0], COLOURS[1], "0.6"])

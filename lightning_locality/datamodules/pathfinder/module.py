@@ -55,7 +55,7 @@ class Pathfinder(AbstractImageDataModule):
         batch_size: Samples per step and process.
         workers: Number of processes that generate pictures; None: one per usable core.
         preset: A published setting by its name instead of ``curves``: ``icml2022``, ``lra32``, ``lra64``, ``lra128``,
-            ``lra256``, ``pathx`` or ``linsley300``, see :meth:`PathfinderCurves.preset`.
+            ``lra256``, ``pathx`` or ``linsley300``; see data/README.md.
         curves: All other parameters of the pictures; None: as published.
         targets: Also what is where: a batch of a loader has :meth:`targets` as its third entry.
         validation_is_test: Validate on the test pictures (published; a score selected by validation is then worthless).
@@ -278,6 +278,7 @@ class Pathfinder(AbstractImageDataModule):
         for field in dataclasses.fields(self.curves):
             value = getattr(self.curves, field.name)
             if value != field.default:
+                value = list(value) if isinstance(value, tuple) else value
                 options["path_length" if field.name == "path_length" else f"curves.{field.name}"] = value
         return "lightning-locality make-data pathfinder " + shlex.join(f"--{k}={v}" for k, v in options.items())
 

@@ -212,6 +212,7 @@ def ring(radius: int) -> tuple[Bytes, Bytes]:
 
     def share(inside: Flags) -> Bytes:
         side = 2 * radius + 3
-        return ((inside.reshape(side, 4, side, 4).sum(axis=(1, 3)) * 255 + 8) // 16).astype(np.uint8)
+        covered: Bytes = ((inside.reshape(side, 4, side, 4).sum(axis=(1, 3)) * 255 + 8) // 16).astype(np.uint8)
+        return covered
 
     return share(distance <= radius**2), share(distance > (radius - 3) ** 2)

@@ -18,11 +18,12 @@ from lightning_locality.datamodules.drawn_pictures import AbstractDrawnPictures,
 class ClutteredABC(AbstractDrawnPictures):
     r"""Pictures of two letters in pieces and two ring-shaped markers; label 1 if both markers lie on one letter.
 
-    The task cABC of "Disentangling neural mechanisms for perceptual grouping" (Kim, Linsley, Thakkar, Serre, 2020), with
-    the parameters of its authors' program. **The letters look otherwise than the published ones**, whose two fonts
-    cannot be shipped: they are of DejaVu Sans and DejaVu Sans Mono, which come with matplotlib, unless ``letters`` names
-    other fonts. data/README.md says what else is not as published. Pictures are generated, stored, streamed and
-    normalised as those of :class:`Pathfinder`, in ``root``/cluttered_abc (about 10 ms per picture and core).
+    The task cABC of "Disentangling neural mechanisms for perceptual grouping" (Kim, Linsley, Thakkar, Serre, 2020),
+    with the parameters of its authors' program. **The letters look otherwise than the published ones**, whose two
+    fonts cannot be shipped: they are of DejaVu Sans and DejaVu Sans Mono, which come with matplotlib, unless
+    ``letters`` names other fonts. data/README.md says what else is not as published. Pictures are generated, stored,
+    streamed and normalised as those of :class:`Pathfinder`, in ``root``/cluttered_abc (8 to 14 ms per picture and
+    core).
 
     Args:
         preset: A published setting: ``easy`` (default), ``intermediate`` or ``hard``.
@@ -55,7 +56,7 @@ class ClutteredABC(AbstractDrawnPictures):
     (1, 175, 175)
     """
 
-    class_names = ("two_letters", "one_letter")
+    class_names = ("different letters", "same letter")
     process, parameters_option = CLUTTERED_ABC, "letters"
 
     def __init__(

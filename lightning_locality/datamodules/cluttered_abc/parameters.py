@@ -44,8 +44,8 @@ class ClutteredLetters:
     r"""Parameters of a picture: two capital letters that barely overlap, in pieces, and two ring-shaped markers.
 
     The middle line of each letter is scaled, turned, sheared and bent, and drawn with strokes of one thickness. The
-    letters' centres lie on a circle around that of the picture. Both are then cut into square patches, some of which are
-    left out; the others are displaced. The defaults are those of the easy setting of the work cited in
+    letters' centres lie on a circle around that of the picture. Both are then cut into square patches, some of which
+    are left out; the others are displaced. The defaults are those of the easy setting of the work cited in
     :class:`ClutteredABC`. Lengths are in pixels of a picture of side ``window``.
 
     Args:
@@ -121,6 +121,7 @@ class ClutteredLetters:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+            object.__setattr__(self, name, float(value))
         if self.distortion_width == 0:
             raise ValueError("distortion_width must be positive, got 0; distortion=0 leaves the letters straight")
         for name in ("min_overlap", "max_overlap", "patch_threshold", "omission"):
@@ -142,6 +143,7 @@ class ClutteredLetters:
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or not least <= value[0] <= value[1] <= max(self.window, 360)):
                 raise ValueError(f"{name} must be a least and a greatest value of at least {least}, got {value!r}")
+        object.__setattr__(self, "radius", tuple(map(float, self.radius)))  # as the command line has them
         if not self.fonts or len(self.fonts) != len(self.font_sizes) or min(self.font_sizes) < 20:
             raise ValueError(
                 "fonts must be at least one file, with a size of at least 20 pixels for each in font_sizes, got "

@@ -157,7 +157,8 @@ def _break_up(letters: ClutteredLetters, strokes: tuple[Flags, Flags], random: R
 def _central(window: int) -> Integers:
     """Weights of the first marker's places, a normal distribution of a third of the side, out of 2^16."""
     along = (np.arange(window) - (window - 1) / 2) / (window / 3)
-    return np.rint(WEIGHT_SCALE * np.exp(-(along[:, None] ** 2 + along**2) / 2)).astype(np.int64)
+    weights: Integers = np.rint(WEIGHT_SCALE * np.exp(-(along[:, None] ** 2 + along**2) / 2)).astype(np.int64)
+    return weights
 
 
 def _mark(
@@ -174,7 +175,7 @@ def _mark(
     first = spots[np.searchsorted(total, random.below(int(total[-1])), side="right")]
     farthest = min(max(*first, *(letters.window - 1 - first)), 3 * radius)
     nearest = 2 * letters.marker_radius + 1
-    room = math.ceil(farthest) - nearest
+    room = int(farthest) - nearest
     if room < 1:
         return None
     squares = [((where - first) ** 2).sum(axis=1) for where in (spots, others)]
@@ -204,7 +205,8 @@ def render(letters: ClutteredLetters, scene: Scene) -> Bytes:
     if times == 1:
         return whole.copy()
     sums = whole.reshape(letters.size, times, letters.size, times).sum(axis=(1, 3), dtype=np.int64)
-    return ((sums + times**2 // 2) // times**2).astype(np.uint8)
+    means: Bytes = ((sums + times**2 // 2) // times**2).astype(np.uint8)
+    return means
 
 
 def segment(letters: ClutteredLetters, scene: Scene) -> Bytes:

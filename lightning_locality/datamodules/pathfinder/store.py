@@ -74,8 +74,8 @@ class CorruptStoreError(ValueError):
 class PictureStore:
     """A folder in ``root`` with ``images.npy``, ``labels.npy`` and a header such as ``pathfinder.json``.
 
-    It is complete or absent. With ``targets`` also ``segmentation.npy`` and ``markers.npy``. data/README.md describes the
-    files and why no lock is needed.
+    It is complete or absent. With ``targets`` also ``segmentation.npy`` and ``markers.npy``. data/README.md describes
+    the files and why no lock is needed.
     """
 
     root: Path

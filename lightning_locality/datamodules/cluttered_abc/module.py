@@ -22,7 +22,7 @@ class ClutteredABC(AbstractDrawnPictures):
     with the parameters of its authors' program. **The letters look otherwise than the published ones**, whose two
     fonts cannot be shipped: they are of DejaVu Sans and DejaVu Sans Mono, which come with matplotlib, unless
     ``letters`` names other fonts. data/README.md says what else is not as published. Pictures are generated, stored,
-    streamed and normalised as those of :class:`Pathfinder`, in ``root``/cluttered_abc (8 to 14 ms per picture and
+    streamed and normalised as those of :class:`Pathfinder`, in ``root``/cluttered_abc (about 11 ms per picture and
     core).
 
     Args:

@@ -22,6 +22,7 @@ Train convolutional networks that see far, and measure how far any network sees.
   rank                  measure how far models see:  --checkpoint runs/NAME/last.ckpt [...] [--out FOLDER] [--untrained]
                         or --model torchvision.models.resnet18 --weights FILE.pt --images folder:DIR --out FOLDER
   make-data pathfinder  render the Pathfinder images before training  [--format parquet --out FOLDER]
+  make-data cabc        the same for Cluttered ABC                     [--preset hard --size 175]
   make-data export      write a task as PNG folders, .npz, WebDataset or Parquet:
                         --data SameClass [--data.distance 80 ...] --out FOLDER [--format parquet]
 
@@ -76,12 +77,14 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
 
             import lightning_locality.datamodules
             from lightning_locality.datamodules.base import export_images
+            from lightning_locality.datamodules.cluttered_abc.module import make_cluttered_abc
             from lightning_locality.datamodules.pathfinder.module import make_pathfinder
             from lightning_locality.runner import SuggestingParser
 
             for name in lightning_locality.datamodules.__all__:
                 getattr(lightning_locality.datamodules, name)  # imported, a class can be given by its name alone
-            commands: dict[str, Any] = {"pathfinder": make_pathfinder, "export": export_images}
+            commands: dict[str, Any] = {"pathfinder": make_pathfinder, "cabc": make_cluttered_abc}
+            commands["export"] = export_images
             options: dict[str, Any] = {"parser_class": SuggestingParser, "description": "Write data to disk."}
             auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False, **options)
         case _:

@@ -34,6 +34,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import distributed, nn
 
 import lightning_locality
+from lightning_locality import datamodules
 from lightning_locality.callbacks.resume import MetricsFile, Stopwatch, use_atomic_checkpoints
 from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.datamodules.base import AbstractImageDataModule
@@ -456,8 +457,9 @@ def run(args: Sequence[str]) -> LocalityCLI:
     """
     exit_with_parent()
     # jsonargparse finds a class by its bare name once it is imported
-    for name in lightning_locality.__all__:
-        getattr(lightning_locality, name)
+    for face in (lightning_locality, datamodules):
+        for name in face.__all__:
+            getattr(face, name)
     own = {"prog": _PROGRAM, "allow_abbrev": False}
     with warnings.catch_warnings():
         # Lightning 2.6 itself uses names that jsonargparse 5 will remove; the bound below 5 covers it

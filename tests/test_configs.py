@@ -50,6 +50,7 @@ CASES = {
     "pathfinder": (["pathfinder.yaml"], CURVES),
     "pathfinder_small": (["pathfinder_small.yaml"], CURVES),
     "pathfinder_long": (["pathfinder_long.yaml"], (*CURVES, "--data.train=null", "--data.epoch_size=4")),
+    "cluttered_abc": (["cluttered_abc.yaml"], (*CURVES, "--data.size=70")),
     "pathfinder + anti_locality": (["pathfinder.yaml", "overlays/anti_locality_pathfinder.yaml"], CURVES),
     "defaults": (["defaults.yaml"], ("--data=SameClass", *DIGITS)),
     "quickstart": (["quickstart.yaml"], QUICK),
@@ -125,7 +126,7 @@ def single_precision() -> None:
 
 
 def fast(files: list[str], options: tuple[str, ...], root: Path, *more: str) -> list[str]:
-    data = [f"--data.root={root}"] if files[0].startswith("pathfinder") else []
+    data = [f"--data.root={root}"] if files[0].startswith(("pathfinder", "cluttered_abc")) else []
     return ["fit", *(f"--config={CONFIGS / f}" for f in files), *options, *data, "--trainer.fast_dev_run=1", *more]
 
 

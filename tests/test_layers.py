@@ -68,8 +68,8 @@ def test_lightning_stays_above() -> None:
 
 def test_files_stay_few_and_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lines) <= 105
-    assert sum(lines.values()) <= 21_000
+    assert len(lines) <= 110
+    assert sum(lines.values()) <= 21_500
     assert len([path for path in FILES if path.parent == PACKAGE]) <= 12
     faces = ("__init__.py", "__main__.py")
     assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

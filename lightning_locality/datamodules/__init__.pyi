@@ -1,4 +1,5 @@
 from .binary_images import BinaryImages
+from .cluttered_abc import ClutteredABC
 from .pair_tasks import DistantHalves, IsGreater, SameClass, SameParity
 from .pathfinder import Pathfinder
 from .permuted_images import PermutedImages
@@ -8,6 +9,7 @@ from .unbounded import UnboundedCompletion
 
 __all__ = [
     "BinaryImages",
+    "ClutteredABC",
     "DistantHalves",
     "IsGreater",
     "Pathfinder",

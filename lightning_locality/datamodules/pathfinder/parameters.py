@@ -231,6 +231,11 @@ class PathfinderCurves:
         """Number of dashes in a picture if every distractor fits."""
         return 2 * self.path_length + self.distractor_count * self.paddles_per_distractor + self.single_count
 
+    @property
+    def label(self) -> str:
+        """How folders of pictures with these parameters begin."""
+        return f"length{self.path_length}"
+
     def parameters(self) -> dict[str, Any]:
         """All parameters by name, with None replaced by the published rule's value and tuples as lists."""
         resolved = {"distractors": self.distractor_count, "distractor_length": self.paddles_per_distractor}

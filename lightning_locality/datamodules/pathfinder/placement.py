@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +57,17 @@ class Targets(NamedTuple):
     markers: NDArray[np.float32]  # (B, 2, 2): centres (row, column) of the two discs in pixels
 
 
-def at_once(curves: PathfinderCurves) -> int:
+class HasWindow(Protocol):
+    """Parameters of a picture that is drawn on a canvas of this side."""
+
+    @property
+    def window(self) -> int:
+        """Side in pixels."""
+
+
+def at_once(setting: HasWindow) -> int:
     """Pictures to place in lock step: the more, the less the last ones cost, with grids of about 64 MB."""
-    return max(128, 2**26 // (2 * (curves.window + 40) ** 2))
+    return max(128, 2**26 // (2 * (setting.window + 40) ** 2))
 
 
 def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]) -> Placement:
@@ -69,22 +77,23 @@ def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]
 
 def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]) -> tuple[Bytes, Bytes]:
     """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone."""
-    return _draw(curves, seed, split, index, targets=False)[:2]
+    return draw(curves, seed, split, index, targets=False)[:2]
 
 
 def pictures_with_targets(
     curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]
 ) -> tuple[Bytes, Bytes, Targets]:
     """The same with what is where in them."""
-    return _draw(curves, seed, split, index, targets=True)
+    return draw(curves, seed, split, index, targets=True)
 
 
-def _draw(
+def draw(
     curves: PathfinderCurves, seed: int, split: str, index: Sequence[int], targets: bool
 ) -> tuple[Bytes, Bytes, Targets]:
+    """Pictures, labels and, if asked for, what is where; empty arrays otherwise."""
     count, length = len(index), curves.path_length
     images, labels = np.empty((count, curves.size, curves.size), np.uint8), np.empty(count, np.uint8)
-    known = Targets(np.empty_like(images), np.empty((count, 2, 2), np.float32))
+    known = Targets(np.empty_like(images[: count * targets]), np.empty((count * targets, 2, 2), np.float32))
     for rows, one in _by_margin(curves, seed, STREAMS[split], index):
         label, at, stroke, discs, contrast = place(one, seed, STREAMS[split], [int(index[row]) for row in rows])
         images[rows], labels[rows] = render(one, at, stroke, discs, contrast), label

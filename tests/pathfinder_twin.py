@@ -107,7 +107,7 @@ class SlowPicture:
     def brightness(self) -> list[float]:
         """Of all dashes there may be: of the first curve, of the second one, and of the rest."""
         length, total = self.curves.path_length, self.curves.max_paddles
-        curve, paddle = self.curves.curve_contrast, self.curves.paddle_contrast
+        curve, paddle = self.curves.contrast, self.curves.paddle_contrast
         own = [curve, curve]
         if isinstance(curve, tuple):
             twice = [value for value in curve for _ in (0, 1)]

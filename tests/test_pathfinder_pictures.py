@@ -34,7 +34,7 @@ PUBLISHED_DISTANCES = {
 SMALL = PathfinderCurves(path_length=3, window=160, size=80, padding=15, seed_distance=20, distractors=4)
 CROWDED = dataclasses.replace(SMALL, distractors=25, distractor_length=3, balanced=True)
 FULL = dataclasses.replace(SMALL, distractors=90, stop_with_availability=0.4)
-THICK = dataclasses.replace(SMALL, size=32, curve_contrast=0.8, antialias=3, paddle_thickness=3, distractor_length=2)
+THICK = dataclasses.replace(SMALL, size=32, contrast=0.8, antialias=3, paddle_thickness=3, distractor_length=2)
 SEVERAL = PathfinderCurves(
     path_length=3,
     window=96,
@@ -42,7 +42,7 @@ SEVERAL = PathfinderCurves(
     padding=10,
     seed_distance=12,
     margin=(2, 4),
-    curve_contrast=(0.5, 1.0, 1.4),
+    contrast=(0.5, 1.0, 1.4),
     paddle_contrast=(0.6, 0.9),
     distractors=2,
     stop_with_availability=0.4,
@@ -315,7 +315,7 @@ def test_wrong_curves() -> None:
         ({"balanced": False, "antialias": True}, "antialias must be an integer"),
         ({"continuity": 0.0}, "continuity must be a positive number"),
         ({"continuity": 0.1}, "continuity must be at least 0.5"),
-        ({"curve_contrast": float("nan")}, "curve_contrast must be a positive number"),
+        ({"contrast": float("nan")}, "contrast must be a positive number"),
         ({"stop_with_availability": 1.5}, "stop_with_availability is a share"),
         ({"size": 140}, "window must be 1 to 11 times size"),
         ({"window": 110, "size": 55}, r"window=110 is too small.*choose window >= 118"),

@@ -185,7 +185,7 @@ def test_wrong_streams(tmp_path: Path) -> None:
         ({"curriculum": {"size": 16}}, "curriculum cannot change 'size'"),
         ({"curriculum": {"balanced": 1}}, "curriculum cannot change 'balanced'"),
         ({"curriculum": {"margin": -1}}, r"in epoch 0, with {'margin': -1}, margin must be an integer"),
-        ({"curriculum": {"curve_contrast": float("nan")}}, "contrast a finite number, got nan"),
+        ({"curriculum": {"contrast": float("nan")}}, "contrast a finite number, got nan"),
         ({"curriculum": {"margin": 1}, "curriculum_epochs": 0}, "curriculum_epochs must be at least 1"),
         ({"epoch_size": 0}, "epoch_size must be a number of pictures"),
     ):

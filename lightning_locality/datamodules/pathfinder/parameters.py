@@ -24,14 +24,14 @@ PRESETS: dict[str, tuple[dict[str, Any], int | None]] = {
     "lra32": (
         _LRA
         | {"window": 32, "seed_distance": 7, "paddle_length": 2, "marker_radius": 1.5, "paddle_thickness": 0.5}
-        | {"margin": 1, "continuity": 1.0, "curve_contrast": 2.0, "paddle_contrast": 0.75},
+        | {"margin": 1, "continuity": 1.0, "contrast": 2.0, "paddle_contrast": 0.75},
         20,
     ),
-    "lra64": (_LRA | {"window": 64, "seed_distance": 12, "marker_radius": 2.5, "margin": 1, "curve_contrast": 0.8}, 22),
+    "lra64": (_LRA | {"window": 64, "seed_distance": 12, "marker_radius": 2.5, "margin": 1, "contrast": 0.8}, 22),
     "lra128": (
         _LRA
         | {"window": 128, "seed_distance": 20, "marker_radius": 3.0, "paddle_thickness": 1.5}
-        | {"margin": (2, 3), "curve_contrast": 0.9},
+        | {"margin": (2, 3), "contrast": 0.9},
         35,
     ),
     "lra256": (_LRA | {"window": 256, "padding": 22, "marker_radius": 5.0, "paddle_thickness": 2.0}, 30),
@@ -64,7 +64,7 @@ class PathfinderCurves:
         margin: Distance in pixels that a dash keeps free around itself; the gap in a curve is twice as long. Of
             several one is drawn for each picture.
         continuity: The next dash turns by an angle t with probability proportional to cos(min(continuity t, pi/2))^2.
-        curve_contrast: Brightness of the dashes before the picture is divided by its maximum; that of the discs is 1.
+        contrast: Brightness of the dashes before the picture is divided by its maximum; that of the discs is 1.
             Of several one is drawn for each target curve (two of a list that has each twice) and for each dash of a
             distractor.
         paddle_contrast: Factor of the brightness of the target curves' dashes; of several one is drawn for each pair of
@@ -98,7 +98,7 @@ class PathfinderCurves:
     paddle_thickness: float = 2
     margin: int | tuple[int, ...] = 3
     continuity: float = 1.8
-    curve_contrast: float | tuple[float, ...] = 1.0
+    contrast: float | tuple[float, ...] = 1.0
     paddle_contrast: float | tuple[float, ...] = 1.0
     antialias: int = 2
     marker_radius: float = 3
@@ -119,7 +119,7 @@ class PathfinderCurves:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
         for name in ("paddle_thickness", "continuity", "marker_radius"):
             self._set(name, _positive(name, getattr(self, name)))
-        for name in ("curve_contrast", "paddle_contrast"):
+        for name in ("contrast", "paddle_contrast"):
             values = [_positive(name, value) for value in _several(name, getattr(self, name))]
             self._set(name, values[0] if len(values) == 1 else tuple(values))
         if any(isinstance(m, bool) or not isinstance(m, int) or m < 0 for m in _several("margin", self.margin)):

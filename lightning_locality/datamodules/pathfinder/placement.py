@@ -125,7 +125,7 @@ def _contrasts(curves: PathfinderCurves, seed: int, stream: int, index: Sequence
     """Brightness ``(B, P)`` of every dash, 1 = INK_SCALE."""
     rows, length = np.arange(len(index)), curves.path_length
     random = RandomStreams(seed, CONTRASTS + stream, index)
-    curve, paddle = (np.atleast_1d(values) for values in (curves.curve_contrast, curves.paddle_contrast))
+    curve, paddle = (np.atleast_1d(values) for values in (curves.contrast, curves.paddle_contrast))
 
     def drawn(values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
         if len(values) == 1:

@@ -60,16 +60,16 @@ def draw(table: pd.DataFrame) -> Figure:
     with rc_context(STYLE):
         sweeps = list(table.groupby("sweep", sort=False))
         figure = Figure(figsize=(2 * COLUMN, 2.4 * len(sweeps)), layout="constrained")
-        grid = figure.subplots(len(sweeps), len(QUANTITIES), squeeze=False)
+        grid = figure.subplots(len(sweeps), len(QUANTITIES), squeeze=False, sharey="row")
         for panels, (sweep, own) in zip(grid, sweeps, strict=True):
             for axes, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
                 sns.pointplot(
-                    own, x="variant", y=quantity, hue="state", estimator="median", errorbar=("pi", 100), dodge=0.3,
+                    own, x=quantity, y="variant", hue="state", estimator="median", errorbar=("pi", 100), dodge=0.3,
                     linestyle="none", markers=["o", "D"], markersize=3, err_kws={"linewidth": 1}, ax=axes,
                     legend=quantity == "cut",
                 )  # fmt: skip
-                axes.set(xlabel="", ylabel=label, ylim=(0, None))
-                axes.tick_params("x", rotation=30)
+                axes.set(xlabel=label, ylabel="", xlim=(0, None))
+                axes.margins(x=0.08)
             panels[0].set_title(sweep, loc="left")
             panels[0].legend(title=None, fontsize=6.5)
         return figure

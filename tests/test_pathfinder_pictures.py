@@ -214,8 +214,8 @@ def check_setting(curves: PathfinderCurves, count: int) -> None:
     flat = images.reshape(count, -1).astype(float)
     for statistic in ((flat > 0).sum(axis=1), flat.mean(axis=1), flat.std(axis=1)):
         area = stats.mannwhitneyu(statistic[labels == 1], statistic[labels == 0]).statistic / labels.sum()
-        # five standard errors: three statistics of 26 settings
-        assert abs(area / (labels == 0).sum() - 0.5) < 5 * deviation / 3**0.5
+        # five standard errors of the area: three statistics of 26 settings
+        assert abs(area / (labels == 0).sum() - 0.5) < 5 / (3 * count) ** 0.5
 
 
 PRESETS = [PathfinderCurves.preset(name, length) for name in SETTINGS for length in (6, 9, 14)]

@@ -102,7 +102,7 @@ def check_statistics(letters: ClutteredLetters, count: int) -> None:
     distance = np.hypot(*(known.markers[:, 0] - known.markers[:, 1]).T)
     for statistic in ((flat > 0).sum(axis=1), flat.mean(axis=1), flat.std(axis=1), distance):
         area = stats.mannwhitneyu(statistic[labels == 1], statistic[labels == 0]).statistic / labels.sum()
-        assert abs(area / (labels == 0).sum() - 0.5) < 4 * deviation / 3**0.5
+        assert abs(area / (labels == 0).sum() - 0.5) < 4 / (3 * count) ** 0.5
 
 
 def test_no_statistic_tells_the_label() -> None:

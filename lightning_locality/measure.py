@@ -103,7 +103,7 @@ def rank(
             function annotated with what it returns), or a YAML file with class_path and init_args. Arguments follow
             as --model.num_classes 10.
         weights: File of a state dict (torch or safetensors), or a Lightning checkpoint; may be given several times.
-            No code in it is executed. Without, the network is measured as it is constructed under --seed.
+            No code in it is executed. Without weights, the network is measured as initialised under --seed.
         images: What --model is measured on: folder:DIR (pictures, with or without class folders), file:FILE.npz,
             digits, or cifar10, mnist, ... in $LIGHTNING_LOCALITY_DATA.
         image_size: Height and width in pixels to resize these images to; the default leaves them.
@@ -148,7 +148,7 @@ def rank(
         if images is None or out is None:
             raise ValueError(f"--model {model[0]} needs --images, such as folder:DIR, and --out, a folder for results")
         if untrained and not weights:
-            raise ValueError(f"--untrained compares with --weights: {model[0]} without them is as it is constructed")
+            raise ValueError(f"--untrained compares with --weights: without them, {model[0]} is untrained anyway")
         loading = partial(load_model, model, data=ImageSource(images, image_size, mean, std), seed=seed)
     elif given := [f"--{name.replace('_', '-')}" for name in _ELSEWHERE if getattr(settings, name) is not None]:
         raise ValueError(f"{', '.join(given)}: only for --model; a run is measured on the test images of its own data")

@@ -178,7 +178,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no endless training stream: give train")
 
     def compose_stream(self, epoch: int, values: Values) -> tuple[Tensor, Tensor]:
-        """What :meth:`compose` returns, of values that :meth:`begin_stream` gave and that are now on the device."""
+        """Return images and labels as :meth:`compose` does, from what :meth:`begin_stream` gave, on the device."""
         raise NotImplementedError(f"{type(self).__name__} has no endless training stream: give train")
 
     def origin(self, split: Split) -> Split:
@@ -218,7 +218,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot be exported: define to_uint8(images) for it")
 
     def parameters(self) -> dict[str, Any]:
-        """What the data depends on, for :meth:`export`."""
+        """Parameters that determine the data, written by :meth:`export`."""
         return {}
 
     def export(self, out: str | Path, format: Format | None = None) -> None:

@@ -208,7 +208,7 @@ class AbstractDrawnPictures(AbstractImageDataModule):
         return {"seed": self.seed, **self.curves.parameters()}
 
     def targets(self, split: Split, indices: Tensor | StreamSamples) -> dict[str, Tensor]:
-        """What is where in the samples ``indices`` ``(B,)``, on their device; for ``targets=True``.
+        """Segmentation and markers of the samples ``indices`` ``(B,)``, on their device; needs ``targets=True``.
 
         ``segmentation``: uint8 ``(B, size, size)``, the class of each pixel, and ``markers``: centres (row, column) of
         the two markers in pixels, float32 ``(B, 2, 2)``, as the class describes them.

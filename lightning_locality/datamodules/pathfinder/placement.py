@@ -50,7 +50,7 @@ class Placement(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is where in ``B`` pictures, for segmentation and attribution."""
+    """Segmentation and marker positions of ``B`` pictures."""
 
     # (B, size, size): 1 on the curve that starts at the first disc, 2 on the other target curve, 3 on distractors
     segmentation: Bytes
@@ -83,14 +83,14 @@ def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[in
 def pictures_with_targets(
     curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]
 ) -> tuple[Bytes, Bytes, Targets]:
-    """The same with what is where in them."""
+    """The same, with segmentation and marker positions."""
     return draw(curves, seed, split, index, targets=True)
 
 
 def draw(
     curves: PathfinderCurves, seed: int, split: str, index: Sequence[int], targets: bool
 ) -> tuple[Bytes, Bytes, Targets]:
-    """Pictures, labels and, if asked for, what is where; empty arrays otherwise."""
+    """Pictures, labels and targets; empty targets unless they are asked for."""
     count, length = len(index), curves.path_length
     images, labels = np.empty((count, curves.size, curves.size), np.uint8), np.empty(count, np.uint8)
     known = Targets(np.empty_like(images[: count * targets]), np.empty((count * targets, 2, 2), np.float32))

@@ -7,7 +7,7 @@ __all__ = ["AbstractDrawnPictures"]
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,8 +36,28 @@ _log = logging.getLogger(__name__)
 class AbstractDrawnPictures(AbstractImageDataModule):
     """Pictures with two labels, each a function of parameters, seed, split and its own number.
 
-    A subclass names its ``process``, and passes on its own arguments, which :class:`Pathfinder` describes, with the
-    parameters of its pictures, a frozen dataclass, as ``curves``.
+    A subclass names its ``process`` and passes on the parameters of its pictures, a frozen dataclass, as ``curves``.
+
+    Args:
+        curves: Parameters of the pictures.
+        train: Number of training pictures; None: new ones in every epoch.
+        validation: Number of validation pictures.
+        test: Number of test pictures.
+        seed: Seed of the pictures and of the order of training batches, 0 to 2^32 - 1.
+        root: Folder of the data.
+        batch_size: Samples per step and process.
+        workers: Number of processes that generate pictures; None: one per usable core.
+        targets: A batch of a loader has :meth:`targets` as its third entry.
+        validation_is_test: Validate on the test pictures.
+        drop_last: Leave out the last, smaller training batch of an epoch.
+        epoch_size: Number of pictures per epoch if ``train`` is None.
+        curriculum: With ``train=None``, values in epoch 0 of numbers among the parameters, such as ``{"omission": 0}``,
+            which change in equal steps to their own values; validation and test pictures have those.
+        curriculum_epochs: Number of epochs that this takes.
+        channels: 1, or 3 equal ones for networks that expect colours.
+        mean: Mean intensity (0 to 1) of each channel, subtracted; None: of the pictures. ``imagenet``: mean and
+            deviation that most pretrained networks expect, of three channels.
+        std: Standard deviation of each channel, divided by; likewise.
     """
 
     num_classes = 2
@@ -49,22 +69,22 @@ class AbstractDrawnPictures(AbstractImageDataModule):
         self,
         curves: Any,
         *,
-        train: int | None,
-        validation: int,
-        test: int,
-        seed: int,
-        root: str | Path,
-        batch_size: int,
-        workers: int | None,
-        targets: bool,
-        validation_is_test: bool,
-        drop_last: bool,
-        epoch_size: int,
-        curriculum: Mapping[str, float] | None,
-        curriculum_epochs: int,
-        channels: Literal[1, 3],
-        mean: Sequence[float] | Literal["imagenet"] | None,
-        std: Sequence[float] | None,
+        train: int | None = 10_000,
+        validation: int = 2_000,
+        test: int = 10_000,
+        seed: int = 0,
+        root: str | Path = "data",
+        batch_size: int = 64,
+        workers: int | None = None,
+        targets: bool = False,
+        validation_is_test: bool = False,
+        drop_last: bool = False,
+        epoch_size: int = 10_000,
+        curriculum: dict[str, float] | None = None,
+        curriculum_epochs: int = 10,
+        channels: Literal[1, 3] = 1,
+        mean: Sequence[float] | Literal["imagenet"] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
         self.curves = curves

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["ClutteredABC", "make_cluttered_abc"]
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,27 +26,10 @@ class ClutteredABC(AbstractDrawnPictures):
 
     Args:
         preset: A published setting: ``easy`` (default), ``intermediate`` or ``hard``.
-        train: Number of training pictures; None: new ones in every epoch.
-        validation: Number of validation pictures.
-        test: Number of test pictures.
-        seed: Seed of the pictures and of the order of training batches, 0 to 2^32 - 1.
-        root: Folder of the data.
-        batch_size: Samples per step and process.
-        workers: Number of processes that generate pictures; None: one per usable core.
         size: Side of the pictures in pixels, 350 (published), 175, 70 or 50; None: that of the setting.
         letters: All parameters of the pictures instead of ``preset``, see :class:`ClutteredLetters`.
-        targets: Also what is where: a batch of a loader has :meth:`targets` as its third entry. Its ``segmentation`` is
-            1 on the letter of the first marker, 2 on the other one, 3 where both are.
-        validation_is_test: Validate on the test pictures.
-        drop_last: Leave out the last, smaller training batch of an epoch.
-        epoch_size: Number of pictures per epoch if ``train`` is None.
-        curriculum: With ``train=None``, values in epoch 0 of numbers among the parameters, such as ``{"omission": 0}``,
-            which change in equal steps to their own values; validation and test pictures have those.
-        curriculum_epochs: Number of epochs that this takes.
-        channels: 1, or 3 equal ones for networks that expect colours.
-        mean: Mean intensity (0 to 1) of each channel, subtracted; None: of the pictures. ``imagenet``: mean and
-            deviation that most pretrained networks expect, of three channels.
-        std: Standard deviation of each channel, divided by; likewise.
+        options: Arguments of :class:`AbstractDrawnPictures`. In ``targets``, ``segmentation`` is 1 on the letter of
+            the first marker, 2 on the other one, 3 where both are.
 
     Raises:
         ValueError: A number is out of range, letters do not fit in the picture, or there are both preset and letters.
@@ -62,49 +44,16 @@ class ClutteredABC(AbstractDrawnPictures):
     def __init__(
         self,
         preset: str | None = None,
-        train: int | None = 10_000,
-        validation: int = 2_000,
-        test: int = 10_000,
-        seed: int = 0,
-        root: str | Path = "data",
-        batch_size: int = 64,
-        workers: int | None = None,
         size: int | None = None,
         letters: ClutteredLetters | None = None,
-        targets: bool = False,
-        validation_is_test: bool = False,
-        drop_last: bool = False,
-        epoch_size: int = 10_000,
-        curriculum: dict[str, float] | None = None,
-        curriculum_epochs: int = 10,
-        channels: Literal[1, 3] = 1,
-        mean: Sequence[float] | Literal["imagenet"] | None = None,
-        std: Sequence[float] | None = None,
+        **options: Any,
     ) -> None:
         if preset is not None and letters is not None:
             raise ValueError(
                 f"give preset or letters, not both: got preset={preset!r}; or letters=ClutteredLetters.preset(...)"
             )
         chosen = ClutteredLetters.preset(preset or "easy") if letters is None else letters
-        super().__init__(
-            chosen if size is None else dataclasses.replace(chosen, size=size),
-            train=train,
-            validation=validation,
-            test=test,
-            seed=seed,
-            root=root,
-            batch_size=batch_size,
-            workers=workers,
-            targets=targets,
-            validation_is_test=validation_is_test,
-            drop_last=drop_last,
-            epoch_size=epoch_size,
-            curriculum=curriculum,
-            curriculum_epochs=curriculum_epochs,
-            channels=channels,
-            mean=mean,
-            std=std,
-        )
+        super().__init__(chosen if size is None else dataclasses.replace(chosen, size=size), **options)
 
 
 def make_cluttered_abc(

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from joblib import cpu_count
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pathfinder_twin import SlowPicture
 
+from lightning_locality.datamodules.pathfinder import placement
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import at_once, pictures, pictures_with_targets
+from lightning_locality.datamodules.pathfinder.placement import at_once, draw
 from lightning_locality.datamodules.pathfinder.store import PictureStore
 
 
@@ -55,12 +57,16 @@ SETTINGS = {
 
 def speed(preset: str, length: int, count: int, twins: int) -> dict[str, Any]:
     curves = PathfinderCurves.preset(preset, length)
-    first = milliseconds(lambda: pictures(curves, 0, "train", [0]))  # dashes are rendered once
+    first = milliseconds(lambda: draw(curves, 0, "train", [0], False))  # dashes are rendered once
     made: list[Any] = []
     step = at_once(curves)
     parts = [range(count)[start : start + step] for start in range(0, count, step)]
-    whole = milliseconds(lambda: made.extend(pictures(curves, 0, "train", part)[0] for part in parts)) / count
-    targets = milliseconds(lambda: [pictures_with_targets(curves, 0, "train", part) for part in parts]) / count
+    work = lambda: made.extend(draw(curves, 0, "train", part, False)[0] for part in parts)
+    whole = milliseconds(work) / count
+    compiled, placement.COMPILED = placement.COMPILED, False
+    lock_step = milliseconds(work) / count
+    placement.COMPILED = compiled
+    targets = milliseconds(lambda: [draw(curves, 0, "train", part) for part in parts]) / count
     twin: list[SlowPicture] = []
     slow = milliseconds(lambda: twin.extend(SlowPicture(curves, 0, 0, number) for number in range(twins)))
     for number, picture in enumerate(twin):
@@ -70,6 +76,7 @@ def speed(preset: str, length: int, count: int, twins: int) -> dict[str, Any]:
         "path_length": length,
         "size": curves.size,
         "ms": round(whole, 3),
+        "lock_step_ms": round(lock_step, 3),
         "with_targets_ms": round(targets, 3),
         "twin_ms": round(slow / twins, 1) if twins else None,
         "first_picture_ms": round(first, 1),
@@ -115,16 +122,22 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/pathfinder.py", *sys.argv[1:]]),
         "hardware": {"processor": processor(), "cores": cpu_count(), "load": round(os.getloadavg()[0], 2)},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "pillow": PIL.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "numba": version("numba") if placement.COMPILED else "not installed: all in lock step",
+        },
         "unit": "ms of processor time per finished picture, one core, one process",
     }
     rows = []
-    print("setting     path length  size        ms   with targets   slow twin   (ms per picture)")
+    print("setting     path length  size        ms   in lock step   with targets   slow twin   (ms per picture)")
     for preset in options.presets:
         for length in SETTINGS[preset]:
             row = speed(preset, length, options.pictures, options.twins)
             slow = "-" if row["twin_ms"] is None else row["twin_ms"]
-            print(f"{preset:12}{length:11}{row['size']:6}{row['ms']:10.3f}{row['with_targets_ms']:15.3f}{slow:>12}")
+            times = f"{row['ms']:10.3f}{row['lock_step_ms']:15.3f}{row['with_targets_ms']:15.3f}{slow:>12}"
+            print(f"{preset:12}{length:11}{row['size']:6}{times}")
             rows.append(row)
     result["speed"] = rows
     if options.memory:

@@ -18,7 +18,7 @@ from lightning_locality.cli import main
 from lightning_locality.datamodules.base import SplitBatch
 from lightning_locality.datamodules.pathfinder import make_pathfinder
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures, pictures_with_targets
+from lightning_locality.datamodules.pathfinder.placement import draw
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError
 
 LENGTHS = (3, 5, 7, 9)
@@ -37,7 +37,7 @@ def test_batches(module: Pathfinder, device: torch.device) -> None:
     index = torch.tensor([3, 1, 39], device=device)
     image, label = module.compose("train", index)
     assert (image.shape, image.dtype, label.dtype) == ((3, 1, 80, 80), torch.float32, torch.int64)
-    images, labels = pictures(SMALL, 0, "train", range(40))
+    images, labels, _ = draw(SMALL, 0, "train", range(40), False)
     plain = (images / 255 - (images / 255).mean()) / (images / 255).std()
     assert np.abs(image[:, 0].cpu().numpy() - plain[index.cpu()]).max() < 1e-4
     assert label.tolist() == labels[index.cpu()].tolist()
@@ -56,7 +56,7 @@ def test_batches_with_targets(tmp_path: Path, device: torch.device) -> None:
     module.setup("fit")
     batch = next(iter(module.train_dataloader()))
     images, labels, targets = module.on_after_batch_transfer(SplitBatch(batch.split, batch.indices.to(device)), 0)
-    expected = pictures_with_targets(module.curves, 0, "train", batch.indices.tolist())
+    expected = draw(module.curves, 0, "train", batch.indices.tolist())
     assert labels.tolist() == expected[1].tolist()
     assert np.array_equal(targets["segmentation"].cpu().numpy(), expected[2].segmentation)
     assert np.array_equal(targets["markers"].cpu().numpy(), expected[2].markers)

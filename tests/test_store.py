@@ -17,7 +17,7 @@ import pytest
 
 from lightning_locality.datamodules.pathfinder import store as module
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures, pictures_with_targets
+from lightning_locality.datamodules.pathfinder.placement import draw
 from lightning_locality.datamodules.pathfinder.store import CorruptStoreError, PictureStore
 
 TINY = PathfinderCurves(2, 96, 32, padding=6, seed_distance=13, paddle_length=4, margin=2, distractors=1)
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_written_is_read_by_the_package_and_by_numpy(tmp_path: Path) -> None:
     store = stored(tmp_path / "new" / "folder", seed=3)
-    images, labels = pictures(TINY, 3, "train", range(COUNT))
+    images, labels, _ = draw(TINY, 3, "train", range(COUNT), False)
     mapped, mapped_labels = store.load()
     assert isinstance(mapped, np.memmap)
     assert store.header()[:2] == pytest.approx((images.mean() / 255, images.std() / 255), rel=1e-12)
@@ -60,7 +60,7 @@ def test_targets_are_stored_beside_the_same_pictures(tmp_path: Path) -> None:
     plain, store = stored(tmp_path), replace(new_store(tmp_path), targets=True)
     store.generate(workers=1)
     assert store.folder != plain.folder
-    images, labels, targets = pictures_with_targets(TINY, 0, "train", range(COUNT))
+    images, labels, targets = draw(TINY, 0, "train", range(COUNT))
     for mine, expected in zip(store.load(), (images, labels, *targets), strict=True):
         assert np.array_equal(mine, expected)
     for mine, expected in zip(store.load(), plain.load(), strict=False):

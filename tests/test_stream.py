@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_locality import Pathfinder, SameClass
 from lightning_locality.datamodules.base import AbstractImageDataModule, IndexLoader
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures
+from lightning_locality.datamodules.pathfinder.placement import draw
 from lightning_locality.datamodules.stream import Curriculum, StreamLoader
 
 TINY = PathfinderCurves(2, 96, 32, padding=6, seed_distance=13, paddle_length=4, margin=2, distractors=1)
@@ -74,7 +74,7 @@ def test_pathfinder_of_an_epoch_is_that_of_its_numbers(tmp_path: Path) -> None:
     assert not list((tmp_path / "pathfinder").glob("*train*"))
     fixed = np.load(next((tmp_path / "pathfinder").glob("*validation*")) / "images.npy") / 255
     for epoch in range(3):
-        images, labels = pictures(TINY, 0, "train", range(10 * epoch, 10 * epoch + 10))
+        images, labels, _ = draw(TINY, 0, "train", range(10 * epoch, 10 * epoch + 10), False)
         seen, classes = model.epoch(epoch)
         assert np.abs(seen[:, 0].numpy() - (images / 255 - fixed.mean()) / fixed.std()).max() < 1e-4
         assert classes.tolist() == labels.tolist()
@@ -152,7 +152,7 @@ def test_curriculum_of_pathfinder(tmp_path: Path) -> None:
     assert [data.curves_at(epoch).continuity for epoch in (0, 3, 4)] == [1.0, 1.8, 1.8]
     model = fit(data, 2)
     for epoch in range(2):
-        labels = pictures(data.curves_at(epoch), 0, "train", range(10 * epoch, 10 * epoch + 10))[1]
+        labels = draw(data.curves_at(epoch), 0, "train", range(10 * epoch, 10 * epoch + 10), False)[1]
         assert model.epoch(epoch)[1].tolist() == labels.tolist()
     assert data.store("validation").curves == TINY
 

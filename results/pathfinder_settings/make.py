@@ -15,7 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
-from lightning_locality.datamodules.pathfinder.placement import pictures_with_targets
+from lightning_locality.datamodules.pathfinder.placement import draw
 from lightning_locality.plotting.style import COLOURS, STYLE, save_figure
 
 SETTINGS = [("icml2022", length) for length in (3, 9)]
@@ -26,7 +26,7 @@ SETTINGS += [("pathx", 14), *(("linsley300", length) for length in (6, 14, 25))]
 def numbers(preset: str, length: int, count: int) -> dict[str, float | str]:
     """What pictures of a setting have in the mean: ink, dashes, distance of the discs in sides of the picture."""
     curves = PathfinderCurves.preset(preset, length)
-    images, labels, targets = pictures_with_targets(curves, 0, "train", range(count))
+    images, labels, targets = draw(curves, 0, "train", range(count))
     apart = np.hypot(*(targets.markers[:, 0] - targets.markers[:, 1]).T) / curves.size
     return {
         "setting": preset,
@@ -51,7 +51,7 @@ def gallery(settings: list[tuple[str, int]]) -> Figure:
     for number, (preset, length) in enumerate(settings):
         row, first = number % rows, 4 * (number // rows)
         curves = PathfinderCurves.preset(preset, length)
-        images, labels, targets = pictures_with_targets(curves, 3, "test", range(16))
+        images, labels, targets = draw(curves, 3, "test", range(16))
         for label in (0, 1):
             one = int(np.flatnonzero(labels == label)[0])
             picture, classes = axes[row, first + 2 * label], axes[row, first + 2 * label + 1]

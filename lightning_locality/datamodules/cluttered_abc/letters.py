@@ -167,9 +167,9 @@ def bend(letters: ClutteredLetters, points: Floats, shape: Glyph, affine: Affine
         for axis in (0, 1)
     )
     landscape = (rows * signs) @ columns.T
-    step = points[:, None] - centres
-    bumps = signs * np.exp(-(step**2).sum(axis=2) / letters.distortion_width**2)
-    slope = (-2 / letters.distortion_width**2) * (bumps[:, :, None] * step).sum(axis=1)
+    down, right = (points[:, axis, None] - centres[:, axis] for axis in (0, 1))
+    bumps = signs * np.exp(-(down**2 + right**2) / letters.distortion_width**2)
+    slope = (-2 / letters.distortion_width**2) * np.stack([(bumps * step).sum(axis=1) for step in (down, right)], 1)
     moved: Floats = points + 40.8 * letters.distortion * longest / np.ptp(landscape) * slope
     return moved
 

@@ -86,8 +86,8 @@ def _place(letters: ClutteredLetters, random: Random) -> tuple[tuple[Flags, Flag
         corners = [_corner(letters, letter, radius, angle) for letter, angle in zip(drawn, angles, strict=True)]
         if all(corner is not None for corner in corners):
             dilated = [_on_canvas(letters, one, at, one.dilated) for one, at in zip(drawn, corners, strict=True)]
-            common = int((dilated[0] & dilated[1]).sum())
-            share = common / min(int(one.sum()) for one in dilated)
+            common = np.count_nonzero(dilated[0] & dilated[1])
+            share = common / min(np.count_nonzero(one) for one in dilated)
             if letters.min_overlap <= share < letters.max_overlap:
                 strokes = [_on_canvas(letters, one, at, one.strokes) for one, at in zip(drawn, corners, strict=True)]
                 return (strokes[0], strokes[1]), radius
@@ -135,9 +135,7 @@ def _jitters(jitter: float) -> tuple[Integers, int]:
 def _break_up(letters: ClutteredLetters, strokes: tuple[Flags, Flags], random: Random) -> tuple[Flags, Flags]:
     """The letters as displaced square patches; one that holds both letters moves as a whole."""
     side, count = letters.patch, letters.window // letters.patch
-    inked = [
-        one.reshape(count, side, count, side).sum(axis=(1, 3)) > letters.patch_threshold * side**2 for one in strokes
-    ]
+    inked = [_sums(one.view(np.uint8), count) > letters.patch_threshold * side**2 for one in strokes]
     places = np.argwhere(inked[0] | inked[1])
     kept = random.take(len(places)) >= round(letters.omission * 2**32)
     weights, lowest = _jitters(letters.jitter)
@@ -151,6 +149,13 @@ def _break_up(letters: ClutteredLetters, strokes: tuple[Flags, Flags], random: R
         canvas[own[:, :1] + down, own[:, 1:] + right] = True
         pieces.append(canvas)
     return pieces[0], pieces[1]
+
+
+def _sums(picture: Bytes, count: int) -> Integers:
+    """Sums ``(count, count)`` of squares: of rows, which are contiguous, first."""
+    rows = picture.reshape(count, -1, len(picture)).sum(axis=1, dtype=np.uint32)
+    squares: Integers = rows.reshape(count, count, -1).sum(axis=2, dtype=np.int64)
+    return squares
 
 
 @functools.lru_cache(maxsize=8)
@@ -204,8 +209,7 @@ def render(letters: ClutteredLetters, scene: Scene) -> Bytes:
     times = letters.reduction
     if times == 1:
         return whole.copy()
-    sums = whole.reshape(letters.size, times, letters.size, times).sum(axis=(1, 3), dtype=np.int64)
-    means: Bytes = ((sums + times**2 // 2) // times**2).astype(np.uint8)
+    means: Bytes = ((_sums(whole, letters.size) + times**2 // 2) // times**2).astype(np.uint8)
     return means
 
 

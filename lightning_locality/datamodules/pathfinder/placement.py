@@ -6,6 +6,7 @@ __all__: list[str] = []
 
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -28,6 +29,8 @@ from lightning_locality.datamodules.pathfinder.rendering import (
 
 Flags = NDArray[np.bool_]
 
+COMPILED = importlib.util.find_spec("numba") is not None  # the same pictures, the ones that are hard to place faster
+
 STREAMS = {"train": 0, "validation": 1, "test": 2}
 CONTRASTS, MARGINS = 8, 16  # added to the number of a stream for what is drawn from lists
 BLOCK = 256
@@ -36,7 +39,7 @@ FREE = 76  # a pixel of coverage up to 0.3 counts as free when a curve looks for
 TOUCH = 459  # two dashes touch if their coverages (255 = whole pixel) add up to 1.8
 DEAD_END = 10_000  # a curve cannot continue if the candidates' weights add up to less than 1 / 10,000
 MAX_MISSES = 16  # places tried before all free ones are listed
-MAX_FAILURES = 20_000  # attempts at target curves in a row without one that succeeds
+MAX_FAILURES = 20_000  # attempts at target curves; then those that have not come seven eighths of the way are given up
 
 
 class Placement(NamedTuple):
@@ -75,22 +78,13 @@ def place(curves: PathfinderCurves, seed: int, stream: int, index: Sequence[int]
     return _Batch(curves, seed, stream, index).place()
 
 
-def pictures(curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]) -> tuple[Bytes, Bytes]:
-    """Pictures ``(B, size, size)`` and labels ``(B,)``; each depends on seed, split and its own number alone."""
-    return draw(curves, seed, split, index, targets=False)[:2]
-
-
-def pictures_with_targets(
-    curves: PathfinderCurves, seed: int, split: str, index: Sequence[int]
-) -> tuple[Bytes, Bytes, Targets]:
-    """The same, with segmentation and marker positions."""
-    return draw(curves, seed, split, index, targets=True)
-
-
 def draw(
-    curves: PathfinderCurves, seed: int, split: str, index: Sequence[int], targets: bool
+    curves: PathfinderCurves, seed: int, split: str, index: Sequence[int], targets: bool = True
 ) -> tuple[Bytes, Bytes, Targets]:
-    """Pictures, labels and targets; empty targets unless they are asked for."""
+    """Pictures ``(B, size, size)``, labels ``(B,)`` and targets, which are empty unless asked for.
+
+    Each depends on seed, split and its own number alone.
+    """
     count, length = len(index), curves.path_length
     images, labels = np.empty((count, curves.size, curves.size), np.uint8), np.empty(count, np.uint8)
     known = Targets(np.empty_like(images[: count * targets]), np.empty((count * targets, 2, 2), np.float32))
@@ -168,7 +162,7 @@ class RandomStreams:
 
 
 @functools.lru_cache(maxsize=8)
-class _Tables:
+class Tables:
     """Lookup tables per direction; ``flat`` makes offsets of pixels single numbers in a grid of ``side`` columns."""
 
     def __init__(self, curves: PathfinderCurves) -> None:
@@ -176,6 +170,9 @@ class _Tables:
         # everything that a dash near the border looks at lies within this distance outside the window
         self.guard = length + math.ceil(curves.paddle_thickness) + 3 * margin + 6
         self.side = curves.window + 2 * self.guard
+        self.border, self.end = self.guard + curves.padding, self.guard + curves.window - curves.padding
+        self.blank = np.full((self.side, self.side), 255, dtype=np.uint8)
+        self.blank[self.border : self.end, self.border : self.end] = 0
         self.area, self.area_at = strokes.area, self.flat(strokes.area_offsets)
         # values decrease, and only pixels covered that much can touch
         touching = int((strokes.area >= TOUCH - 255).sum(axis=1).max())
@@ -193,6 +190,11 @@ class _Tables:
                 f"window={curves.window} is too small: no dash fits between its borders of {curves.start_border} "
                 "pixels; choose a larger window, or a smaller seed_distance or padding"
             )
+        # the first such place, and from there to the start of the second curve
+        self.origin = self.flat(curves.start_border - self.low[:DEGREES] + self.guard)
+        angle = np.deg2rad(np.arange(DEGREES))
+        aside = np.stack([np.sin(angle), np.cos(angle)], axis=1) * curves.seed_distance
+        self.aside = self.flat(np.rint(np.round(aside, 9)).astype(np.int64))
         # from the joint of a dash with its curve to that of the next dash, and for a first dash from its start to
         # the pixel where it would have joined
         self.onward = self.flat(ceil(strokes.unit * (length + 2 * margin)))
@@ -218,12 +220,9 @@ class _Grids:
     """
 
     def __init__(self, curves: PathfinderCurves, random: RandomStreams, count: int) -> None:
-        self.curves, self.random, self.tables = curves, random, _Tables(curves)
-        side, guard = self.tables.side, self.tables.guard
-        self.border, self.end = guard + curves.padding, guard + curves.window - curves.padding
-        self.blank = np.full((2, side, side), 255, dtype=np.uint8)
-        self.blank[:, self.border : self.end, self.border : self.end] = 0
-        self.grids = np.empty((count, 2, side, side), dtype=np.uint8)
+        self.curves, self.random, self.tables = curves, random, Tables(curves)
+        self.border, self.end = self.tables.border, self.tables.end
+        self.grids = np.empty((count, 2, *self.tables.blank.shape), dtype=np.uint8)
         self.flat = self.grids.reshape(-1)
 
     def pixels(self, rows: Integers, grid: Integers | int, at: Integers | int, offsets: Integers) -> Integers:
@@ -350,8 +349,11 @@ class _Batch:
 
     def _place_targets(self) -> None:
         """Grow the two target curves in turns; if one cannot continue, start both again."""
+        if COMPILED:
+            self._place_compiled()
+            return
         placed = np.zeros(len(self.rows), dtype=np.int64)  # dashes of both curves
-        rows, failures = self.rows, 0
+        rows, failures, deepest = self.rows, 0, 0
         while rows.size:
             placed[self._start_targets(rows[placed[rows] == 0])] = 2
             growing = rows[placed[rows] > 0]
@@ -362,33 +364,43 @@ class _Batch:
             growing, curve, slot = growing[found], curve[found], slot[found]
             self.grids.cover(growing, 1 - curve, self.at[growing, slot], self.stroke[growing, slot])
             placed[growing] += 1
-            done = placed[rows] == 2 * self.length
-            failures = 0 if done.any() else failures + int((placed[rows] == 0).sum())
-            rows = rows[~done]
-            if failures > MAX_FAILURES:
-                raise ValueError(
-                    f"two curves of path_length={self.length} do not fit in window={self.curves.window} with padding="
-                    f"{self.curves.padding}: {failures} attempts in a row failed; choose a smaller path_length or a "
-                    "larger window"
-                )
+            deepest, failures = int(placed.max(initial=deepest)), failures + int((placed[rows] == 0).sum())
+            rows = rows[placed[rows] < 2 * self.length]
+            if failures > MAX_FAILURES and 4 * deepest < 7 * self.length:
+                raise self._too_long(failures)
         # each grid still lacks the last dash of its own curve; from here on both hold everything
         for number, last in ((0, self.length - 1), (1, 2 * self.length - 1)):
             self.grids.cover(self.rows, number, self.at[:, last], self.stroke[:, last])
 
+    def _place_compiled(self) -> None:
+        """The same, picture by picture."""
+        from lightning_locality.datamodules.pathfinder.compiled import place_targets, target_tables
+
+        tables, random, targets = target_tables(self.curves), self.random, np.s_[: 2 * self.length]
+        for row, source in enumerate(random.sources):
+            rest = np.random.Generator(source), random.words[row], random.used[row : row + 1]
+            found = (array[row, targets].reshape(2, -1) for array in (self.at, self.stroke))
+            if place_targets(tables, *rest, self.grids.grids[row].reshape(2, -1), *found, MAX_FAILURES) < 0:
+                raise self._too_long(MAX_FAILURES)
+
+    def _too_long(self, failures: int) -> ValueError:
+        return ValueError(
+            f"two curves of path_length={self.length} do not fit in window={self.curves.window} with padding="
+            f"{self.curves.padding}: {failures} attempts in a row failed; choose a smaller path_length or a "
+            "larger window"
+        )
+
     def _start_targets(self, rows: Integers) -> Integers:
         """Clear ``rows`` and set the first dashes of both curves; returns the rows in which they do not touch."""
-        curves, grids, random, tables = self.curves, self.grids, self.random, self.grids.tables
-        grids.grids[rows] = grids.blank
+        grids, random, tables = self.grids, self.random, self.grids.tables
+        grids.grids[rows] = tables.blank
         first = random.below(rows, DEGREES)
-        low, extent = curves.start_border - tables.low[first], tables.extent[first]
-        fits = extent.all(axis=1)
-        extent = np.where(fits[:, None], extent, 1)
-        down, right = np.divmod(random.below(rows, extent[:, 0] * extent[:, 1]), extent[:, 1])
-        at = tables.flat(low + tables.guard + np.stack([down, right], axis=1))
+        fits = tables.extent[first].all(axis=1)
+        extent = np.where(fits[:, None], tables.extent[first], 1)
+        spot = np.stack(np.divmod(random.below(rows, extent[:, 0] * extent[:, 1]), extent[:, 1]), axis=1)
+        at = tables.origin[first] + tables.flat(spot)
         second = random.below(rows, DEGREES)
-        angle = np.deg2rad(random.below(rows, DEGREES))
-        aside = np.stack([np.sin(angle), np.cos(angle)], axis=1) * curves.seed_distance
-        other = at + tables.flat(np.rint(np.round(aside, 9)).astype(np.int64))
+        other = at + tables.aside[random.below(rows, DEGREES)]
         grids.cover(rows, 1, at, first)
         started = fits & ~grids.touches(rows, 1, other, second)
         grids.cover(rows, 0, other, second)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_locality import SmallResNet
 from lightning_locality.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -254,3 +255,63 @@ def test_baselines_see_the_observations_of_the_runs(tmp_path: Path) -> None:
     assert table["alternating least squares, 1 components"] < 1e-5
     assert table["sum of nuclear norms"] < 1
     assert {path.name for path in tmp_path.iterdir()} >= {"baselines.csv", "baselines.pdf", "dynamics.png"}
+
+
+@pytest.fixture(scope="module")
+def what_else() -> ModuleType:
+    return load("what_else", "what_else")
+
+
+def test_sharpness_aware_step(what_else: ModuleType) -> None:
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    scale = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = what_else.SharpnessAware([weight], lr=0.1, momentum=0.0, rho=0.5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (scale * weight**2).sum() / 2
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == (scale * start**2).sum() / 2
+    ahead = start + 0.5 * scale * start / (scale * start).norm()
+    torch.testing.assert_close(weight.detach(), start - 0.1 * scale * ahead, rtol=1e-10, atol=0)
+
+
+def test_low_orders_penalised(what_else: ModuleType) -> None:
+    batch = torch.randn(6, 1, 4, 8), torch.tensor([0, 1, 0, 1, 0, 1])
+    losses = {}
+    for orders, larger in ((0.0, 0.5), (2.0, 0.0), (2.0, 0.5)):
+        torch.manual_seed(0)
+        network = SmallResNet(widths=(4, 4), strides=(1, 1))
+        model = what_else.LowOrdersPenalised(network, num_classes=2, in_channels=1, orders=orders, larger=larger)
+        model.log = lambda *_, **__: None
+        losses[orders, larger] = model.training_step(batch, 0).item()
+        # the statistics are those of the images alone
+        assert network.stem[1].num_batches_tracked == 1
+    plain, unseen, half = losses.values()
+    # where nothing is seen the score does not change: the entropy is log 2
+    assert plain - unseen == pytest.approx(2 * np.log(2), rel=1e-5)
+    assert 0 < plain - half < 2 * np.log(2)
+
+
+def test_weights_that_change(what_else: ModuleType) -> None:
+    class State:
+        weight, current_epoch = 2.0, 0
+        callback_metrics: dict[str, torch.Tensor]
+
+    state = State()
+    state.callback_metrics = {}
+    falling, held = what_else.FallingWeight(4), what_else.HeldRegularizer(target=0.5)
+    seen = []
+    for state.current_epoch in range(6):
+        falling.on_train_epoch_start(state, state)
+        seen.append(state.weight)
+    assert seen == [2, 1.5, 1, 0.5, 0, 0]
+    state.weight = 1.0
+    held.on_train_epoch_start(state, state)
+    assert state.weight == 1
+    state.callback_metrics["train/regularizer"] = torch.tensor(0.75)
+    held.on_train_epoch_start(state, state)
+    assert state.weight == pytest.approx(np.exp(0.25))

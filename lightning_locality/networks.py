@@ -260,7 +260,8 @@ def read_weights(path: Path) -> dict[str, Any]:
     # torch and safetensors raise a different type for every way in which a file can be something else
     except Exception as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}, so reading it could run code" if asked else str(error).partition(". ")[0]
+        said = str(error).partition(". ")[0] or "it is cut short"
+        reason = f"it asks for {asked[1]}, so reading it could run code" if asked else said
         remedy = "pass a state dict saved by torch.save or safetensors, or a Lightning checkpoint of plain values"
         raise ValueError(f"{path} cannot be read safely ({reason}): {remedy}") from error
     if not isinstance(stored, Mapping):

@@ -8,6 +8,7 @@ import csv
 import difflib
 import importlib.metadata
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import yaml
 from lightning_locality import __version__
 
 COUNTS = ("epochs", "iterations", "seconds")
+MAX_VALUES = 100_000  # of a YAML file
 IN_USE = 75  # exit status of a fit whose directory another process writes to: EX_TEMPFAIL, which Windows lacks
 PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"  # variable that announces a pipe from the sweep as standard input
 
@@ -149,6 +151,8 @@ def _read_run(folder: Path, labels: Mapping[str, Any] | None = None) -> _Run:
     path = folder / "summary.json"
     finished = path.is_file()
     summary = json.loads(path.read_text()) if finished else {"metrics": last_metrics(folder)}
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} is no summary of a run: {summary!r:.100}")
     config = dict(summary.get("config") or read_settings(folder))
     labels = labels or summary.get("labels") or config.get("labels") or {}
     config.pop("labels", None)
@@ -290,9 +294,45 @@ def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def read_settings(run: Path, name: str = "config.yaml") -> dict[str, Any]:
     """Read a configuration of a run as nested settings; empty if it has no such file."""
     path = run / name
+    settings = load_yaml(path) or {} if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings by name, but {settings!r:.100}")
+    return settings
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: Something else than YAML, a key given twice, or content that is nested too deeply or grows beyond
+            100,000 values by aliases.
+    """
     # the pure Python loader takes ten times as long
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text(), loader) or {} if path.is_file() else {}
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if (root := yaml.compose(text, loader)) and _values(root, {}) > MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES:,} values by aliases")
+        return yaml.load(text, loader)
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Number of values below a node with all aliases written out; ValueError if a mapping has a key twice."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # should it contain itself
+        children = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
+            for line, key in enumerate(keys):
+                if key in keys[:line]:
+                    raise ValueError(f"{key!r} is given twice in the mapping of line {node.start_mark.line + 1}")
+            children = [value for _, value in children]
+        known[id(node)] = 1 + sum(_values(child, known) for child in children)
+    return known[id(node)]
 
 
 def gather(args: Sequence[str], several: Callable[[str], bool]) -> tuple[list[str], dict[str, list[str]]]:

@@ -35,9 +35,10 @@ from torch import distributed, nn
 
 import lightning_locality
 from lightning_locality import datamodules
-from lightning_locality.callbacks.resume import MetricsFile, Stopwatch, use_atomic_checkpoints
+from lightning_locality.callbacks.resume import MetricsFile, SavedConfig, Stopwatch, use_atomic_checkpoints
 from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.datamodules.base import AbstractImageDataModule
+from lightning_locality.networks import read_weights
 from lightning_locality.plotting.recovery import component_curves, magnitude_groups
 from lightning_locality.plotting.style import save_figure
 from lightning_locality.plotting.training import example_inputs, training_curves
@@ -50,6 +51,7 @@ from lightning_locality.results import (
     flatten,
     history,
     last_metrics,
+    load_yaml,
     read_settings,
     versions,
     write_json,
@@ -58,7 +60,7 @@ from lightning_locality.results import (
 _PROGRAM = "lightning-locality"
 # not Any, by which jsonargparse would read a variant "off" as False and "1e-3" as a number
 _Labels = dict[str, str | bool | int | float | list | dict | None]  # type: ignore[type-arg]
-_TRACES = ("config.yaml", "metrics.csv", "last.ckpt", "best.ckpt")
+_TRACES = ("metrics.csv", "last.ckpt", "best.ckpt")
 # options of the Trainer that change what is trained, rather than how long, where and how it is shown
 _TRAINING = ("accumulate_grad_batches", "callbacks", "devices", "gradient_clip_algorithm", "gradient_clip_val")
 _TRAINING += ("limit_train_batches", "num_nodes", "overfit_batches", "precision", "sync_batchnorm")  # type: ignore[assignment]
@@ -95,8 +97,8 @@ def _choose_run_dir(path: str | None, checkpoint: str | None) -> Path:
     return Path("runs", str(launch))
 
 
-def _find_checkpoint(name: str, run_dir: str | None) -> Path:
-    """Return the path of a checkpoint given as a path, or as ``last`` or ``best`` of a run directory."""
+def _find_checkpoint(name: str, run_dir: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return path and content of a checkpoint given as a path, or as ``last`` or ``best`` of a run directory."""
     path = Path(name)
     if name in ("last", "best"):
         if run_dir is None:
@@ -104,13 +106,15 @@ def _find_checkpoint(name: str, run_dir: str | None) -> Path:
         path = Path(run_dir) / f"{name}.ckpt"
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt_path {name}: there is no file {path}")
-    return path
-
-
-def _epochs(checkpoint: Path) -> int:
-    """Number of epochs that a checkpoint has trained."""
-    loops = torch.load(checkpoint, weights_only=True, map_location="cpu")["loops"]
-    return int(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
+    try:
+        stored = read_weights(path)
+    except ValueError as error:
+        other = path.with_name("best.ckpt" if path.name == "last.ckpt" else "last.ckpt")
+        remedy = f"; {other} may be whole" if other.is_file() else ""
+        raise ValueError(f"--ckpt_path {name}: {error}{remedy}") from error
+    if missing := {"state_dict", "loops", "callbacks", "global_step"} - stored.keys():
+        raise ValueError(f"--ckpt_path {name}: {path} is no checkpoint of Lightning: it has no {sorted(missing)[0]}")
+    return path, stored
 
 
 class LocalityCLI(LightningCLI):
@@ -138,10 +142,14 @@ class LocalityCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; where that fails for want of a configuration, name that of the run, or say how to give one."""
+        words = [word for arg in args for word in arg.split("=", 1)]
+        given = dict(pairwise(words))
+        for option, value in pairwise(words):
+            if option in ("-c", "--config") and Path(value).is_file():
+                load_yaml(Path(value))  # of a key given twice jsonargparse takes the last in silence
         try:
             super().parse_arguments(parser, args)
         except SystemExit as stop:
-            given = dict(pairwise(word for arg in args for word in arg.split("=", 1)))
             if stop.code and not given.keys() & {"-c", "--config"}:
                 checkpoint = given.get("--ckpt_path", "last")
                 folder = given.get("--run_dir") if checkpoint in ("last", "best") else Path(checkpoint).parent
@@ -157,14 +165,14 @@ class LocalityCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if not config.get("ckpt_path"):
             return
-        path = _find_checkpoint(config.ckpt_path, config.run_dir)
+        path, stored = _find_checkpoint(config.ckpt_path, config.run_dir)
         config.ckpt_path = str(path)
         new = json.loads(json.dumps(config.as_dict(), default=str))
         if not (old := read_settings(path.parent)):
-            stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            arguments = stored.get("hyper_parameters", {})
             typed = new["model"].get("init_args") or {}
-            own = {name: value for name, value in stored.items() if typed.get(name) is not None}
-            old = {"model": {"class_path": stored.get("_class_path", new["model"]["class_path"]), "init_args": own}}
+            own = {name: value for name, value in arguments.items() if typed.get(name) is not None}
+            old = {"model": {"class_path": arguments.get("_class_path", new["model"]["class_path"]), "init_args": own}}
         sections, then = ["model"], "is used"
         if self.config.subcommand == "fit":
             sections, then = ["model", "data", "seed_everything", "trainer"], "continues"
@@ -173,7 +181,7 @@ class LocalityCLI(LightningCLI):
         changes = [change for name in sections if name in old for change in _differences(old[name], new[name], name)]
         if changes:
             last = config.trainer.max_epochs if self.config.subcommand == "fit" else None
-            if last is not None and 0 <= last <= _epochs(path):
+            if last is not None and 0 <= last <= stored["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]:
                 # the summary would name settings with which nothing was trained
                 raise ValueError(
                     f"{path} has all of its {last} epochs, so nothing would be trained with the new settings "
@@ -199,9 +207,12 @@ class LocalityCLI(LightningCLI):
         if self.recorded and _is_first_process():
             self._lock_run_dir()
         if self.recorded and not checkpoint and (found := [name for name in _TRACES if (self.run_dir / name).exists()]):
+            remedy = "delete it"
+            if "last.ckpt" in found:
+                remedy = f"continue that run with --run_dir {self.run_dir} --ckpt_path last"
             raise FileExistsError(
                 f"run_dir {self.run_dir} holds an earlier run ({', '.join(found)}): choose another --run_dir, or "
-                f"continue that run with --run_dir {self.run_dir} --ckpt_path last"
+                f"{remedy}"
             )
         config.run_dir = str(self.run_dir)
         if not sys.stdout.isatty():
@@ -232,7 +243,11 @@ class LocalityCLI(LightningCLI):
         if self.recorded:
             callbacks += [self.stopwatch] if keeps else [self.stopwatch, *self._checkpoints()]
         root = str(config.get("default_root_dir") or self.run_dir)
-        return use_atomic_checkpoints(super().instantiate_trainer(callbacks=callbacks, default_root_dir=root, **kwargs))
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=root, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"--trainer: {error}") from error
+        return use_atomic_checkpoints(trainer)
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the last epoch, and the best one if the model names a metric to monitor."""
@@ -243,10 +258,7 @@ class LocalityCLI(LightningCLI):
         return [*best, ModelCheckpoint(filename="last", **common)]
 
     def before_fit(self) -> None:
-        """Rename the configuration of the earlier part of a resumed run, which the new one would replace."""
-        config = self.run_dir / "config.yaml"
-        if self.trainer.is_global_zero and self.recorded and config.exists():
-            config.rename(self.run_dir / f"config.{len(list(self.run_dir.glob('config.*.yaml')))}.yaml")
+        """Note the time."""
         self.fit_started = time.time()
 
     def after_fit(self) -> None:
@@ -473,6 +485,7 @@ def run(args: Sequence[str]) -> LocalityCLI:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=SavedConfig,
             seed_everything_default=0,
             parser_kwargs=own | {c: {**own, "prog": f"{_PROGRAM} {c}"} for c in LightningCLI.subcommands()},
             args=list(args),

@@ -299,11 +299,21 @@ def _call(command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], 
 
 def _prepare(run: Run) -> list[str]:
     """Return the option that continues a killed run; for any other, clear what a killed start left."""
-    # writing it may have been cut off if the directory is not on the file system of the temporary files
-    if zipfile.is_zipfile(last := run.folder / "last.ckpt"):
-        return [f"--ckpt_path={last}"]
+    checkpoints = [path for name in ("last.ckpt", "best.ckpt") if (path := run.folder / name).exists()]
+    for path in checkpoints:
+        # writing it may have been cut off if the directory is not on the file system of the temporary files
+        if zipfile.is_zipfile(path):
+            if path.name == "best.ckpt":
+                print(f"{run.folder}/last.ckpt is missing or damaged; the run continues from best.ckpt")
+            return [f"--ckpt_path={path}"]
+    if checkpoints:
+        print(f"{checkpoints[0]} is damaged and the run starts anew; what it had is kept in {run.folder}/damaged")
+        (run.folder / "damaged").mkdir(exist_ok=True)
     for path in itertools.chain.from_iterable(run.folder.glob(pattern) for pattern in _TRACES):
-        path.unlink()
+        if checkpoints:
+            path.replace(run.folder / "damaged" / path.name)
+        else:
+            path.unlink()
     with atomic_write(run.folder / ".settings.json") as file:
         json.dump(run.settings, file)
     return []

@@ -6,18 +6,20 @@ __all__ = ["SweepFile"]
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, final, get_args
 
-import yaml
 from filelock import FileLock, Timeout
 
-from lightning_locality.results import nearest
+from lightning_locality.results import load_yaml, nearest
 
 Cluster = Literal["local", "slurm"]
+
+MAX_RUNS = 100_000
 
 _SHAPES = {
     "configs": (list, "a list of configuration files"),
@@ -91,7 +93,7 @@ class SweepFile:
     set: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    out: str | Path | None = None
+    out: Any = None
     figure: Mapping[str, Any] | None = None
     parallel: int | None = None
     devices: Sequence[int | str] | None = None
@@ -111,6 +113,11 @@ class SweepFile:
         for name, count in (("parallel", self.parallel), ("devices_per_run", self.devices_per_run)):
             if count is not None and (type(count) is not int or count < 1):
                 self._refuse(f"{name} must be at least 1, got {count!r}")
+        if self.out is not None and not isinstance(self.out, (str, Path)):
+            self._refuse(f"out must be a folder, got {self.out!r}")
+        count = math.prod(map(len, self.grid.values())) * max(1, len(self.variants))
+        if count > MAX_RUNS:
+            self._refuse(f"the grid has {count:,} runs, more than the {MAX_RUNS:,} that a sweep may have")
         if self.cluster not in get_args(Cluster):
             self._refuse(f"cluster must be one of local, slurm, got {self.cluster!r}")
         for name, value in self.slurm.items():
@@ -200,14 +207,16 @@ class SweepFile:
         return Run(labels, tuple(arguments), folder)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Read the content of a sweep file, completed by that of its base."""
+def _load(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read the content of a sweep file, completed by that of its base; ``above`` are the files whose base it is."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no sweep file {path}")
-    content = yaml.safe_load(path.read_text())
+    if (resolved := path.resolve()) in above:
+        raise ValueError(f"{path}: base leads back to the file itself")
+    content = load_yaml(path)
     _check_keys(content, str(path), ("base", *(one.name for one in fields(SweepFile) if one.name != "path")))
     base = content.pop("base", None)
-    return {**_load(path.parent / base), **content} if base else content
+    return {**_load(path.parent / str(base), (*above, resolved)), **content} if base else content
 
 
 def _check_keys(content: Any, where: str, known: Sequence[str]) -> None:

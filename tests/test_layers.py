@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "datamodules": "tensors",
     "callbacks": "regularizer ranks tensors results",
     "tasks": "regularizer networks ranks tensors optim",
-    "runner": "__init__ tasks callbacks datamodules plotting regularizer results",
+    "runner": "__init__ tasks callbacks datamodules networks plotting regularizer results",
     "sweep_file": "results plotting",
     "sweep": "sweep_file results plotting",
     "measurements": "tasks callbacks datamodules networks ranks tensors results",
@@ -69,7 +69,7 @@ def test_lightning_stays_above() -> None:
 def test_files_stay_few_and_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     assert len(lines) <= 110
-    assert sum(lines.values()) <= 21_500
+    assert sum(lines.values()) <= 21_700
     assert len([path for path in FILES if path.parent == PACKAGE]) <= 12
     faces = ("__init__.py", "__main__.py")
     assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

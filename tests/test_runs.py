@@ -23,6 +23,7 @@ from pytorch_lightning import LightningModule
 
 from lightning_locality.callbacks.resume import MetricsFile, Stopwatch
 from lightning_locality.cli import main
+from lightning_locality.results import read_settings
 from lightning_locality.tasks.classification import Classification
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -674,3 +675,59 @@ def test_a_checkpoint_of_the_last_version_brings_the_row_of_its_epoch(tmp_path: 
     file, checkpoint = MetricsFile(tmp_path), {"global_step": 8, "callbacks": {"KeptRow": {"row": kept}}}
     file.on_load_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
     assert file._stored == {"steps": 8, "rows": 2, "next": {"epoch": 1, "step": 7, "train/loss": 0.125}}
+
+
+def test_a_refused_run_changes_nothing(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("half a")  # a resumed run would cut it
+    names = ("config.yaml", "metrics.csv", "last.ckpt")
+    before = {name: (folder / name).read_bytes() for name in names}
+    resume = (
+        "fit",
+        f"--config={QUICKSTART}",
+        *SMALL,
+        f"--run_dir={folder}",
+        "--trainer.max_epochs=9",
+        "--ckpt_path=last",
+    )
+    with pytest.warns(UserWarning, match="other settings"):
+        message = refused(capsys, *resume, "--model.network.widths=[4,4,4,4,4]")
+    assert "the checkpoint does not fit this model" in message
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    for content, word in ((b"", "cut short"), (before["last.ckpt"][:1000], "cannot be read safely")):
+        (folder / "last.ckpt").write_bytes(content)
+        message = refused(capsys, *resume)
+        assert word in message
+        assert f"{folder / 'best.ckpt'} may be whole" in message
+    torch.save({"state_dict": {}}, folder / "last.ckpt")
+    assert "is no checkpoint of Lightning" in refused(capsys, *resume)
+    assert (folder / "config.yaml").read_bytes() == before["config.yaml"]
+
+
+def test_a_start_that_failed_does_not_block_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {"--model.network.widths=[4]": "widths", "--model.optimizer=null": "optimizer must be called"}
+    wrong["--trainer.devices=x"] = "--trainer"
+    for option, message in wrong.items():
+        arguments = ("fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={tmp_path / 'a'}", option)
+        assert message in refused(capsys, *arguments)
+    # one that failed after its configuration was written
+    (tmp_path / "a" / "config.yaml").write_text("seed_everything: 7")
+    fit(tmp_path / "a")
+    assert read_settings(tmp_path / "a")["seed_everything"] == 0
+    assert not (tmp_path / "a" / "config.0.yaml").exists()
+
+
+def test_a_key_given_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "twice.yaml").write_text("seed_everything: 0\nseed_everything: 1\n")
+    message = refused(capsys, "fit", f"--config={QUICKSTART}", f"--config={tmp_path / 'twice.yaml'}")
+    assert "'seed_everything' is given twice" in message
+
+
+def test_double_precision_continues_bit_for_bit(tmp_path: Path) -> None:
+    double = "--trainer.precision=64-true"
+    fit(tmp_path / "whole", double, "--trainer.max_epochs=3")
+    fit(tmp_path / "part", double, "--trainer.max_epochs=1")
+    fit(tmp_path / "part", double, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert_same_run(tmp_path / "part", tmp_path / "whole")

@@ -344,7 +344,10 @@ def test_other_settings_are_said(tmp_path: Path, notes: Path, capsys: pytest.Cap
     main(["sweep", str(path), f"--out={out}"])
     assert "other settings" not in capsys.readouterr().out
     left = {file.name for name in ("new", "cut") for file in (out / name).iterdir()}
-    assert left == {".claim", ".lock", ".settings.json", "log.txt", "note.txt", "started", "summary.json"}
+    assert left == {".claim", ".lock", ".settings.json", "damaged", "log.txt", "note.txt", "started", "summary.json"}
+    # a damaged checkpoint may be of use, and what belongs to it: nothing is deleted
+    kept = {file.name for file in (out / "cut" / "damaged").iterdir()}
+    assert kept == {"config.yaml", "config.0.yaml", "metrics.csv", "best.ckpt", "last.ckpt"}
     (out / "new" / "summary.json").unlink()
     with zipfile.ZipFile(out / "new" / "last.ckpt", "w") as file:
         file.writestr("a", "b")
@@ -657,3 +660,36 @@ def test_a_figure_may_use_options_by_either_name_and_settings_by_their_full_one(
     assert len(SweepFile.read(write(tmp_path / "a.yaml", grid=grid, variants=variants, figure=figure)).runs()) == 4
     with pytest.raises(ValueError, match="distanse"):
         SweepFile.read(write(tmp_path / "b.yaml", grid=grid, figure={**figure, "x": "distanse"}))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "out" / "a"
+    run.mkdir(parents=True)
+    (run / "last.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    with zipfile.ZipFile(run / "best.ckpt", "w") as file:
+        file.writestr("a", "b")
+    main(["sweep", str(write(tmp_path / "grid.yaml", variants={"a": None})), f"--out={tmp_path / 'out'}"])
+    (note,) = read(notes)
+    assert f"--ckpt_path={run / 'best.ckpt'}" in note["arguments"]
+    assert "continues from best.ckpt" in capsys.readouterr().out
+    assert (run / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("out: 3", "out must be a folder, got 3"),
+        ("base: wrong.yaml", "leads back to the file itself"),
+        ("out: s\nout: t", "'out' is given twice in the mapping of line 1"),
+        ("[" * 3000, "nest"),
+        ("grid: {a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], b: *a, c: *a, d: *a, e: *a, f: *a}", "1,000,000 runs, more"),
+        ("\n".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}' if k else 'x'] * 9)}]" for k in range(9)), "100,000 values"),
+        ("set: &s {a: *s}", "100,000 values"),
+    ],
+)
+def test_files_that_are_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    failing(str(tmp_path / "wrong.yaml"))
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Resume a run that was killed or stopped: its metrics, its seconds, its checkpoints."""
+"""Resume a run that was killed or stopped: its metrics, its seconds, its configuration, its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, final
 
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.cli import SaveConfigCallback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_only
@@ -112,7 +113,7 @@ class MetricsFile(Logger, Callback):
             place = {name: kept[name] for name in ("epoch", "step") if missing}
             self._stored |= {"rows": len(rows), "next": {**missing, **place}}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the file of a resumed run back to the rows of its checkpoint; another folder starts a file of its own."""
         if not self._stored or not trainer.is_global_zero:
             return
@@ -122,6 +123,10 @@ class MetricsFile(Logger, Callback):
             rows.append(self._stored["next"])
         if rows or self.path.is_file():
             self._write(rows)
+        self._stored = {}
+
+    # where no epoch is left to train, the first hook after all has been restored
+    on_fit_end = on_train_start
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +157,23 @@ class Stopwatch(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue from the checkpoint's."""
         self._earlier = self._stored
+
+
+@final
+class SavedConfig(SaveConfigCallback):
+    """Write ``config.yaml`` when all is built and the checkpoint is loaded: a run that is refused changes nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing, where Lightning would write it."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rename the configuration of the earlier part of a resumed run, and write the new one."""
+        folder = Path(str(trainer.log_dir))
+        if trainer.is_global_zero and (config := folder / self.config_filename).exists():
+            earlier = len(list(folder.glob("config.*.yaml")))
+            # without a checkpoint it is that of a start that failed
+            config.rename(folder / f"config.{earlier}.yaml") if trainer.ckpt_path else config.unlink()
+        super().setup(trainer, pl_module, "fit")
 
 
 @final

@@ -125,6 +125,8 @@ class Classification(LightningModule):
                 "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
             )
         weighted_penalties(penalty, weight)
+        if not callable(optimizer):
+            raise ValueError(f"optimizer must be called with the parameters and return one, got {optimizer!r}")
         if check_integer(every_n_batches, "every_n_batches") < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         for name, count in (("warmup_epochs", warmup_epochs), ("measured_batches", measured_batches)):
@@ -192,6 +194,8 @@ class Classification(LightningModule):
             del checkpoint["state_dict"][name]
         checkpoint["state_dict"].update({name: mine[name] for name in mine.keys() - stored.keys()})
         check_state_dict(self, checkpoint["state_dict"])
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning does so only after it has loaded the weights, which would be rounded
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the scheduler if there is one."""
@@ -231,6 +235,8 @@ class Classification(LightningModule):
 
     def _update(self, stage: Stage, name: str, shown: bool, *values: Tensor) -> None:
         metric: Any = self.metrics[f"{stage}_metrics"][name]  # type: ignore[index]
+        if values[0].dtype == torch.float64 != metric.dtype:
+            metric.set_dtype(torch.float64)  # torchmetrics rounds to float32 until the first reset of a process
         metric.update(*values)
         self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=shown)
 

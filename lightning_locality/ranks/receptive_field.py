@@ -103,7 +103,7 @@ class ReceptiveField:
         axes = Figure(layout="constrained").subplots() if axes is None else axes
         values = np.log10(1 + self.map.numpy())
         shown = axes.imshow(values / (values.max() or 1), cmap="viridis", vmin=0)
-        axes.get_figure().colorbar(shown, ax=axes, label="contribution, log10(1 + map)")  # type: ignore[union-attr]
+        axes.get_figure().colorbar(shown, ax=axes, fraction=0.046, label="relative log10(1 + map)")  # type: ignore[union-attr]
         if not self.theoretical.all():
             # a frame of zeros closes the outline at the border
             framed = np.pad(self.theoretical.numpy().astype(float), 1)

@@ -3,6 +3,8 @@ r"""Draw effective receptive fields of a ResNet-18 as it is initialised, and att
     lightning-locality fit --config configs/quickstart.yaml --config configs/overlays/small_vit.yaml --model.weight 0 \
         --run_dir runs/vit
     python results/receptive_fields/make.py runs/vit/last.ckpt --out results/receptive_fields
+
+The numbers of the fields are in fields.csv. Needs timm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Draw effective receptive fields of a ResNet-18 as it is initialised, and attention distances of a trained ViT.
+r"""Plot effective receptive fields of an untrained ResNet-18, and attention distances of a trained ViT.
 
     lightning-locality fit --config configs/quickstart.yaml --config configs/overlays/small_vit.yaml --model.weight 0 \
         --run_dir runs/vit

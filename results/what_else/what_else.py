@@ -1,4 +1,4 @@
-"""What the sweep beside this file compares with the term, and ways to change its weight during training."""
+"""Alternatives to the term for the sweep in this folder, and schedules of the term's weight."""
 
 from __future__ import annotations
 

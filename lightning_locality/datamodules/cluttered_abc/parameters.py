@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_locality.datamodules.pathfinder.parameters import check_whole, without_tuples
+
 # What differs between the settings, which are "baseline-", "ix1-" and "ix2" in the authors' program; all else is in the
 # defaults below. The spread of a letter's affine map is the same in all three. They differ in how much of it the two
 # letters share, and in how freely these are placed.
@@ -113,10 +115,7 @@ class ClutteredLetters:
             value = getattr(self, name)
             if isinstance(value, list):  # as YAML has them; a tuple can be a key of a cache
                 object.__setattr__(self, name, tuple(value))
-        for name, smallest in _WHOLE.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+        check_whole(self, _WHOLE)
         for name in (*_SPREADS, "distortion", "distortion_width", "jitter"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -176,7 +175,7 @@ class ClutteredLetters:
         """All parameters by name, tuples as lists, fonts as names of files; and checksums of the fonts."""
         values = dataclasses.asdict(self) | {"fonts": [Path(font).name for font in self.fonts]}
         values["fonts_sha256"] = [hashlib.sha256(font_file(font).read_bytes()).hexdigest()[:16] for font in self.fonts]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return without_tuples(values)
 
 
 def font_file(name: str) -> Path:

@@ -25,7 +25,7 @@ _inline = numba.njit(inline="always")
 
 
 class TargetTables(NamedTuple):
-    """What the two curves need; places, directions and D as in ``placement``, C candidates per direction."""
+    """Arguments of the compiled function: D directions of a dash, each with C candidates for the next one."""
 
     side: int  # columns of a grid
     length: int  # dashes per curve

@@ -111,12 +111,7 @@ class PathfinderCurves:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is None and name in ("distractors", "distractor_length"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+        check_whole(self, _SMALLEST)
         for name in ("paddle_thickness", "continuity", "marker_radius"):
             self._set(name, _positive(name, getattr(self, name)))
         for name in ("contrast", "paddle_contrast"):
@@ -239,8 +234,23 @@ class PathfinderCurves:
     def parameters(self) -> dict[str, Any]:
         """All parameters by name, with None replaced by the published rule's value and tuples as lists."""
         resolved = {"distractors": self.distractor_count, "distractor_length": self.paddles_per_distractor}
-        values = dataclasses.asdict(self) | resolved
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return without_tuples(dataclasses.asdict(self) | resolved)
+
+
+def check_whole(parameters: Any, smallest: dict[str, int]) -> None:
+    """Raise ValueError if a field of a dataclass is no integer or too small; None is right where it is the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(parameters)}
+    for name, least in smallest.items():
+        value = getattr(parameters, name)
+        if value is None and defaults[name] is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def without_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON has them, tuples as lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _several(name: str, value: Any) -> list[Any]:

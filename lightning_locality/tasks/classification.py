@@ -18,10 +18,10 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Accuracy, MeanMetric
 
+from lightning_locality.arguments import Checked
 from lightning_locality.networks import adapt
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.cuda_graph import GraphedStep
-from lightning_locality.regularizer.patches import check_integer
 from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
 
 
@@ -59,7 +59,7 @@ _EXTRA_STATE = re.compile(r"(penalty|augmentation)\.(.+\.)?_extra_state")  # cou
 _OBJECTS = ["network", "penalty", "optimizer", "scheduler", "augmentation"]
 
 
-class Classification(LightningModule):
+class Classification(Checked, LightningModule):
     r"""Classify images, with a term against locality: loss + weight * R, or with several, each with its weight.
 
     The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise, R the value of the
@@ -125,9 +125,7 @@ class Classification(LightningModule):
                 "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
             )
         weighted_penalties(penalty, weight)
-        if not callable(optimizer):
-            raise ValueError(f"optimizer must be called with the parameters and return one, got {optimizer!r}")
-        if check_integer(every_n_batches, "every_n_batches") < 1:
+        if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         for name, count in (("warmup_epochs", warmup_epochs), ("measured_batches", measured_batches)):
             if count < 0:

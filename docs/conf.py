@@ -1,4 +1,4 @@
-"""Settings of the documentation site; from the repository root: ``sphinx-build -W --keep-going -c docs . docs/_build``."""
+"""Settings of the documentation site, built by ``sphinx-build -W --keep-going -c docs . docs/_build`` from the root."""
 
 import sys
 from pathlib import Path
@@ -31,6 +31,7 @@ include_patterns = [
     "benchmarks/results/*/README.md",
 ]
 exclude_patterns = ["docs/_build/**", "docs/_pictures/**"]
+smartquotes = False  # options have two hyphens
 source_suffix = {".md": "markdown"}
 suppress_warnings = ["config.cache"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -47,40 +49,34 @@ class Generated(SphinxDirective):
         raise NotImplementedError
 
 
-def public_names(module: str) -> tuple[list[str], list[str]]:
-    """Names of a sub-package that the package itself exports, and its other public ones, each with its full path."""
+def public_names(module: str) -> list[str]:
+    """Full paths of the public names of a sub-package or module, the shortest from which they can be imported."""
     of = importlib.import_module(f"lightning_locality.{module}")
-    names = getattr(of, "__all__", None) or [
-        name
-        for name, value in vars(of).items()
-        if not (name.startswith("_") or inspect.ismodule(value))
-        and getattr(value, "__module__", "").startswith(of.__name__)
-    ]
-    top = [f"lightning_locality.{name}" for name in names if name in lightning_locality.__all__]
-    return top, [f"{of.__name__}.{name}" for name in names if name not in lightning_locality.__all__]
+    own = {k: v for k, v in vars(of).items() if k[0] != "_" and getattr(v, "__module__", "").startswith(of.__name__)}
+    top = lightning_locality.__all__
+    return [f"{'lightning_locality' if name in top else of.__name__}.{name}" for name in getattr(of, "__all__", own)]
 
 
 class PublicNames(Generated):
-    """The docstrings of all public names of the sub-package or module that is the argument."""
+    """The docstrings of all public names of the sub-packages or modules that are the arguments."""
 
     required_arguments = 1
+    final_argument_whitespace = True
 
     def markdown(self) -> Iterator[str]:
         """One entry of autodoc for every name."""
-        module = self.arguments[0]
-        top, rest = public_names(module)
-        for names, place in ((top, "lightning_locality"), (rest, f"lightning_locality.{module}")):
-            if names:
-                yield f"## from {place} import ...\n"
-            for path in sorted(names, key=str.lower):
-                parent, _, name = path.rpartition(".")
-                value = getattr(importlib.import_module(parent), name)
+        paths = [path for module in self.arguments[0].split() for path in public_names(module)]
+        parents = [path.rpartition(".")[0] for path in paths]
+        for parent in sorted(set(parents), key=lambda parent: (parent.count("."), parents.index(parent))):
+            yield f"## `from {parent} import ...`\n"
+            for path in sorted((path for path in paths if path.rpartition(".")[0] == parent), key=str.lower):
+                value = getattr(importlib.import_module(parent), path.rpartition(".")[2])
                 kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
                 yield f"```{{eval-rst}}\n.. py:currentmodule:: {parent}\n\n.. auto{kind}:: {path}\n```\n"
 
 
 def _help(args: str) -> str:
-    """What a command line prints before it exits; without a list of all options in brackets before that of all options."""
+    """What a command line prints before it exits, without a usage that lists all options before their descriptions."""
     with redirect_stdout(StringIO()) as out, suppress(SystemExit):
         main(shlex.split(args))
     usage, _, rest = out.getvalue().partition("\n\n")
@@ -112,13 +108,13 @@ def draw_inputs(data: dict[str, Any], penalty: dict[str, Any] | None, path: Path
     from pytorch_lightning import LightningDataModule
 
     from lightning_locality.plotting import example_inputs
-    from lightning_locality.plotting.style import save_figure
     from lightning_locality.regularizer import AntiLocality
     from lightning_locality.regularizer.penalties import bind_boxes
 
-    for name in lightning_locality.__all__ + ["datamodules.ClutteredABC"]:
-        where, _, name = f"lightning_locality.{name}".rpartition(".")
-        getattr(importlib.import_module(where), name)  # imported, a class can be given by its name alone
+    for name in lightning_locality.__all__:
+        getattr(lightning_locality, name)  # imported, a class can be given by its name alone
+    from lightning_locality.datamodules import ClutteredABC  # noqa: F401
+
     options = {**data["init_args"], "train": 16, "validation": 16, "test": 16}
     options.pop("epoch_size", None)
     images = os.environ.get("LIGHTNING_LOCALITY_DATA")
@@ -126,7 +122,7 @@ def draw_inputs(data: dict[str, Any], penalty: dict[str, Any] | None, path: Path
     with tempfile.TemporaryDirectory() as folder:
         if stand_in:
             size = {"image_size": 32} | {k: v for k, v in options.items() if k == "image_size"}
-            options |= {"source": "digits", **size}
+            options |= {"source": "digits", "resize": "bilinear", **size}
         elif options.get("source", "digits") != "digits":
             options["root"] = images
         else:
@@ -166,9 +162,10 @@ class Configurations(Generated):
             comment = re.match(r"(#.*\n)*", text)[0]
             yield f"## `{name}`\n"
             # lines that are indented are commands
-            for line in comment.splitlines():
-                words = line.removeprefix("#")
-                yield f"\n```console\n{words.strip()}\n```\n" if words.startswith("   ") else words.strip()
+            text_lines = [line.removeprefix("#") for line in comment.splitlines()]
+            for command, lines in groupby(text_lines, lambda line: line.startswith("   ")):
+                block = "\n".join(line.strip() for line in lines)
+                yield f"\n```console\n{block}\n```\n" if command else block
             yield ""
             yield from self.picture(path, yaml.safe_load(text))
             yield f"<details><summary>the file</summary>\n\n```yaml\n{text[len(comment) :]}```\n\n</details>\n"
@@ -263,4 +260,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("gallery", Gallery)
     app.connect("source-read", adapt_source)
     app.connect("autodoc-skip-member", skip_hooks)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # pictures that are drawn
     return {"parallel_read_safe": False}

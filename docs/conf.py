@@ -50,3 +50,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_root"]  # leads from / to the start page
 html_copy_source = False
+html_show_copyright = False

@@ -79,8 +79,9 @@ def _help(args: str) -> str:
     """What a command line prints before it exits, without a usage that lists all options before their descriptions."""
     with redirect_stdout(StringIO()) as out, suppress(SystemExit):
         main(shlex.split(args))
-    usage, _, rest = out.getvalue().partition("\n\n")
-    return rest if len(usage.splitlines()) > 8 else out.getvalue()
+    text = out.getvalue().replace(" \b", "")  # jsonargparse takes a space back
+    usage, _, rest = text.partition("\n\n")
+    return rest if len(usage.splitlines()) > 8 else text
 
 
 class CommandHelp(Generated):
@@ -89,8 +90,8 @@ class CommandHelp(Generated):
     has_content = True
 
     def markdown(self) -> Iterator[str]:
-        """Each help as it appears on a terminal of 110 columns."""
-        os.environ["COLUMNS"] = "110"
+        """Each help as it appears on a terminal of 92 columns."""
+        os.environ["COLUMNS"] = "92"
         for line in filter(None, self.content):
             yield f"## `lightning-locality {line.removesuffix(' --help')}`\n\n````text\n{_help(line)}````\n"
 
@@ -141,7 +142,7 @@ def draw_inputs(data: dict[str, Any], penalty: dict[str, Any] | None, path: Path
         titles = [names[label] if names else f"label {label}" for label in labels.tolist()]
         figure = example_inputs(np.asarray(pictures), titles, masks)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, bbox_inches="tight")
     return stand_in
 
 

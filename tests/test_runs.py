@@ -707,7 +707,7 @@ def test_a_refused_run_changes_nothing(trained: Path, tmp_path: Path, capsys: py
 
 
 def test_a_start_that_failed_does_not_block_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = {"--model.network.widths=[4]": "widths", "--model.optimizer=null": "optimizer must be called"}
+    wrong = {"--model.network.widths=[4]": "widths", "--model.optimizer=null": "optimizer must be a function"}
     wrong["--trainer.devices=x"] = "--trainer"
     for option, message in wrong.items():
         arguments = ("fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={tmp_path / 'a'}", option)

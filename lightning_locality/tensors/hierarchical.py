@@ -51,7 +51,8 @@ class HierarchicalTensorFactorization(Factorization):
         shape: Size of every mode, or one size for all.
         widths: Numbers of local components: one for all interior nodes, one per level from below as in the paper's
             ``[512, 512]``, or by node, written ``(0, 1)`` or ``"0-1"``.
-        depth: Factors of every column: one number, or one per level from the leaves to the root.
+        depth: Factors of every column: one number, one per level from the leaves to the root, or one per node, as
+            ``widths``.
 
     Raises:
         ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
@@ -68,7 +69,7 @@ class HierarchicalTensorFactorization(Factorization):
         tree: ModeTree,
         shape: int | Sequence[int],
         widths: int | Sequence[int] | Mapping[Any, int],
-        depth: int | Sequence[int] = 1,
+        depth: int | Sequence[int] | Mapping[Any, int] = 1,
         init: InitLaw = "normal",
         init_scale: float = 1e-2,
         init_of: InitOf = "weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Recovery"]
 
+import itertools
 import math
 from functools import partial
 from typing import Any, ClassVar, final
@@ -151,6 +152,13 @@ class Recovery(LightningModule):
     def on_fit_start(self) -> None:
         """Forget the problem of an earlier fit, and count iterations from here."""
         self._batch, self._first_iteration = None, self.iteration
+
+    def on_train_start(self) -> None:
+        """Stop at once if the run was killed after its last iteration."""
+        if self.iteration:
+            (batch,) = itertools.islice(self.trainer.train_dataloader, 1)
+            self._prepare(self.trainer.strategy.batch_to_device(batch))
+            self.trainer.should_stop = self._done()
 
     def run_summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
         """Return the last measurement, and the counts of this fit of that many seconds, for ``summary.json``."""

@@ -245,14 +245,14 @@ def measure(name: str, command: Command, kills: int, folder: Path, trained: Path
     faster, repeated = undisturbed(command, folder / "imported", trained, imported=True)
     result: dict[str, Any] = {"command": " ".join(command.arguments).replace(f"{CONFIGS.parent}/", "")}
     result |= {"seconds": round(typed, 1), "seconds_imported": round(faster, 1), "compared": len(expected)}
-    result["undisturbed_differences"] = _differences(expected, repeated)
+    result["undisturbed_differences"] = differences(expected, repeated)
     result["kills"] = []
     for number in range(kills):
         early = number % 5 == 4
         window = max(typed - faster, 0.5) if early else faster
         where = folder / f"kill {number}"
         record = killed(command, where, trained, window, not early, number % 2 == 0, draw)
-        record["differences"] = _differences(expected, content(where, command))
+        record["differences"] = differences(expected, content(where, command))
         result["kills"].append(record)
         shutil.rmtree(where)
         said = f"differs: {', '.join(record['differences'])}" if record["differences"] else "equal"
@@ -260,7 +260,7 @@ def measure(name: str, command: Command, kills: int, folder: Path, trained: Path
     return result
 
 
-def _differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Name what differs, of tables and JSON with the first line that does."""
     said = []
     for key in sorted(expected.keys() | found.keys()):

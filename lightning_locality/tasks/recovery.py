@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Recovery"]
 
-import itertools
 import math
 from functools import partial
 from typing import Any, ClassVar, final
@@ -156,8 +155,8 @@ class Recovery(LightningModule):
     def on_train_start(self) -> None:
         """Stop at once if the run was killed after its last iteration."""
         if self.iteration:
-            (batch,) = itertools.islice(self.trainer.train_dataloader, 1)
-            self._prepare(self.trainer.strategy.batch_to_device(batch))
+            loader: Any = self.trainer.train_dataloader
+            self._prepare(self.trainer.strategy.batch_to_device(next(iter(loader))))
             self.trainer.should_stop = self._done()
 
     def run_summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:

@@ -72,7 +72,7 @@ def commands(size: float = 1.0) -> dict[str, Command]:
     epochs, iterations = f"--trainer.max_epochs={round(24 * size)}", round(12000 * size)
     recovery = [*RECOVERY, f"--model.max_iterations={iterations}", "--run_dir=run"]
     grid = {**GRID, "set": {**GRID["set"], "model.max_iterations": iterations}}
-    rank = ["rank", "--checkpoint=trained/last.ckpt", "--out=ranks", f"--number={round(64 * size)}", "--size=16"]
+    rank = ["rank", "--checkpoint=trained/last.ckpt", "--out=ranks", f"--number={round(64 * size)}", "--size=8"]
     pathfinder = ["make-data", "pathfinder", "--root=data", "--preset=lra32", "--workers=2", "--validation=64"]
     export = ["make-data", "export", "--data=SameClass", "--data.source=digits", "--data.classes=[0,1]", "--out=images"]
     numbers = [f"--data.{name}={round(n * size)}" for name, n in (("train", 3000), ("validation", 500), ("test", 500))]
@@ -286,10 +286,11 @@ def train(folder: Path) -> Path:
 
 
 def imports() -> None:
-    """Import what the commands need, for the forks."""
+    """Import what the commands need, for the forks, which have a single thread; so the commands as typed do."""
     for name in ("runner", "sweep", "measure", "cli", "datamodules.pathfinder.module", "datamodules.base", "plotting"):
         importlib.import_module(f"lightning_locality.{name}")
-    torch.set_num_threads(1)  # a fork has no other threads
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kills
 
 
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Imports, and a single thread while the test lasts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    kills.imports()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # Python 3.12, of every fork
 @pytest.mark.parametrize("name", kills.commands())
 def test_a_killed_command_ends_like_an_undisturbed_one(name: str, tmp_path: Path) -> None:
     """Once in its work; the benchmark itself kills each 20 times, also while it starts."""
     command = kills.commands(0.25)[name]
-    torch.set_num_threads(1)
-    kills.imports()
     trained = kills.train(tmp_path / "rank") if name == "rank" else tmp_path
     seconds, expected = kills.undisturbed(command, tmp_path / "whole", trained, imported=True)
     draw = random.Random(name)

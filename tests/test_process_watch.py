@@ -168,6 +168,14 @@ def test_an_error_is_reported_and_an_interrupt_is_not(
     assert len(ended) == 1
 
 
+def test_a_spawned_process_is_left_to_its_launcher(tmp_path: Path) -> None:
+    watch = ProcessWatch(tmp_path)
+    watch._process += 1  # it was made by the parent
+    trainer: Any = SimpleNamespace(global_rank=0, local_rank=0, world_size=2, num_nodes=1)
+    watch.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    assert watch._size == 1
+
+
 def test_strangers_are_not_followed(tmp_path: Path) -> None:
     """They know no secret, and a connection that says nothing does not stop the next."""
     watch, listener = ProcessWatch(tmp_path), socket.create_server(("127.0.0.1", 0))

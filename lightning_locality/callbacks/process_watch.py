@@ -41,13 +41,15 @@ class ProcessWatch(Callback):
 
     def __init__(self, folder: Path, command: str = "fit") -> None:
         self.folder, self.command = folder, command
+        self._process = os.getpid()
         self._rank, self._size, self._speaks = 0, 1, True
         self._connections: dict[int, socket.socket] = {}
         self._other_stopped = self._leaving = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Connect the processes, once."""
-        if self._size > 1 or trainer.world_size == 1:
+        # under ddp_spawn training ends within the processes, which leave no context
+        if self._size > 1 or trainer.world_size == 1 or os.getpid() != self._process:
             return
         self._rank, self._size = trainer.global_rank, trainer.world_size
         # of those that miss process 0, which reports for all

@@ -314,7 +314,7 @@ def main() -> None:
             result = measure(name, commands(options.size)[name], options.kills, Path(folder), trained, options.seed)
         results[name] = {"seed": options.seed, "size": options.size, **result}
         document = {
-            "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
+            "command": hardware.command("benchmarks/kills.py"),
             "hardware": {"processor": hardware.processor_name(), "cores": os.cpu_count()},
             "versions": hardware.versions("torch", "pytorch-lightning", "numpy", "pandas", "joblib"),
             "commands": results,

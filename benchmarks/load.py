@@ -209,7 +209,7 @@ def main() -> None:
         # other parts may be measured at the same time, or elsewhere
         document = json.loads(options.out.read_text()) if options.out.exists() else {"parts": {}}
         document["parts"][name] = {
-            "benchmark": " ".join(["python", "benchmarks/load.py", *sys.argv[1:]]),
+            "benchmark": hardware.command("benchmarks/load.py"),
             "hardware": {"processor": hardware.processor_name(), "cores": os.cpu_count()},
             "versions": hardware.versions("torch", "torchvision", "pytorch-lightning", "numpy", "pandas", "joblib"),
             **result,

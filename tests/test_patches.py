@@ -268,7 +268,7 @@ def test_wrong_arguments() -> None:
         ),
         (lambda: GivenPatches([(0, 0, 4, 4), (3, 3, 2, 2)]), "overlap"),
         (lambda: GivenPatches([(0, 0, 4, 4), (-1, 8, 2, 2)]), "not a box inside"),
-        (lambda: GivenPatches([(0, 0, 4, 4), (8, 8, 2)]), "each"),  # type: ignore[list-item]
+        (lambda: GivenPatches([(0, 0, 4, 4), (8, 8, 2)]), "boxes must be a list of lists of 4 whole numbers or None"),  # type: ignore[list-item]
     ):
         with pytest.raises(ValueError, match=message):
             build()

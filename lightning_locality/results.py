@@ -7,6 +7,7 @@ __all__ = ["aggregate", "history", "read_runs"]
 import csv
 import difflib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -275,10 +276,18 @@ def last_metrics(run: Path) -> dict[str, float]:
     values: dict[str, float] = {}
     if (run / "metrics.csv").is_file():
         # not pandas: a value that is not a number is the last one as well
-        with (run / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                values |= {name: float(value) for name, value in row.items() if value and name not in ("epoch", "step")}
+        for row in read_rows(run / "metrics.csv"):
+            values |= {name: float(value) for name, value in row.items() if value and name not in ("epoch", "step")}
     return values
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a CSV file as text; a process killed while writing may leave half a row."""
+    text = path.read_text()
+    try:
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged: {error}; remove the damaged rows") from None
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["AtomicCheckpointIO", "MetricsFile"]
 
 import csv
-import io
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from lightning_locality.results import atomic_write
+from lightning_locality.results import atomic_write, read_rows
 
 
 @final
@@ -71,9 +70,7 @@ class MetricsFile(Logger, Callback):
             self._write([*self._read(), row])
 
     def _read(self) -> list[dict[str, Any]]:
-        """Read the complete rows as text; a process killed while writing may leave half a row."""
-        text = self.path.read_text() if self.path.is_file() else ""
-        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        return read_rows(self.path) if self.path.is_file() else []
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._columns = sorted({name for row in rows for name, value in row.items() if value not in ("", None)})

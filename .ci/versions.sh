@@ -19,7 +19,7 @@ environment="$(mktemp -d)"
 trap 'rm -rf "$environment"' EXIT
 "$python" -m venv "$environment"
 "$environment/bin/python" -m pip install -q uv
-VIRTUAL_ENV="$environment" "$environment/bin/uv" pip install -q --resolution "$resolution" -e '.[dev]'
+VIRTUAL_ENV="$environment" "$environment/bin/uv" pip install -q --compile-bytecode --resolution "$resolution" -e '.[dev]'
 "$environment/bin/python" -VV
 VIRTUAL_ENV="$environment" "$environment/bin/uv" pip list
 "$environment/bin/python" -m pytest -q "${@:3}"

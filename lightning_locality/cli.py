@@ -6,7 +6,9 @@ __all__ = ["main"]
 
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 _HELP = """\
@@ -25,10 +27,11 @@ Train convolutional networks that see far, and measure how far any network sees.
   make-data cabc        the same for Cluttered ABC                     [--preset hard --size 175]
   make-data export      write a task as PNG folders, .npz, WebDataset or Parquet:
                         --data SameClass [--data.distance 80 ...] --out FOLDER [--format parquet]
+  configs [DIR]         list the configurations that come with the package, or copy them to a folder
 
   --version
 """
-_COMMANDS = ("fit", "validate", "test", "predict", "sweep", "rank", "figure", "make-data")
+_COMMANDS = ("fit", "validate", "test", "predict", "sweep", "rank", "figure", "make-data", "configs")
 
 
 def _dispatch(command: str, args: Sequence[str]) -> None:
@@ -87,6 +90,15 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             commands["export"] = export_images
             options: dict[str, Any] = {"parser_class": SuggestingParser, "description": "Write data to disk."}
             auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False, **options)
+        case "configs":
+            from lightning_locality.results import describe_configs, write_configs
+
+            parser = ArgumentParser(prog, description="List the configurations that come with the package.")
+            parser.add_argument("folder", nargs="?", type=Path, help="copy them to this folder instead")
+            if folder := parser.parse_args(args).folder:
+                write_configs(folder)
+            else:
+                print(describe_configs())
         case _:
             from lightning_locality.results import nearest
 

@@ -1,4 +1,4 @@
-"""Read run directories as pandas frames, write ``results.csv``; the only reader of run directories."""
+"""Read run directories as pandas frames, write ``results.csv``; find and read configurations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,10 +34,14 @@ PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"  # variable that announces a pipe
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
-    """Open a text file that replaces ``path`` only once it has been written completely."""
+    """Open a text file that replaces ``path`` only once it has been written completely.
+
+    A symbolic link at ``path`` is replaced, not followed. Bytes are written to the file's ``buffer``.
+    """
     temporary = path.with_name(f"{path.name}.part")
-    # no translation of line ends: csv writes its own
-    with temporary.open("w", newline="") as file:
+    temporary.unlink(missing_ok=True)  # left by a process that was killed, or planted there
+    # "x" creates it here or fails, and follows no link; no translation of line ends: csv writes its own
+    with temporary.open("x", newline="") as file:
         yield file
     os.replace(temporary, path)
 
@@ -346,6 +351,81 @@ def _values(node: yaml.Node, known: dict[int, float]) -> float:
             children = [value for _, value in children]
         known[id(node)] = 1 + sum(_values(child, known) for child in children)
     return known[id(node)]
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Find the configurations that come with the package, by name, such as ``sweeps/quickstart.yaml``."""
+    package = Path(__file__).parent
+    # in a wheel inside the package, in a checkout next to it
+    root = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def find_config(path: str | Path, folder: str = "") -> Path:
+    """Return the path of a configuration: the file itself, or else the one of this name that comes with the package.
+
+    Args:
+        path: A file, or a name of :func:`packaged_configs`, with or without ``configs/`` in front.
+        folder: Folder of the packaged configurations in which to look first, such as ``sweeps/``.
+
+    Raises:
+        FileNotFoundError: There is neither; the message has names that are near.
+    """
+    if os.path.isfile(path):
+        return Path(path)
+    known, name = packaged_configs(), Path(path).as_posix().removeprefix("configs/")
+    for one in (folder + name, name):
+        if one in known:
+            return known[one]
+    same = [one for one in known if one.rpartition("/")[2] == name]
+    near = " or ".join(same or difflib.get_close_matches(name, known))
+    remedy = f"did you mean {near}?" if near else "lightning-locality configs lists those that do"
+    raise FileNotFoundError(f"there is no file {path}, and none of that name comes with the package; {remedy}")
+
+
+def find_configs(args: Sequence[str]) -> list[str]:
+    """Return a command line with every ``--config NAME.yaml`` replaced by the path of the file, which is checked.
+
+    Raises:
+        FileNotFoundError: There is no such configuration.
+        ValueError: As of :func:`load_yaml`; of a key given twice jsonargparse would take the last in silence.
+    """
+    words, before = list[str](), ""
+    for word in args:
+        option, equals, value = ("--config", "", word) if before in ("-c", "--config") else word.partition("=")
+        # jsonargparse also takes the content itself
+        if option in ("-c", "--config") and (os.path.isfile(value) or value.endswith((".yaml", ".yml"))):
+            load_yaml(path := find_config(value))
+            words.append(f"{option}={path}" if equals else str(path))
+        else:
+            words.append(word)
+        before = "" if before in ("-c", "--config") else word
+    return words
+
+
+def write_configs(folder: Path) -> None:
+    """Copy the configurations that come with the package to a folder.
+
+    Raises:
+        FileExistsError: The folder has one of them already; nothing is written.
+    """
+    configs = packaged_configs()
+    if there := [name for name in configs if os.path.lexists(folder / name)]:
+        others = f" and {len(there) - 1} others" if there[1:] else ""
+        raise FileExistsError(f"{folder} has {there[0]}{others} already: choose another folder, or delete them")
+    for name, path in configs.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("xb") as file:
+            file.write(path.read_bytes())
+
+
+def describe_configs() -> str:
+    """Tabulate the configurations that come with the package, each with the beginning of its first comment."""
+    lines, configs = list[str](), packaged_configs()
+    for name, path in configs.items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        lines.append(f"{name:{max(map(len, configs))}}  {textwrap.shorten(first, 78, placeholder=' ...')}")
+    return "\n".join(lines)
 
 
 def gather(args: Sequence[str], several: Callable[[str], bool]) -> tuple[list[str], dict[str, list[str]]]:

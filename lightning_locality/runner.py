@@ -49,10 +49,10 @@ from lightning_locality.results import (
     IN_USE,
     PARENT_PIPE,
     atomic_write,
+    find_configs,
     flatten,
     history,
     last_metrics,
-    load_yaml,
     read_settings,
     versions,
     write_json,
@@ -143,11 +143,8 @@ class LocalityCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; where that fails for want of a configuration, name that of the run, or say how to give one."""
-        words = [word for arg in args for word in arg.split("=", 1)]
-        given = dict(pairwise(words))
-        for option, value in pairwise(words):
-            if option in ("-c", "--config") and Path(value).is_file():
-                load_yaml(Path(value))  # of a key given twice jsonargparse takes the last in silence
+        args = find_configs(args)
+        given = dict(pairwise(word for arg in args for word in arg.split("=", 1)))
         try:
             super().parse_arguments(parser, args)
         except SystemExit as stop:
@@ -158,7 +155,10 @@ class LocalityCLI(LightningCLI):
                 if config.is_file():
                     print(f"There is no --config; the run's own is --config {config}", file=sys.stderr)
                 elif "--model" not in given:
-                    print("There is no --config FILE, such as those in configs/, and no --model", file=sys.stderr)
+                    print(
+                        "There is no --config FILE (lightning-locality configs lists some), and no --model",
+                        file=sys.stderr,
+                    )
             raise
 
     def _parse_ckpt_path(self) -> None:

@@ -64,7 +64,7 @@ def sweep(
     it. A failed run is reported with the end of its log and does not stop the others.
 
     Args:
-        grid: YAML file that describes the runs (see configs/sweeps/quickstart.yaml for an example).
+        grid: YAML file that describes the runs, or the name of one that comes with the package (quickstart.yaml).
         out: Folder for the runs and their results.csv (default: the file's own).
         parallel: Runs at a time on this machine, which share its cores and GPUs (default: the file's own, or one per
             group of devices_per_run GPUs, or per core without GPUs).

@@ -15,11 +15,12 @@ from typing import Any, Literal, Self, final, get_args
 
 from filelock import FileLock, Timeout
 
-from lightning_locality.results import load_yaml, nearest
+from lightning_locality.results import find_config, load_yaml, nearest
 
 Cluster = Literal["local", "slurm"]
 
 MAX_RUNS = 100_000
+_FILES = (".lock", "results.csv")  # of the sweep, next to the folders of its runs
 
 _SHAPES = {
     "configs": (list, "a list of configuration files"),
@@ -150,8 +151,10 @@ class SweepFile:
         them itself.
 
         Raises:
+            FileNotFoundError: Neither a file nor a sweep that comes with the package.
             ValueError: Unknown keys or values of the wrong kind.
         """
+        path = find_config(path, "sweeps/")
         content = _load(path)
         for name, value in (("out", out), ("parallel", parallel), ("cluster", cluster)):
             content[name] = content.get(name) if value is None else value
@@ -200,7 +203,10 @@ class SweepFile:
         if devices and (count := options["trainer.devices"]) != self.devices_per_run:
             self._refuse(f"devices_per_run is {self.devices_per_run}, but trainer.devices {count!r}: leave one out")
         name = "-".join(str(v) if key == "variant" else f"{key}={v}" for key, v in labels.items())
-        folder = self.folder / "".join(c if c.isalnum() or c in ".-=" else "_" for c in name)
+        name = "".join(c if c.isalnum() or c in ".-=" else "_" for c in name)
+        if not name.strip(".") or name in _FILES:
+            self._refuse(f"variant {labels['variant']!r} cannot be the name of a folder of its own in {self.folder}")
+        folder = self.folder / name
         arguments = ["fit", *(f"--config={config}" for config in configs)]
         arguments += [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in options.items()]
         arguments += [f"--run_dir={folder}", f"--labels={json.dumps(labels)}"]

@@ -525,7 +525,7 @@ def test_errors_of_the_file(tmp_path: Path, content: dict[str, object], expected
 
 def test_missing_file_and_bad_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failing(str(tmp_path / "none.yaml"))
-    assert "no sweep file" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err
     failing(str(CONFIGS / "sweeps" / "quickstart.yaml"), "--parallel=0", f"--out={tmp_path}")
     assert "parallel must be at least 1, got 0" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ __all__ = ["AtomicCheckpointIO", "MetricsFile"]
 
 import csv
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,12 +186,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``PATH.part`` and rename it."""
+        """Write it in a new folder ``PATH.part``, which nobody else has opened, and rename it."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
-        os.replace(f"{path}.part", path)
+        part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        # left by a process that was killed, or a link planted there
+        shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink(missing_ok=True)
+        part.mkdir(mode=0o700)
+        try:
+            super().save_checkpoint(checkpoint, part / "checkpoint", storage_options)
+            os.replace(part / "checkpoint", path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def use_atomic_checkpoints(trainer: Trainer) -> Trainer:

@@ -308,13 +308,18 @@ def new_output(out: Path) -> Iterator[Path]:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists: delete it or choose another name")
     part = out.with_name(f".part-{out.name}")
-    shutil.rmtree(part, ignore_errors=True)
+    _remove(part)  # left by a process that was killed, or planted there
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         part.replace(out)
     finally:
-        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link; what a link points to stays."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def write_images(out: Path, splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]], names: Sequence[str]) -> None:
@@ -325,9 +330,10 @@ def write_images(out: Path, splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]
             for split, batches in splits.items():
                 both = zip(("images", "labels"), zip(*batches, strict=True), strict=True)
                 arrays |= {f"{_SPLITS[split][0]}_{name}": torch.cat(parts).numpy() for name, parts in both}
-            with part.open("wb") as file:
+            with part.open("xb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
             return
+        part.mkdir()
         digits = len(str(len(names) - 1))
         # in the order of the labels, and told by their names
         classes = [re.sub(r"\W+", "_", f"{label:0{digits}} {name}") for label, name in enumerate(names)]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from lightning_locality.arguments import checked
+from lightning_locality.results import atomic_write
 
 # Okabe and Ito, Color Universal Design (2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -159,5 +160,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         # no date in the file: the same results give the same bytes
-        figure.savefig(stem.with_name(f"{stem.name}.pdf"), metadata={"CreationDate": None})
-        figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=200)
+        with atomic_write(stem.with_name(f"{stem.name}.pdf")) as file:
+            figure.savefig(file.buffer, format="pdf", metadata={"CreationDate": None})
+        with atomic_write(stem.with_name(f"{stem.name}.png")) as file:
+            figure.savefig(file.buffer, format="png", dpi=200)

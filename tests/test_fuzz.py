@@ -7,21 +7,31 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from fuzz_cases import CASES, discover
+from fuzz_commands import COMMANDS, CONFIGS, TABLE, contents, words
 from fuzzing import Findings, Hang, complaint, fits, has_nan, limited, parameters, shown, values
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from pytorch_lightning import Trainer
+
+from lightning_locality.cli import main
+from lightning_locality.runner import LocalityCLI
 
 CALLABLES = discover()
-SHARE = 0.7  # of the cases that replace arguments; the others are files and command lines
+SHARE = 0.8  # of the cases that replace arguments; the others are files and command lines
 WEIGHTS = {name: len(parameters(one)) for name, one in CALLABLES.items()}
 
 
@@ -63,6 +73,8 @@ def outcome(name: str, replaced: dict[str, Any]) -> tuple[str, str] | None:
     except (Exception, Hang) as error:
         # what was built may fail later on images that do not suit it, in other words
         found = complaint(error, [] if built else [*known, *texts])
+        if found and not wrong:  # a value of the right type
+            return f"{found[0]} (right type)", found[1]
         return found or (("accepted at first", str(error)[:100]) if built and wrong else None)
     if wrong:
         return "accepted", ", ".join(wrong)
@@ -93,6 +105,108 @@ def test_arguments(name: str, pytestconfig: pytest.Config) -> None:
             findings.add((name, ", ".join(replaced), found[0]), f"{example}: {found[1]}")
 
     share = SHARE * pytestconfig.getoption("--fuzz-cases") * WEIGHTS[name] / sum(WEIGHTS.values())
+    fuzz(one, max(1, round(share)))
+    if findings.found:
+        pytest.fail(str(findings), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configurations, a finished run and a table of results."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(CONFIGS, folder / "configs")
+    (folder / "table.csv").write_text(TABLE)
+    small = ("--model.max_iterations=50", "--model.model.shape=[4,4]", "--data.shape=[4,4]", "--data.rank=1")
+    with patch.object(Figure, "savefig", lambda self, path, **_: Path(path).touch()):
+        main(["fit", f"--config={CONFIGS}/recovery/matrix.yaml", *small, "--data.observations=8", f"--run_dir={folder}/run"])
+    return folder
+
+
+@pytest.fixture
+def untrained(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everything is built, and then not trained; figures are not drawn into files."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **options: None)
+    monkeypatch.setattr(LocalityCLI, "after_fit", lambda self: None)
+    for module in ("plotting.command", "measure", "runner"):
+        monkeypatch.setattr(f"lightning_locality.{module}.save_figure", lambda figure, stem: None)
+    return workplace
+
+
+def said(line: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, tuple[str, str] | None]:
+    """Exit status and messages of a command line, and what is wrong with them."""
+    environment = dict(os.environ)
+    try:
+        with limited():
+            main(line)
+        status: Any = 0
+    except SystemExit as stop:
+        status = stop.code
+    except (Exception, Hang) as error:
+        capsys.readouterr()
+        return 1, "", complaint(error, []) or (f"not caught: {type(error).__name__}", str(error)[:150])
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    message = capsys.readouterr().err.strip()
+    if status not in (0, 1, 2):
+        return 1, message, (f"status {status!r}", message[:150])
+    reason = message.rpartition("\nerror: ")[2]  # what follows the usage
+    if "Traceback" in message or (status and (not reason or len(reason.splitlines()) > 12)):
+        return status, message, ("no short message", reason[-300:])
+    return status, message, None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands(
+    name: str, untrained: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings, command = Findings(), COMMANDS[name]
+    original = untrained / "configs" / name.partition(" ")[2]
+    file = original.with_name("fuzzed.yaml")
+    fixed = ["--dry_run=true"] if command[0] == "sweep" else []
+    before = sorted(untrained.rglob("*"))
+
+    def run(line: Sequence[str]) -> tuple[int, str, tuple[str, str] | None]:
+        places = {"{run}": str(untrained / "run"), "{file}": str(file)}
+        for place, path in places.items():
+            line = [word.replace(place, path) for word in line]
+        return said([*line, *fixed], capsys)
+
+    def one(data: st.DataObject) -> None:
+        findings.cases += 1
+        line, content = list(command), b""
+        if original.is_file():
+            content = original.read_bytes()
+        if original.is_file() and data.draw(st.integers(0, 3)):
+            content = contents(data.draw, original.read_text(), name)
+        else:
+            line = words(data.draw, command, name)
+        if original.is_file():
+            file.write_bytes(content)
+        status, message, found = run(line)
+        new = [path for path in sorted(untrained.rglob("*")) if path not in before and path.is_file()]
+        left = [path.name for path in new if path.name not in (".lock", "fuzzed.yaml")]
+        if (untrained / "planted").exists():
+            found = "code was run", ""
+        elif not found and status and command[0] == "fit" and left:
+            found = "refused, but files are left", ", ".join(left)
+        for path in untrained.iterdir():
+            if path not in before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if found:
+            changed = [word[:60] for word in line if word not in command]
+            lines = [*difflib.unified_diff(original.read_text().splitlines(), content.decode(errors="replace").splitlines(), n=0)][3:] if content and original.is_file() else []
+            findings.add((name, found[0]), f"{changed} {[line[:60] for line in lines if line[:1] in '+-' and not line.startswith('-#')][:4]}: {found[1]}")
+
+    if original.is_file():
+        shutil.copy(original, file)
+    status, message, found = run(command)
+    assert not status, message
+    assert not found
+    for path in set(untrained.iterdir()) - set(before):
+        shutil.rmtree(path)
+    share = (1 - SHARE) * pytestconfig.getoption("--fuzz-cases") / len(COMMANDS)
     fuzz(one, max(1, round(share)))
     if findings.found:
         pytest.fail(str(findings), pytrace=False)

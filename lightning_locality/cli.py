@@ -34,6 +34,10 @@ _COMMANDS = ("fit", "validate", "test", "predict", "sweep", "rank", "figure", "m
 def _dispatch(command: str, args: Sequence[str]) -> None:
     """Run a command, after importing what it needs and no more."""
     prog = f"lightning-locality {command}"
+    if any("&" in arg or arg.endswith((".yaml", ".yml")) for arg in args):
+        from lightning_locality.results import check_yaml
+
+        check_yaml(args)
     match command:
         case "--help" | "-h" | "help":
             print(_HELP, end="")

@@ -83,6 +83,8 @@ class SmallResNet(nn.Module):
             each = "widths and strides at least 1, and one each for the stem and for every block"
             got = f"{in_channels=}, {outputs=}, {widths=}, {strides=}"
             raise ValueError(f"in_channels and outputs must be at least 1, {each}, got {got}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability, 0 to 1, got {dropout}")
         self.strides = tuple(strides)
         convolution = nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False)
         self.stem = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU())

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +25,8 @@ from lightning_locality import __version__
 
 COUNTS = ("epochs", "iterations", "seconds")
 MAX_VALUES = 100_000  # of a YAML file
+# the pure Python loader takes ten times as long
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 IN_USE = 75  # exit status of a fit whose directory another process writes to: EX_TEMPFAIL, which Windows lacks
 PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"  # variable that announces a pipe from the sweep as standard input
 
@@ -307,17 +309,30 @@ def load_yaml(path: Path) -> Any:
         ValueError: Something else than YAML, a key given twice, or content that is nested too deeply or grows beyond
             100,000 values by aliases.
     """
-    # the pure Python loader takes ten times as long
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         text = path.read_text(encoding="utf-8")
-        if (root := yaml.compose(text, loader)) and _values(root, {}) > MAX_VALUES:
+        if (root := yaml.compose(text, _LOADER)) and _values(root, {}) > MAX_VALUES:
             raise ValueError(f"it has more than {MAX_VALUES:,} values by aliases")
-        return yaml.load(text, loader)
+        return yaml.load(text, _LOADER)
     except RecursionError:
         raise ValueError(f"{path}: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_yaml(words: Iterable[str]) -> None:
+    """Check the YAML among the words of a command line, values and files, as :func:`load_yaml` does.
+
+    The parser itself would take the last of two values of a key in silence, and write out all aliases.
+    """
+    for word in words:
+        text = word.partition("=")[2] or word
+        if text.endswith((".yaml", ".yml")) and os.path.isfile(text):
+            load_yaml(Path(text))
+        elif "&" in text:
+            with suppress(yaml.YAMLError, RecursionError):  # text
+                if (root := yaml.compose(text, _LOADER)) and _values(root, {}) > MAX_VALUES:
+                    raise ValueError(f"{text[:60]}... has more than {MAX_VALUES:,} values by aliases")
 
 
 def _values(node: yaml.Node, known: dict[int, float]) -> float:

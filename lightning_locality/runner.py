@@ -51,7 +51,6 @@ from lightning_locality.results import (
     flatten,
     history,
     last_metrics,
-    load_yaml,
     read_settings,
     versions,
     write_json,
@@ -144,9 +143,6 @@ class LocalityCLI(LightningCLI):
         """Parse; where that fails for want of a configuration, name that of the run, or say how to give one."""
         words = [word for arg in args for word in arg.split("=", 1)]
         given = dict(pairwise(words))
-        for option, value in pairwise(words):
-            if option in ("-c", "--config") and Path(value).is_file():
-                load_yaml(Path(value))  # of a key given twice jsonargparse takes the last in silence
         try:
             super().parse_arguments(parser, args)
         except SystemExit as stop:
@@ -404,6 +400,11 @@ _UNKNOWN = re.compile(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|dot import path string: 
 # of reST: roles, such as :class:`~torch.nn.Module`, links and literals
 _MARKUP = re.compile(r":(?:py:)?\w+:`~?(?:[\w.]+\.)?(\w+)`|`([^`<]+?)\s*<[^`]*>`_+|``([^`]+)``")
 _CLASS_PATH = re.compile(r"class_path '([\w.]+)\.(\w+)'")
+# of a message of the parser: the types it tried, None among them, and the whole setting around the wrong value
+_ATTEMPTS = re.compile(
+    r"\s*(?:Does not validate against any.*|Subtypes: .*|Errors:|Given value type: .*|- Expected a <class 'NoneType'>)"
+)
+_TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:collections\.abc|typing)\.(?=\w)")
 _NO_CLASS = re.compile(r"class_path 'pytorch_lightning\.Lightning|\.Abstract\w+ is abstract")
 
 
@@ -419,8 +420,11 @@ class SuggestingParser(LightningArgumentParser):
             action.help = action.help and _MARKUP.sub(r"\1\2\3", action.help)
         return _MARKUP.sub(r"\1\2\3", super().format_help(*args))
 
+    def print_usage(self, *args: Any) -> None:
+        """Print nothing: 150 lines of options above an error would hide it."""
+
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """Append the nearest known name of every unknown one to the message."""
+        """Append the nearest known name of every unknown one to the message, shortened to what was wrong."""
         text = str(message)
         if _NO_CLASS.search(text):
             named = "--model Classification, --data SameClass"
@@ -436,7 +440,18 @@ class SuggestingParser(LightningArgumentParser):
             near = difflib.get_close_matches(unknown, known, n=1)
             if near and near[0] != unknown and (hint := f"Did you mean {near[0]!r}?") not in text:
                 text += f"\n{hint}"
-        super().error(text, *args, **kwargs)
+        super().error(_shortened(text), *args, **kwargs)
+
+
+def _shortened(message: str) -> str:
+    """On one line where the wrong value is, what was expected and what was given; other messages as they are."""
+    if "Given value: " not in message:
+        return message
+    nested, *rest = message.partition("\nDid you mean")
+    lines = [line.strip() for line in nested.splitlines() if not _ATTEMPTS.fullmatch(line)]
+    given = [line for line in lines if line.startswith("Given value: ")]
+    words = [line.removeprefix("- ") for line in lines if line not in given[1:]]
+    return "; ".join(_TYPE.sub(r"\1", f"{word:.300}") for word in words).replace(":;", ":") + "".join(rest)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

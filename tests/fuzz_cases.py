@@ -18,11 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_locality
 from lightning_locality import (
     AntiLocality,
-    Classification,
     FarField,
     HierarchicalTensorFactorization,
     ModeTree,
-    Recovery,
     TensorRecovery,
     halves,
 )
@@ -253,7 +251,7 @@ CASES: dict[str, Case] = {
     "standard_cuts": Case(lambda: {"height": 8, "width": 8}),
     "contribution_norms": Case(lambda: {"model": factorization()}),
     "cp_rank": Case(lambda: {"tensor": factorization().to_tensor().detach()[0], "max_steps": 50, "starts": 2}),
-    "cut_share": Case(lambda: {"model": network(), "images": images(12), "mask": halves(8, 8)}),
+    "cut_share": Case(lambda: {"model": network(), "images": images(12), "mask": halves(8, 8)}, lambda cut: cut.share),
     "data_alignment": Case(lambda: {"samples": bits(), "tree": tree()}),
     "data_entanglement": Case(lambda: {"samples": bits(), "labels": labels(12), "tree": tree()}),
     "data_spectra": Case(lambda: {"samples": bits(), "labels": labels(12), "tree": tree()}),
@@ -263,7 +261,11 @@ CASES: dict[str, Case] = {
     ),
     "input_gradient_change": Case(
         lambda: {
-            **{"model": network(), "x": images(), "y": labels(), "box_i": (0, 0, 2, 2), "box_j": (4, 4, 2, 2)},
+            "model": network(),
+            "x": images(),
+            "y": labels(),
+            "box_i": (0, 0, 2, 2),
+            "box_j": (4, 4, 2, 2),
             "donor": torch.arange(6).roll(1),
         }
     ),

@@ -65,7 +65,9 @@ def words(draw: Callable[..., Any], command: tuple[str, ...], seed: str) -> list
             case "value":
                 found[place] = f"{option}={text}" if equals else text
             case "option":
-                found[place] = found[place].replace(option, draw(st.sampled_from(("--typo", option + "x", option[:-1]))))
+                found[place] = found[place].replace(
+                    option, draw(st.sampled_from(("--typo", option + "x", option[:-1])))
+                )
             case "cut":
                 found[place] = option
             case "delete":

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import random
@@ -19,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 from fuzz_cases import CASES, discover
 from fuzz_commands import COMMANDS, CONFIGS, TABLE, contents, words
 from fuzzing import Findings, Hang, complaint, fits, has_nan, limited, parameters, shown, values
@@ -118,7 +118,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "table.csv").write_text(TABLE)
     small = ("--model.max_iterations=50", "--model.model.shape=[4,4]", "--data.shape=[4,4]", "--data.rank=1")
     with patch.object(Figure, "savefig", lambda self, path, **_: Path(path).touch()):
-        main(["fit", f"--config={CONFIGS}/recovery/matrix.yaml", *small, "--data.observations=8", f"--run_dir={folder}/run"])
+        config = CONFIGS / "recovery" / "matrix.yaml"
+        main(["fit", f"--config={config}", *small, "--data.observations=8", f"--run_dir={folder}/run"])
     return folder
 
 
@@ -133,7 +134,7 @@ def untrained(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace
 
 
-def said(line: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, tuple[str, str] | None]:
+def said(line: Sequence[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, tuple[str, str] | None]:
     """Exit status and messages of a command line, and what is wrong with them."""
     environment = dict(os.environ)
     try:
@@ -143,12 +144,12 @@ def said(line: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     except SystemExit as stop:
         status = stop.code
     except (Exception, Hang) as error:
-        capsys.readouterr()
+        capfd.readouterr()
         return 1, "", complaint(error, []) or (f"not caught: {type(error).__name__}", str(error)[:150])
     finally:
         os.environ.clear()
         os.environ.update(environment)
-    message = capsys.readouterr().err.strip()
+    message = capfd.readouterr().err.strip()
     if status not in (0, 1, 2):
         return 1, message, (f"status {status!r}", message[:150])
     reason = message.rpartition("\nerror: ")[2]  # what follows the usage
@@ -158,54 +159,48 @@ def said(line: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands(
-    name: str, untrained: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands(name: str, untrained: Path, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture[str]) -> None:
     findings, command = Findings(), COMMANDS[name]
     original = untrained / "configs" / name.partition(" ")[2]
-    file = original.with_name("fuzzed.yaml")
-    fixed = ["--dry_run=true"] if command[0] == "sweep" else []
-    before = sorted(untrained.rglob("*"))
+    file = original.with_name("fuzzed.yaml") if original.is_file() else None
+    content = original.read_text() if file else ""
+    before = set(untrained.rglob("*"))
 
-    def run(line: Sequence[str]) -> tuple[int, str, tuple[str, str] | None]:
-        places = {"{run}": str(untrained / "run"), "{file}": str(file)}
-        for place, path in places.items():
-            line = [word.replace(place, path) for word in line]
-        return said([*line, *fixed], capsys)
+    def run(line: Sequence[str], content: bytes) -> tuple[str, str] | None:
+        """What is wrong with a command; its files are removed."""
+        if file:
+            file.write_bytes(content)
+        end = ["--dry_run=true"] if line[0] == "sweep" else []
+        line = [word.replace("{run}", str(untrained / "run")).replace("{file}", str(file)) for word in line]
+        status, message, found = said([*line, *end], capfd)
+        new = [path for path in set(untrained.rglob("*")) - before if path != file]
+        left = [path.name for path in new if path.is_file() and path.name != ".lock"]
+        if untrained / "planted" in new:
+            found = "code was run", ""
+        elif not found and status and left and line[0] == "fit":
+            found = "refused, and files are left", ", ".join(left)
+        for path in sorted(new, reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        return found
 
     def one(data: st.DataObject) -> None:
         findings.cases += 1
-        line, content = list(command), b""
-        if original.is_file():
-            content = original.read_bytes()
-        if original.is_file() and data.draw(st.integers(0, 3)):
-            content = contents(data.draw, original.read_text(), name)
+        line, spoilt = list(command), content.encode()
+        if file and data.draw(st.integers(0, 3)):
+            spoilt = contents(data.draw, content, name)
         else:
             line = words(data.draw, command, name)
-        if original.is_file():
-            file.write_bytes(content)
-        status, message, found = run(line)
-        new = [path for path in sorted(untrained.rglob("*")) if path not in before and path.is_file()]
-        left = [path.name for path in new if path.name not in (".lock", "fuzzed.yaml")]
-        if (untrained / "planted").exists():
-            found = "code was run", ""
-        elif not found and status and command[0] == "fit" and left:
-            found = "refused, but files are left", ", ".join(left)
-        for path in untrained.iterdir():
-            if path not in before:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if found:
-            changed = [word[:60] for word in line if word not in command]
-            lines = [*difflib.unified_diff(original.read_text().splitlines(), content.decode(errors="replace").splitlines(), n=0)][3:] if content and original.is_file() else []
-            findings.add((name, found[0]), f"{changed} {[line[:60] for line in lines if line[:1] in '+-' and not line.startswith('-#')][:4]}: {found[1]}")
+        if found := run(line, spoilt):
+            lines = [*line, *spoilt.decode(errors="replace").splitlines()]
+            known = {
+                *command,
+                *content.splitlines(),
+                *yaml.safe_dump(yaml.safe_load(content), sort_keys=False).splitlines(),
+            }
+            changed = [text.strip()[:60] for text in lines if text not in known]
+            findings.add((name, found[0]), f"{changed[:6]}: {found[1]}")
 
-    if original.is_file():
-        shutil.copy(original, file)
-    status, message, found = run(command)
-    assert not status, message
-    assert not found
-    for path in set(untrained.iterdir()) - set(before):
-        shutil.rmtree(path)
+    assert run(command, content.encode()) is None
     share = (1 - SHARE) * pytestconfig.getoption("--fuzz-cases") / len(COMMANDS)
     fuzz(one, max(1, round(share)))
     if findings.found:

@@ -17,6 +17,8 @@ from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
+_MAX_REPETITIONS = 100_000
+
 
 class VarianceComponents(NamedTuple):
     """Unbiased variance components of a function of two blocks, possibly below zero."""
@@ -313,8 +315,8 @@ def cut_share(
             f"size must be 4 or more images per block, and 2 x size at most as many as there are, got size={size} and "
             f"{len(images)} images: give more images or a smaller size"
         )
-    if repetitions < 1:
-        raise ValueError(f"repetitions must be at least 1, got {repetitions}")
+    if not 1 <= repetitions <= _MAX_REPETITIONS:
+        raise ValueError(f"repetitions must be 1 to {_MAX_REPETITIONS:,}, got {repetitions}")
     chosen, own = _sample_images(len(images), 2 * size, repetitions, seed)
     with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation, layer) as network:
         tables = [_table(network, start, start + size, size, size) for start in range(0, len(chosen), 2 * size)]

@@ -190,6 +190,8 @@ class LocalityCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run directory, and refuse what would lose results or mislead."""
         config = self.config[self.subcommand]
+        if not isinstance(config.trainer, type(config)):
+            raise ValueError(f"trainer must be a mapping of options, as {{max_epochs: 10}}, got {config.trainer!r}")
         checkpoint = config.get("ckpt_path")
         if self.subcommand in ("validate", "test", "predict") and not checkpoint:
             raise ValueError(

@@ -154,6 +154,8 @@ class Classification(LightningModule):
     def _fit_to_data(self, num_classes: int, in_channels: int) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
         self.num_classes, self.in_channels = num_classes, in_channels
         self.hparams.update(num_classes=num_classes, in_channels=in_channels)
         adapt(self.network, in_channels, 1 if num_classes == 2 else num_classes)

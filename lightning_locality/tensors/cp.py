@@ -132,10 +132,8 @@ class CP(Factorization):
     ) -> None:
         if isinstance(shape, int):
             if order is None or not 1 <= order <= MAX_ORDER:
-                many = f"1 to {MAX_ORDER:,}"
-                raise ValueError(
-                    f"shape={shape} is one size for all modes: say how many, {many}, with order=, got {order=}"
-                )
+                many = f"order=, 1 to {MAX_ORDER:,}"
+                raise ValueError(f"shape={shape} is one size for all modes: say how many with {many}, got {order=}")
             shape = [shape] * order
         elif order is not None and order != len(shape):
             raise ValueError(f"order={order} and shape={tuple(shape)} differ: omit order if shape is a list")

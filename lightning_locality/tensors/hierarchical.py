@@ -192,7 +192,7 @@ class HierarchicalTensorFactorization(Factorization):
             ValueError: If the file is not one of these.
         """
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             tree, weights = ModeTree(content["tree"]), content["weights"]
             model = cls(tree, content["shape"], content["widths"], content["depth"], device=device)
             model.to(next(iter(weights.values())).dtype).load_state_dict(weights)

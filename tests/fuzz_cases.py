@@ -127,7 +127,8 @@ def use_patches(patches: Any) -> Any:
 def use_images(data: Any) -> Any:
     data.prepare_data()
     data.setup("fit")
-    return data.batch("train", next(iter(data.train_dataloader())).indices[:2]), data.batch("validation")
+    assert len(next(iter(data.train_dataloader())))
+    return data.batch("train"), data.batch("validation")
 
 
 def use_problem(data: Any) -> Any:

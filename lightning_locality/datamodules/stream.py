@@ -108,7 +108,7 @@ class Curriculum:
 
     def __init__(self, start: Mapping[str, float], epochs: int, goals: Mapping[str, Any]) -> None:
         if not 1 <= epochs <= MAX_EPOCHS:
-            raise ValueError(f"curriculum_epochs must be 1 to {MAX_EPOCHS:,}, got {epochs}")
+            raise ValueError(f"curriculum_epochs must be at least 1 and at most {MAX_EPOCHS:,}, got {epochs}")
         numbers = {name: goal for name, goal in goals.items() if type(goal) in (int, float)}
         for name, value in start.items():
             if name not in numbers:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
+from lightning_locality.arguments import Checked, checked
 from lightning_locality.tensors.contraction import RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.hierarchical import HierarchicalTensorFactorization
 from lightning_locality.tensors.mode_tree import ModeTree
@@ -49,7 +50,7 @@ class _Block(nn.Module):
         return F.relu(inner + self.shortcut(x))
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(Checked, nn.Module):
     """An ordinary residual network small enough for a CPU: 3x3 stem, basic blocks, average pooling, linear head.
 
     Blocks: Deep residual learning for image recognition (He, Zhang, Ren, Sun, 2016), figure 2. The sizes are ours.
@@ -85,6 +86,8 @@ class SmallResNet(nn.Module):
             raise ValueError(f"in_channels and outputs must be at least 1, {each}, got {got}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability, 0 to 1, got {dropout}")
+        if (largest := max(a * b for a, b in zip((in_channels, *widths), (*widths, outputs), strict=True))) > 2**28:
+            raise ValueError(f"in_channels, widths or outputs: a layer would have {9 * largest:,} weights; lower them")
         self.strides = tuple(strides)
         convolution = nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False)
         self.stem = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU())
@@ -113,6 +116,7 @@ class SmallResNet(nn.Module):
         return cast(Tensor, self.head(features.mean(dim=(2, 3))))
 
 
+@checked
 def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
     """Change the number of input channels and of outputs of a convolutional network, in place.
 
@@ -318,7 +322,7 @@ def match_weights(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]
 
 
 @final
-class ConvolutionalArithmeticCircuit(nn.Module):
+class ConvolutionalArithmeticCircuit(Checked, nn.Module):
     r"""1x1 linear layers and product pooling over the windows of a mode tree, without other non-linearities.
 
     .. math:: h^{(\{n\})} = W^{(\{n\}) \top} x^{(n)}, \qquad
@@ -397,6 +401,7 @@ class ConvolutionalArithmeticCircuit(nn.Module):
         return contract(self.groups, RankOneQuery(vectors))
 
     @classmethod
+    @checked
     def from_factorization(cls, factorization: HierarchicalTensorFactorization) -> Self:
         """Build the network whose single output is the inner product with the factorisation's tensor."""
         network = cls(factorization.tree, factorization.shape, factorization.widths)
@@ -406,6 +411,7 @@ class ConvolutionalArithmeticCircuit(nn.Module):
                 group.chain.vectors.copy_(torch.stack([factorization.weight(node) for node in group.nodes]))
         return network
 
+    @checked
     def to_factorization(self, output: int = 0) -> HierarchicalTensorFactorization:
         """Build a factorisation of the tensor that one output, counted from 0, contracts; weights are copied."""
         factorization = HierarchicalTensorFactorization(self.tree, self.shape, self.widths)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_locality.arguments import Checked
+
 _State = dict[str, Any]
 _Vector = NDArray[np.float64]
 _SOLVERS: dict[str, Any] = {"RK23": RK23, "RK45": RK45, "DOP853": DOP853, "Radau": Radau}
@@ -24,7 +26,7 @@ _MIN_RTOL = 100 * float(np.finfo(np.float64).eps)
 _MIN_RTOL_SINGLE = 1e-6
 
 
-class _OneGroupOptimizer(Optimizer):
+class _OneGroupOptimizer(Checked, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Accept a single group."""
         if self.param_groups:
@@ -165,8 +167,6 @@ class GradientFlow(_OneGroupOptimizer):
         max_step: float = math.inf,
         end_time: float = math.inf,
     ) -> None:
-        if method not in _SOLVERS:
-            raise ValueError(f"method must be one of {', '.join(_SOLVERS)}, got {method!r}")
         numbers = {"rtol": rtol, "atol": atol, "max_step": max_step, "end_time": end_time}
         for name, value in numbers.items():
             if not value > 0:

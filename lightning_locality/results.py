@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 
 from lightning_locality import __version__
+from lightning_locality.arguments import checked
 
 COUNTS = ("epochs", "iterations", "seconds")
 MAX_VALUES = 100_000  # of a YAML file
@@ -64,6 +65,7 @@ class _Run:
     settings: Mapping[str, Any]
 
 
+@checked
 def read_runs(paths: Sequence[Path], labels: Mapping[Path, Mapping[str, Any]] | None = None) -> pd.DataFrame:
     """Read runs, one row each.
 
@@ -214,6 +216,7 @@ def ordered(values: Iterable[Any]) -> list[Any]:
     return [*sorted(v for v in found if v is not None and v not in text), *text, *([None] if None in found else [])]
 
 
+@checked
 def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
     """Aggregate ``y`` over the finished runs that share the keys.
 
@@ -252,6 +255,7 @@ def aggregate(frame: pd.DataFrame, keys: Sequence[str], y: str) -> pd.DataFrame:
     return table
 
 
+@checked
 def history(run: Path, by: str = "epoch") -> pd.DataFrame:
     """Read the metrics of a run, one row per epoch (or per ``iteration``): the last value logged of each metric.
 

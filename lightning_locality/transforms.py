@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_locality.arguments import Checked
 
-class RandomShift(nn.Module):
+
+class RandomShift(Checked, nn.Module):
     r"""Shift every image by a random number of pixels, filling with zeros, and optionally mirror it at random.
 
     Image b becomes :math:`x'_b[i, j] = x_b[i + s_b, j + t_b]` with s and t uniform on the integers from -pixels to

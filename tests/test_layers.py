@@ -10,15 +10,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # units (modules of the root, sub-packages) and the units that they may import
 MAY_IMPORT = {
     "__init__": "",
+    "arguments": "",
     # the version
-    "tensors regularizer optim transforms results": "__init__",
-    "networks": "tensors",
+    "tensors regularizer optim transforms results": "__init__ arguments",
+    "networks": "tensors arguments",
     # plotting only inside InteractionProfile.plot(), of regularizer only state
-    "ranks": "tensors plotting regularizer",
-    "plotting": "tensors results",
-    "datamodules": "tensors",
-    "callbacks": "regularizer ranks tensors results",
-    "tasks": "regularizer networks ranks tensors optim",
+    "ranks": "tensors plotting regularizer arguments",
+    "plotting": "tensors results arguments",
+    "datamodules": "tensors arguments",
+    "callbacks": "arguments regularizer ranks tensors results",
+    "tasks": "arguments regularizer networks ranks tensors optim",
     "runner": "__init__ tasks callbacks datamodules networks plotting regularizer results",
     "sweep_file": "results plotting",
     "sweep": "sweep_file results plotting",
@@ -50,7 +51,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_imports_run_one_way() -> None:
-    assert len(MAY_IMPORT) <= 15
+    assert len(MAY_IMPORT) <= 16
     rows = {one: set(allowed.split()) for units, allowed in MAY_IMPORT.items() for one in units.split()}
     assert rows.keys() == UNITS
     for path in FILES:
@@ -69,7 +70,7 @@ def test_lightning_stays_above() -> None:
 def test_files_stay_few_and_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
     assert len(lines) <= 110
-    assert sum(lines.values()) <= 21_700
-    assert len([path for path in FILES if path.parent == PACKAGE]) <= 12
+    assert sum(lines.values()) <= 22_300
+    assert len([path for path in FILES if path.parent == PACKAGE]) <= 13
     faces = ("__init__.py", "__main__.py")
     assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

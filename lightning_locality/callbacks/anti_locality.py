@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_locality.arguments import Checked
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
 
@@ -24,7 +25,7 @@ _LABELS = ("label", "labels", "target", "targets", "y")
 
 
 @final
-class AntiLocalityCallback(Callback):
+class AntiLocalityCallback(Checked, Callback):
     r"""Add ``weight * R``, or several such terms, to the loss of any LightningModule with automatic optimisation.
 
     After every backward pass the gradient of ``weight * penalty(module, x, y)``, which calls ``module(x)`` or the

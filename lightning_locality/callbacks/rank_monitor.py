@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_locality.arguments import Checked
 from lightning_locality.callbacks.anti_locality import (
     IMAGE_NAMES,
     find_network,
@@ -36,7 +37,7 @@ _SAMPLES = 32
 
 
 @final
-class RankMonitor(Callback):
+class RankMonitor(Checked, Callback):
     """Logs the ranks of a factorisation, or how far a network sees, at the ends of chosen epochs.
 
     Training is the same, bit for bit, as without it. The module is called as ``module(x)``, in evaluation mode and in

@@ -10,8 +10,10 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
+from lightning_locality.arguments import Checked
 
-class StopOnceFitted(Callback):
+
+class StopOnceFitted(Checked, Callback):
     """Stop once a training metric has reached a value in a number of consecutive epochs.
 
     The rule of Razin, Maman, Cohen (2022, see :func:`input_gradient_change`; from the authors' code): training accuracy
@@ -53,7 +55,7 @@ class StopOnceFitted(Callback):
         self.count = int(state_dict["count"])
 
 
-class StopAfter(Callback):
+class StopAfter(Checked, Callback):
     """Stop at the end of the first epoch after which the time is up, to be resumed with ``--ckpt_path last``.
 
     Unlike Lightning's Timer it counts the time of this process only, so that a run can be spread over several slots,

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from lightning_locality.arguments import Checked, checked
 from lightning_locality.datamodules.image_files import write_images
 from lightning_locality.datamodules.shards import write_shards
 from lightning_locality.datamodules.stream import StreamBatch, StreamLoader, StreamSamples, Values
@@ -126,7 +127,7 @@ class IndexLoader:
             yield SplitBatch(self.split, mine[start:stop].clone())
 
 
-class AbstractImageDataModule(LightningDataModule, ABC):
+class AbstractImageDataModule(Checked, LightningDataModule, ABC):
     r"""Image classification data loaded as indices; images are gathered, scaled and composed on the device.
 
     Loaders yield :class:`SplitBatch`, which ``on_after_batch_transfer`` turns into the images and labels of
@@ -194,6 +195,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
             kept = self._moved[name, device] = (tensor, tensor.to(device, non_blocking=True))
         return kept[1]
 
+    @checked
     def batch(
         self, split: Split, indices: Tensor | StreamSamples | None = None, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -221,6 +223,7 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         """Parameters that determine the data, written by :meth:`export`."""
         return {}
 
+    @checked
     def export(self, out: str | Path, format: Format | None = None) -> None:
         """Write all splits for other programs: PNG files, arrays, WebDataset's shards or Parquet; see data/README.md.
 
@@ -238,8 +241,6 @@ class AbstractImageDataModule(LightningDataModule, ABC):
         out = Path(out)
         arrays = out.suffix == ".npz"
         format = format or ("npz" if arrays else "png")
-        if format not in get_args(Format):
-            raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
         if format == "npz" and not arrays:
             raise ValueError(f"out must end in .npz for format 'npz', got {out}")
         if format != "npz" and out.suffix.lower() in (".npz", ".npy", ".zip", ".png", ".h5", ".tar", ".parquet"):

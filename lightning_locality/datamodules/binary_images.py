@@ -6,7 +6,7 @@ __all__ = ["BinaryImages"]
 
 import os
 from pathlib import Path
-from typing import Literal, final, get_args
+from typing import Literal, final
 
 import torch
 
@@ -74,12 +74,10 @@ class BinaryImages(AbstractRecoveryDataModule):
         # not logged: Lightning rejects a hyper-parameter that the model has under the same name
         self.save_hyperparameters(logger=False)
         parse_source(source, root)
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
         for argument, count in (("train", train), ("test", test)):
             if count is not None and count < 1:
                 raise ValueError(f"{argument} must be at least 1 image, or None for all, got {count}")
-        if len(values) != 2 or values[0] == values[1]:
+        if values[0] == values[1]:
             raise ValueError(f"values must be two different numbers, for negative and positive images, got {values}")
         self.source, self.root, self.download, self.image_size = source, root, download, image_size
         self.positive, self.variant, self.seed = positive, variant, seed

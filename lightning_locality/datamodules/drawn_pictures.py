@@ -92,15 +92,13 @@ class AbstractDrawnPictures(AbstractImageDataModule):
         self._counts: dict[Split, int] = {"train": size, "validation": validation, "test": test}
         named = {("epoch_size" if self.endless else "train"): size, "validation": validation, "test": test}
         for name, number in named.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a number of pictures of at least 1, got {number!r}")
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1 picture, got {number}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, or None for one per usable core, got {workers}")
         self.root, self.workers, self.validation_is_test = Path(root), workers, validation_is_test
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.image_shape = (channels, self.curves.size, self.curves.size)
         self.has_targets = targets
         self._given = given_statistics(mean, std, channels)

@@ -99,8 +99,6 @@ class AbstractImagePairs(AbstractSourceImages):
                 raise ValueError(
                     f"{argument} must be at most {MAX_PAIRS:,} pairs, whose indices fill 4 GB, got {value}"
                 )
-        if isinstance(background, str) and background not in ("mean", "black"):
-            raise ValueError(f"background must be 'mean', 'black' or a number, got {background!r}")
         self.distinct, self.balanced, self.background = distinct, balanced, background
         if curriculum and not self.endless:
             raise ValueError(f"curriculum={curriculum} needs new pairs in every epoch: set train=None")

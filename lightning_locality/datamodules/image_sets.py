@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision import datasets
 
+from lightning_locality.arguments import checked
 from lightning_locality.datamodules.base import seeded_generator
 from lightning_locality.datamodules.image_files import (
     CorruptImagesError,
@@ -57,8 +58,6 @@ def resize_images(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor
     """Resize uint8 images ``(N, C, H, W)`` to squares; the aspect ratio is kept by ``"pad"`` alone."""
     if size < 1:
         raise ValueError(f"image_size must be at least 1, got {size}")
-    if how not in get_args(Resize):
-        raise ValueError(f"resize must be one of {', '.join(get_args(Resize))}, got {how!r}")
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
@@ -165,6 +164,7 @@ def parse_source(source: str, root: str | Path = "data") -> tuple[SourceName, Pa
     return cast(SourceName, source), Path(root).expanduser()
 
 
+@checked
 def load_images(
     source: str,
     part: Part,

@@ -7,12 +7,14 @@ __all__ = ["feature_correlations", "rearrange_features"]
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.datamodules.base import seeded_generator
 
 # local minima: of large graphs all starts found the same cut, of small ones they do not, and cost little
 _STARTS, _FEW = 10, 100
 
 
+@checked
 def feature_correlations(samples: Tensor) -> Tensor:
     r"""Absolute Pearson correlations of all pairs of features, ``(N, N)`` in float64, with zeros on the diagonal.
 
@@ -49,6 +51,7 @@ def feature_correlations(samples: Tensor) -> Tensor:
     return (total / len(channels)).fill_diagonal_(0)
 
 
+@checked
 def rearrange_features(samples: Tensor, grid: tuple[int, int] | None = None, *, seed: int = 0) -> Tensor:
     r"""Order of features in which correlated ones come to lie together, as a locally connected network needs.
 

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import repeat
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
+from lightning_locality.arguments import Checked, checked
 from lightning_locality.datamodules.base import seeded_generator
 from lightning_locality.tensors.cp import CP
 from lightning_locality.tensors.deep_matrix import DeepMatrix
@@ -52,7 +53,7 @@ class RepeatedBatch:
         return repeat(self.batch, self.steps)
 
 
-class AbstractRecoveryDataModule(LightningDataModule, ABC):
+class AbstractRecoveryDataModule(Checked, LightningDataModule, ABC):
     """A recovery problem, which is a single batch that stays on the device.
 
     A training step is cheaper than moving the data, so :attr:`problem` is built once, moved once, and yielded as the
@@ -110,6 +111,7 @@ class AbstractRecoveryDataModule(LightningDataModule, ABC):
         return self._moved[1]
 
 
+@checked
 def planted_tensor(
     target: TargetFormat,
     shape: Sequence[int],
@@ -130,8 +132,6 @@ def planted_tensor(
     Raises:
         ValueError: A rank that no tensor of this shape has or needs, a tree of another order, or no positive norm.
     """
-    if target not in get_args(TargetFormat):
-        raise ValueError(f"target must be one of {', '.join(get_args(TargetFormat))}, got {target!r}")
     if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"shape must hold sizes of at least 1, got {tuple(shape)}")
     order = len(shape)
@@ -243,9 +243,7 @@ class TensorRecovery(AbstractRecoveryDataModule):
         tree = None if tree is None else [list(node) for node in tree]
         # not logged: Lightning rejects a hyper-parameter that the model has under the same name
         self.save_hyperparameters(logger=False)
-        if task not in ("completion", "sensing"):
-            raise ValueError(f"task must be 'completion' or 'sensing', got {task!r}")
-        if not 0 <= noise < math.inf:
+        if noise < 0:
             raise ValueError(f"noise must be a standard deviation of at least 0, got {noise}")
         self.shape = _SHAPES.get(target, (16, 16, 16)) if shape is None else tuple(shape)
         self.entries = math.prod(self.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["UnboundedCompletion", "lower_bound"]
 
-import math
 from typing import final
 
 import torch
@@ -64,11 +63,9 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
             if size < 2:
                 raise ValueError(f"{argument} must be at least 2, got {size}")
         for argument, value in (("z", z), ("z_prime", z_prime), ("eps", eps)):
-            if not math.isfinite(value):
-                raise ValueError(f"{argument} must be finite, got {value}")
             if value == 0 and argument != "eps":
                 raise ValueError(f"{argument} must not be 0: the missing entry would have no reason to grow")
-        if len(unobserved) != 2 or not set(unobserved) <= {0, 1}:
+        if not set(unobserved) <= {0, 1}:
             raise ValueError(f"unobserved must be a row and a column of the 2x2 block (each 0 or 1), got {unobserved}")
         self.save_hyperparameters(logger=False)
         self.shape = (rows, cols)

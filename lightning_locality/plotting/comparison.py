@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_locality.arguments import checked
 from lightning_locality.plotting import style
 from lightning_locality.plotting.recovery import number_of_components
 from lightning_locality.plotting.style import LETTERS, STYLE, WIDTHS, Drawn, Spread, Statistic, Width, shown
@@ -36,6 +37,7 @@ _DISTANCES = ("distance", "path_length")
 _DOTTED: Any = {"color": "0.4", "linewidth": 0.8, "linestyle": ":"}
 
 
+@checked
 @rc_context(STYLE)
 def xy(
     runs: pd.DataFrame,
@@ -143,6 +145,7 @@ def xy(
     return figure, numbers
 
 
+@checked
 def accuracy(
     runs: pd.DataFrame,
     x: str | None = None,
@@ -234,6 +237,7 @@ def _against_epoch(runs: pd.DataFrame, group: Sequence[str] | str | None) -> Dra
     return accuracy_curves(histories), pd.concat(tables, ignore_index=True)
 
 
+@checked
 @rc_context(STYLE)
 def depth(runs: pd.DataFrame, x: str = "depth", group: str = "variant", width: Width = "text") -> Drawn:
     """Effective rank, number of components and reconstruction error against the depth: median and range.
@@ -254,6 +258,7 @@ def depth(runs: pd.DataFrame, x: str = "depth", group: str = "variant", width: W
     return figure, numbers
 
 
+@checked
 @rc_context(STYLE)
 def rank(
     runs: pd.DataFrame, group: str = "variant", scale: float = 0.25, trivial: float = 0.09, width: Width = "text"
@@ -290,6 +295,7 @@ def rank(
     return figure, pd.concat(tables, ignore_index=True)
 
 
+@checked
 @rc_context(STYLE)
 def observations(
     runs: pd.DataFrame, x: str = "observations", group: str = "variant", ranks: str = "cp rank", width: Width = "text"

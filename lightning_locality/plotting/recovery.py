@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from lightning_locality.arguments import checked
 from lightning_locality.plotting import style
 from lightning_locality.plotting.style import COLOURS, STYLE, WIDTHS, Drawn, Width, shown
 from lightning_locality.results import find_columns, history, nearest, read_settings
@@ -61,6 +62,7 @@ def number_of_components(runs: pd.DataFrame, threshold: float = 0.01) -> pd.Seri
     return pd.concat(counts, axis=1).mean(axis=1) if counts else pd.Series(np.nan, index=runs.index)
 
 
+@checked
 def curve_summary(history: pd.DataFrame, max_components: int = 6) -> pd.DataFrame:
     """Read numbers off the curves of a run, to be compared with those of published figures.
 
@@ -118,6 +120,7 @@ def _summaries(histories: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(own, ignore_index=True)[["run", "quantity", "value"]]
 
 
+@checked
 def dynamics(
     runs: pd.DataFrame,
     magnitudes: list[str] | None = None,
@@ -162,6 +165,7 @@ def dynamics(
     return figure, _summaries(histories)
 
 
+@checked
 def components(
     runs: pd.DataFrame,
     groups: list[str] | None = None,
@@ -235,6 +239,7 @@ def _label(group: str) -> str:
     return kind if group in (kind, *_KINDS) else f"{kind}\n({group})"
 
 
+@checked
 @rc_context(STYLE)
 def value(
     runs: pd.DataFrame,

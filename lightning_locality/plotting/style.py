@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
+from lightning_locality.arguments import checked
+
 # Okabe and Ito, Color Universal Design (2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: Any = {
@@ -151,6 +153,7 @@ def legend_below(figure: Figure, title: str | None = None) -> None:
     figure.set_figheight(height + legend.get_window_extent().height / figure.dpi)
 
 
+@checked
 def save_figure(figure: Figure, stem: Path) -> None:
     """Write a figure as ``STEM.pdf`` and ``STEM.png``; ``weight_0.1`` is a stem, without ending. Its folder is made."""
     stem.parent.mkdir(parents=True, exist_ok=True)

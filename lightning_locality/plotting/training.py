@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from lightning_locality.arguments import checked
 from lightning_locality.plotting.style import COLOURS, COLUMN, STYLE, legend_below
 
 _ROUND_DASHES = ("-", "--", ":")  # one for every round of the colours
@@ -32,6 +33,7 @@ def _plot(axes: Axes, history: pd.DataFrame, name: str, scale: float, **style: A
     axes.locator_params(axis="x", integer=True)
 
 
+@checked
 def training_curves(history: pd.DataFrame) -> Figure:
     """Draw accuracy, loss and regulariser, of several each, against the epoch, on training and validation data.
 
@@ -58,6 +60,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
         return figure
 
 
+@checked
 def accuracy_curves(histories: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     """Draw training and validation accuracy against the epoch for several kinds of runs.
 
@@ -87,6 +90,7 @@ def accuracy_curves(histories: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
         return figure
 
 
+@checked
 def example_inputs(
     images: NDArray[np.floating[Any]],
     titles: Sequence[str],

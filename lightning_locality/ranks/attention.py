@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.evaluation import Evaluation, as_images
 
 
+@checked
 def attention_distance(model: nn.Module, images: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
     r"""Mean distance over which every head of a vision transformer attends, in pixels: ``(layers, h)``, float64.
 

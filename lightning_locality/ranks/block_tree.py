@@ -7,6 +7,7 @@ __all__ = ["grid_tensor", "tree_separation"]
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
@@ -17,6 +18,7 @@ from lightning_locality.tensors.mode_tree import ModeTree, Node
 _MAX_POINTS = 2**22  # forward passes of a grid: beyond, submatrices say the same
 
 
+@checked
 def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation: Evaluation | None = None) -> Tensor:
     r"""Outputs for all combinations of templates in the blocks of an image.
 
@@ -54,6 +56,7 @@ def grid_tensor(model: Network, templates: Tensor, blocks: Tensor, *, evaluation
     return values.reshape(*(number,) * parts, -1)
 
 
+@checked
 def tree_separation(
     model: Network,
     images: Tensor,

@@ -9,11 +9,13 @@ import copy
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.factored import check_finite, factored
 from lightning_locality.ranks.gram import gram_sweep
 from lightning_locality.tensors import CP, Factorization, HierarchicalTensorFactorization, Node
 
 
+@checked
 @torch.no_grad()
 def contribution_norms(model: Factorization, relative: bool = False) -> dict[Node, Tensor]:
     r"""Norm of every local component's contribution to the tensor: interior node -> ``(R_node,)``, in float64.
@@ -53,6 +55,7 @@ def contribution_norms(model: Factorization, relative: bool = False) -> dict[Nod
     return {node: norms[node] for node in form.tree.interior}
 
 
+@checked
 @torch.no_grad()
 def balanced_component_norms(model: Factorization) -> dict[Node, Tensor]:
     r"""Norms of the local components at the balanced point of the same tensor: interior node -> ``(R_node,)``.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.dense import dense_spectra
 from lightning_locality.ranks.levenberg_marquardt import fit_cp
@@ -51,6 +52,7 @@ class CPRankNotFoundError(ValueError):
         return str(self.args[0])
 
 
+@checked
 def cp_rank(
     tensor: Any,
     rtol: float = 1e-6,
@@ -96,6 +98,7 @@ def cp_rank(
     return _Search(tensor, [rtol], max_rank, starts, max_steps, seed).rank(rtol)
 
 
+@checked
 def cp_epsilon_ranks(
     tensor: Any,
     tolerances: Iterable[float] = (1e-1, 1e-2, 1e-3, 1e-6),

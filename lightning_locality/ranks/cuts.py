@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checked_mask
@@ -47,6 +48,7 @@ class PairMoments(NamedTuple):
         return torch.where((self.s2_squared == 0) & (self.s4 == 0), 0.0, ratio)
 
 
+@checked
 def variance_components(matrix: Tensor) -> VarianceComponents:
     r"""Unbiased two-way variance components of a function of two blocks, summed over its outputs.
 
@@ -77,6 +79,7 @@ def variance_components(matrix: Tensor) -> VarianceComponents:
     return VarianceComponents(inside, outside, crossing)
 
 
+@checked
 def pair_moments(matrix: Tensor, centred: bool = True) -> PairMoments:
     r"""Unbiased moments of the spectrum of a function of two blocks, as an operator between functions of each.
 
@@ -177,6 +180,7 @@ def _mixing(count: int, centred: bool, device: torch.device) -> Tensor:
     return mixing
 
 
+@checked
 def two_way_table(
     model: Network, images_i: Tensor, images_j: Tensor, mask: Tensor, *, evaluation: Evaluation | None = None
 ) -> Tensor:
@@ -264,6 +268,7 @@ class CutShare:
         return vars(self) | {"participation_ratio": ratio, "spectrum": self.spectrum.tolist(), "rank": self.rank}
 
 
+@checked
 def cut_share(
     model: Network,
     images: Tensor,

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.gram import all_but_one
 from lightning_locality.ranks.spectra import NodeSpectra, entanglement_entropy
@@ -27,6 +28,7 @@ _MAX_NODES = 32  # 4 levels of a binary tree, 2 of quadrants: those the paper av
 _MAX_ENTRIES = 2**24  # of a chunk of Gramians: 128 MiB
 
 
+@checked
 def pixel_tree(height: int, width: int, levels: int = 2) -> ModeTree:
     """The tree of an image's quadrants, their quadrants and so on; the modes are the pixels, row by row.
 
@@ -129,6 +131,7 @@ def _product(embedded: Tensor) -> Tensor:
     return product
 
 
+@checked
 def data_spectra(
     samples: Tensor,
     labels: Tensor,
@@ -192,6 +195,7 @@ def data_spectra(
     return NodeSpectra(values, tolerance)
 
 
+@checked
 def data_entanglement(
     samples: Tensor,
     labels: Tensor,
@@ -240,6 +244,7 @@ def data_entanglement(
     return found
 
 
+@checked
 def data_alignment(
     samples: Tensor, tree: ModeTree | None = None, *, theta: float = 0.085, levels: int | None = None
 ) -> dict[Node, float]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.ranks.spectra import NodeSpectra, singular_values
 from lightning_locality.tensors.mode_tree import ModeTree, Node
 
 
+@checked
 def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectra:
     r"""Singular values of the matricisations of a tensor, through tensorly and in float64.
 
@@ -42,6 +44,7 @@ def dense_spectra(tensor: Tensor, cuts: ModeTree | Iterable[Node]) -> NodeSpectr
     return stacked_spectra(as_tensor(tensor, "tensor").unsqueeze(0), cuts)[0]
 
 
+@checked
 def stacked_spectra(tensors: Tensor, cuts: ModeTree | Iterable[Node]) -> list[NodeSpectra]:
     """Spectra of several tensors ``(B, D_1, ..., D_N)``, as :func:`dense_spectra`, by one decomposition per cut.
 
@@ -76,7 +79,7 @@ def mode_groups(cuts: ModeTree | Iterable[Node], order: int, name: str, subject:
         if cuts.order != order:
             raise ValueError(f"{name} has order {cuts.order} and the {subject} order {order}")
         return cuts.nodes[:-1]
-    groups = tuple(tuple(cut) for cut in cuts)
+    groups = tuple(tuple(cut) if isinstance(cut, Iterable) else (cut,) for cut in cuts)
     for group in groups:
         if not 0 < len(set(group)) == len(group) < order or not set(group) <= set(range(order)):
             raise ValueError(

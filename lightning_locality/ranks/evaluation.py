@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.arguments import Checked, checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.regularizer.state import restored
 
@@ -22,6 +23,7 @@ from lightning_locality.regularizer.state import restored
 _MIN_ROWS, _PARTS, _NUMBERS, _NUMBERS_CPU = 512, 64, 2**27, 2**20
 
 
+@checked
 @contextmanager
 def measuring(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """Yield the model in evaluation mode, without parameter gradients, in exact arithmetic; restore everything on exit.
@@ -96,7 +98,7 @@ def _exact_float32() -> Iterator[None]:
 
 @final
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Checked):
     """How a network is evaluated at thousands of inputs.
 
     Args:

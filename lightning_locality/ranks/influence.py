@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.evaluation import Evaluation, as_images
 from lightning_locality.ranks.layers import as_map, check_layer, layer_output
 from lightning_locality.ranks.patch_pairs import BAND, InteractionProfile, resamples
@@ -75,6 +76,7 @@ class InfluenceProfile:
         return range_figure({"network": self}, {"network": profile}, task_distance)
 
 
+@checked
 def influence_by_distance(
     model: nn.Module,
     images: Tensor,

@@ -18,11 +18,13 @@ __all__ = ["blocks", "checkerboard", "halves", "quad_tree", "standard_cuts"]
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 
 MAX_PIXELS = 2**28
 
 
+@checked
 def halves(height: int, width: int, axis: int = 1) -> Tensor:
     """The left half of an image, or the top one along axis 0, as a mask ``(H, W)`` that is True in block I.
 
@@ -38,6 +40,7 @@ def halves(height: int, width: int, axis: int = 1) -> Tensor:
     return (first if axis == 1 else first[:, None]).expand(height, width).clone()
 
 
+@checked
 def checkerboard(height: int, width: int, size: int) -> Tensor:
     """Squares of ``size`` pixels and alternating colour as a mask ``(H, W)``, True in block I with the top left one.
 
@@ -50,6 +53,7 @@ def checkerboard(height: int, width: int, size: int) -> Tensor:
     return (rows[:, None] + columns) % 2 == 0
 
 
+@checked
 def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
     """A grid of P = ``rows`` x ``columns`` rectangles, row by row, as masks ``(P, H, W)``.
 
@@ -63,6 +67,7 @@ def blocks(height: int, width: int, rows: int, columns: int) -> Tensor:
     return (row[:, None] * columns + column) == torch.arange(rows * columns)[:, None, None]
 
 
+@checked
 def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
     """The parts of an image cut into quarters ``levels`` times, each against the rest of the image.
 
@@ -77,6 +82,7 @@ def quad_tree(height: int, width: int, levels: int) -> dict[str, Tensor]:
     return {f"{level}/{k}": part for level, cut in parts.items() for k, part in enumerate(cut)}
 
 
+@checked
 def standard_cuts(height: int, width: int) -> dict[str, Tensor]:
     """Cuts from coarse to fine, as masks ``(H, W)`` by name, for a plot of what crosses them against their scale.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks import trains
 from lightning_locality.ranks.conversion import as_factorization, as_tensor
 from lightning_locality.ranks.dense import dense_spectra, mode_groups
@@ -24,6 +25,7 @@ Method = Literal["qr", "gram"]
 Tree = ModeTree | Iterable[Node]
 
 
+@checked
 @torch.no_grad()
 def node_spectra(subject: Any, tree: Tree | None = None, method: Method = "qr") -> NodeSpectra:
     """Singular values of the matricisations of a tensor at the nodes of a tree, as :func:`dense_spectra` defines them.
@@ -52,8 +54,6 @@ def node_spectra(subject: Any, tree: Tree | None = None, method: Method = "qr") 
         >>> spectra.rank((0,)), spectra.rank((0, 1)), spectra.rank((0, 1, 2, 3))
         (2, 3, 3)
     """
-    if method not in ("qr", "gram"):
-        raise ValueError(f"method must be 'qr' or 'gram', got {method!r}")
     model = as_factorization(subject, "subject")
     if model is None:
         subject = as_tensor(subject, "subject, if it is no factorisation,")
@@ -71,6 +71,7 @@ def node_spectra(subject: Any, tree: Tree | None = None, method: Method = "qr") 
     return trains.spectra(model, nodes)
 
 
+@checked
 def participation_ratios(model: Any, tree: Tree | None = None) -> dict[Node, Tensor]:
     r"""Participation ratios at the nodes of a tree, by matrix products alone and differentiable.
 

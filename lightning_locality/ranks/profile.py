@@ -16,6 +16,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.evaluation import Evaluation, as_images
 from lightning_locality.ranks.patch_pairs import InteractionProfile, PairwiseInteractions, PatchGrid
 from lightning_locality.ranks.splice import Network, SplicedNetwork, splice, spliced
@@ -24,6 +25,7 @@ _ROUNDING = 20  # units in the last place by which a network's output may be off
 _KEPT = 2**24  # float64 numbers kept from samples that are measured together: 128 MiB
 
 
+@checked
 def interaction_profile(
     model: Network,
     images: Tensor,
@@ -86,8 +88,6 @@ def interaction_profile(
         >>> profile.distance.tolist(), profile.share.tolist(), profile.mean_distance, profile.r90
         ([1.0, 2.0, 3.0], [1.0, 0.0, 0.0], 1.0, 1.0)
     """
-    if method not in ("linear", "exact"):
-        raise ValueError(f"method must be 'linear' or 'exact', got {method!r}")
     if pairs_per_distance is not None and (method == "linear" or pairs_per_distance < 1):
         raise ValueError(
             f"pairs_per_distance must be 1 or more and goes with method='exact', got {pairs_per_distance} with "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.evaluation import Evaluation, as_images
 from lightning_locality.ranks.layers import as_map, check_layer, layer_output
 
@@ -49,6 +50,7 @@ class ReceptiveField:
     images: int
     layer: str | None
 
+    @checked
     def area_ratio(self, share: float, logarithm: bool = True) -> float:
         """Area of the smallest square around the central pixel that holds more than a share, as a part of the image's.
 
@@ -65,6 +67,7 @@ class ReceptiveField:
                 return square.numel() / values.numel()
         return 1.0
 
+    @checked
     def radius(self, share: float) -> float:
         """Smallest distance from the central pixel, in pixels, within which at least a share of the map lies."""
         _check_share(share)
@@ -114,6 +117,7 @@ class ReceptiveField:
         return axes
 
 
+@checked
 def effective_receptive_field(
     model: nn.Module, images: Tensor, *, layer: str | None = None, evaluation: Evaluation | None = None
 ) -> ReceptiveField:

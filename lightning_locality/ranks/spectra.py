@@ -30,6 +30,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 from lightning_locality.tensors.mode_tree import Node, node_name
 
@@ -37,6 +38,7 @@ from lightning_locality.tensors.mode_tree import Node, node_name
 ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
+@checked
 def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:
     r"""Number of singular values above a fraction of the largest one; 0 for a spectrum of zeros.
 
@@ -54,6 +56,7 @@ def numerical_rank(spectrum: Tensor, rtol: float | Tensor = ROUNDING) -> Tensor:
     return (values > fraction[..., None] * values.amax(-1, keepdim=True)).sum(-1)
 
 
+@checked
 def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
     r"""Lowest rank of a matrix within a relative Frobenius distance.
 
@@ -74,6 +77,7 @@ def epsilon_rank(spectrum: Tensor, epsilon: float) -> Tensor:
     return squares.shape[-1] - discarded.sum(-1)
 
 
+@checked
 def effective_rank(spectrum: Tensor) -> Tensor:
     r"""Exponential of the entropy of normalised singular values ``(..., R)``: from 1 to R, or 0 for all zeros.
 
@@ -88,6 +92,7 @@ def effective_rank(spectrum: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, torch.special.entr(shares).sum(-1).exp())
 
 
+@checked
 def entanglement_entropy(spectrum: Tensor) -> Tensor:
     r"""Entropy of the normalised squares of singular values ``(..., R)``, in nats: from 0 to ln R.
 
@@ -101,6 +106,7 @@ def entanglement_entropy(spectrum: Tensor) -> Tensor:
     return entropy
 
 
+@checked
 def participation_ratio(spectrum: Tensor) -> Tensor:
     r"""Exponential of the Rényi-2 entropy of normalised squares of ``(..., R)``: from 1 to R, or 0 for all zeros.
 
@@ -110,6 +116,7 @@ def participation_ratio(spectrum: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, shares.square().sum(-1)))
 
 
+@checked
 def stable_rank(spectrum: Tensor) -> Tensor:
     r"""Squared Frobenius norm over squared spectral norm of ``(..., R)``: from 1 to R, or 0 for all zeros.
 
@@ -187,10 +194,12 @@ class NodeSpectra(Mapping[Node, Tensor]):
         scale = f", log_scale {self.log_scale:.6g}" if self.log_scale else ""
         return f"<NodeSpectra of {len(self)} nodes{scale}>"
 
+    @checked
     def rank(self, node: Node, rtol: float | None = None) -> int:
         """Number of singular values above ``rtol`` (None: the node's tolerance) times the largest."""
         return int(numerical_rank(self[node], self.tolerance[node] if rtol is None else rtol))
 
+    @checked
     def ranks(self, rtol: float | None = None) -> dict[Node, int]:
         """Rank at every node, with ``rtol`` (None: the node's tolerance): the hierarchical tensor rank."""
         found: dict[Node, int] = {}

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_locality.arguments import Checked, checked
 from lightning_locality.regularizer.cuda_graph import GraphedStep
 from lightning_locality.regularizer.double_backward import FastDoubleBackward
 from lightning_locality.regularizer.interaction import checked_output, compositions, locality, same_masks, tables
@@ -231,6 +232,7 @@ def _as_mask(box: Box | Tensor, name: str, x: Tensor) -> Tensor:
     return mask.to(x.device)
 
 
+@checked
 def input_gradient_change(
     model: Model,
     x: Tensor,
@@ -289,7 +291,7 @@ def input_gradient_change(
     )[1]
 
 
-class AntiLocality(nn.Module):
+class AntiLocality(Checked, nn.Module):
     r"""The anti-locality term of a loss, with patches and donors sampled at every call.
 
     ``loss = criterion(model(x), y) + weight * penalty(model, x, y)``, or, where that saves a forward pass,
@@ -341,22 +343,13 @@ class AntiLocality(nn.Module):
     ) -> None:
         super().__init__()
         term = ("interaction" if patches is None else "cosine") if term is None else term
-        if term not in ("interaction", "cosine"):
-            raise ValueError(f"term must be 'interaction' or 'cosine', got {term!r}")
         if term == "interaction" and sides != "both":
             raise ValueError(f"sides={sides!r} is for term='cosine': the interaction has no gradients to hold constant")
         patches = FarField(size=(2, None)) if patches is None else patches
-        if isinstance(patches, type) or not hasattr(patches, "draw"):
-            raise ValueError(f"patches must be a rule such as UniformPatches(size=2), got {patches!r}")
-        if donor not in ("shift", "permutation"):
-            raise ValueError(f"donor must be 'shift' or 'permutation', got {donor!r}")
-        if not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed!r}: pass an integer, such as 0")
-        if sides not in ("both", "first", "coin"):
-            raise ValueError(f"sides must be 'both', 'first' or 'coin', got {sides!r}")
-        if samples is not None and not (isinstance(samples, (int, np.integer)) and samples >= 2):
-            wanted = "an integer of at least 2, for a donor, or None for the default"
-            raise ValueError(f"samples must be {wanted}, got {samples!r}")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}")
+        if samples is not None and samples < 2:
+            raise ValueError(f"samples must be at least 2, for a donor, or None for the default, got {samples}")
         self.patches, self.donor, self.output, self.term = patches, donor, output, term
         self.update_statistics, self.seed, self.fast = update_statistics, seed, fast
         self.sides, self.samples, self.cuda_graph = sides, samples, cuda_graph

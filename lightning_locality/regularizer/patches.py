@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_locality.arguments import Checked
+
 Box = tuple[int, int, int, int]
 """``(top, left, height, width)`` in pixels."""
 
@@ -37,7 +39,7 @@ class PatchPair(NamedTuple):
     j: Tensor
 
 
-class AbstractPatches(ABC):
+class AbstractPatches(Checked, ABC):
     """A rule that samples where gradients are compared (I) and what is replaced (J).
 
     The rules raise ValueError for sizes or distances that are negative, descending or do not fit the image.

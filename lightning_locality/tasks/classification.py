@@ -18,10 +18,10 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Accuracy, MeanMetric
 
+from lightning_locality.arguments import Checked
 from lightning_locality.networks import adapt
 from lightning_locality.regularizer.anti_locality import AntiLocality
 from lightning_locality.regularizer.cuda_graph import GraphedStep
-from lightning_locality.regularizer.patches import check_integer
 from lightning_locality.regularizer.penalties import COLUMN, DonorCheck, bind_boxes, weighted_penalties
 
 
@@ -59,7 +59,7 @@ _EXTRA_STATE = re.compile(r"(penalty|augmentation)\.(.+\.)?_extra_state")  # cou
 _OBJECTS = ["network", "penalty", "optimizer", "scheduler", "augmentation"]
 
 
-class Classification(LightningModule):
+class Classification(Checked, LightningModule):
     r"""Classify images, with a term against locality: loss + weight * R, or with several, each with its weight.
 
     The loss is binary cross-entropy of one logit for two classes and cross-entropy otherwise, R the value of the
@@ -125,9 +125,7 @@ class Classification(LightningModule):
                 "line --config configs/overlays/anti_locality.yaml, or set weight to 0"
             )
         weighted_penalties(penalty, weight)
-        if not callable(optimizer):
-            raise ValueError(f"optimizer must be called with the parameters and return one, got {optimizer!r}")
-        if check_integer(every_n_batches, "every_n_batches") < 1:
+        if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         for name, count in (("warmup_epochs", warmup_epochs), ("measured_batches", measured_batches)):
             if count < 0:
@@ -169,11 +167,15 @@ class Classification(LightningModule):
 
     def configure_model(self) -> None:
         """Adapt the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
+        data = getattr(self.trainer, "datamodule", None)
+        shape = getattr(data, "image_shape", None)
+        if shape and self.in_channels not in (None, shape[0]):
+            raise ValueError(
+                f"in_channels={self.in_channels}, but the images of the data module have {shape[0]}: leave it out"
+            )
         if self.metrics:
             return
-        data = getattr(self.trainer, "datamodule", None)
         num_classes = self.num_classes or getattr(data, "num_classes", None)
-        shape = getattr(data, "image_shape", None)
         in_channels = self.in_channels or (shape[0] if shape else None)
         if num_classes is None or in_channels is None:
             raise ValueError(

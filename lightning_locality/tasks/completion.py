@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.ranks.dense import tensorly_with_torch
 from lightning_locality.tensors.factorization import Entries, Observations
 
 
+@checked
 @torch.no_grad()
 def nuclear_norm_completion(
     observed: Observations, shape: Sequence[int], tolerance: float = 1e-6, max_iterations: int = 5000
@@ -63,6 +65,7 @@ def nuclear_norm_completion(
     return scale * tensor
 
 
+@checked
 def cp_als_completion(
     observed: Observations, shape: Sequence[int], rank: int, starts: int = 3, max_sweeps: int = 1000, seed: int = 0
 ) -> Tensor:

@@ -15,6 +15,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_locality.arguments import Checked
 from lightning_locality.optim import GradientFlow, GroupRMSprop
 from lightning_locality.tasks.classification import NonFiniteLossError, check_state_dict, from_command_line
 from lightning_locality.tasks.recovery_loss import Graph, InnerLoop, Loss, LossName, Objective, Route, TrainingSet
@@ -26,7 +27,7 @@ _SHOWN = ("train/loss", "test/loss", "reconstruction_error")
 
 
 @final
-class Recovery(LightningModule):
+class Recovery(Checked, LightningModule):
     r"""Fit a factorisation to entries of a tensor, or to inner products with it, and record what grows.
 
     Every training step runs ``steps`` full-batch iterations of the optimiser, bypassing Lightning's per-step hooks: an

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from lightning_locality.arguments import checked
 from lightning_locality.tensors.chain import zeros
 from lightning_locality.tensors.factorization import Factorization, InitOf, Pullback, divided, per_mode
 
@@ -214,6 +215,7 @@ class DeepMatrix(Factorization):
         )
 
 
+@checked
 def lower_bound(
     loss: ArrayLike, z: float = 1.0, z_prime: float = 1.0, eps: float = 0.0, *, larger: bool = False
 ) -> Any:

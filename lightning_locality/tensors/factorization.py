@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_locality.arguments import Checked, checked
 from lightning_locality.tensors.chain import Chain
 
 
@@ -49,7 +50,7 @@ Pullback = Callable[[Tensor], Sequence[Tensor]]
 LARGE_ORDER = 16
 
 
-class Factorization(nn.Module, ABC):
+class Factorization(Checked, nn.Module, ABC):
     r"""A tensor of order N given by the weights of a factorisation, for training by gradient descent.
 
     The tensor W ("end tensor") is a homogeneous polynomial of the weights. A subclass creates its weights in float64,
@@ -134,6 +135,7 @@ class Factorization(nn.Module, ABC):
         return {"unbalancedness": self.unbalancedness()}
 
     @torch.no_grad()
+    @checked
     def rescale_(self, factor: float) -> None:
         """Multiply the tensor by a finite factor other than zero, spread evenly over all weights."""
         if factor == 0 or not math.isfinite(factor):
@@ -143,6 +145,7 @@ class Factorization(nn.Module, ABC):
             self._first_weight().neg_()
 
     @torch.no_grad()
+    @checked
     def normalize_(self, norm: float = 1.0) -> None:
         """Multiply all weights by one number so that the tensor, which must not be zero, has this Frobenius norm."""
         if not 0 < norm < math.inf:

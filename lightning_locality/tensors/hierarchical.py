@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_locality.arguments import checked
 from lightning_locality.tensors.balance import balance_components
 from lightning_locality.tensors.contraction import MAX_SIZE, EntryQuery, RankOneQuery, contract, node_groups, per_node
 from lightning_locality.tensors.factorization import Factorization, InitLaw, InitOf
@@ -50,7 +51,7 @@ class HierarchicalTensorFactorization(Factorization):
         shape: Size of every mode, or one size for all.
         widths: Numbers of local components: one for all interior nodes, one per level from below as in the paper's
             ``[512, 512]``, or by node, written ``(0, 1)`` or ``"0-1"``.
-        depth: Factors of every column: one number, or one per level from the leaves to the root.
+        depth: Factors of every column: one number, or one per level from the leaves to the root, or per node.
 
     Raises:
         ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
@@ -67,7 +68,7 @@ class HierarchicalTensorFactorization(Factorization):
         tree: ModeTree,
         shape: int | Sequence[int],
         widths: int | Sequence[int] | Mapping[Any, int],
-        depth: int | Sequence[int] = 1,
+        depth: int | Sequence[int] | Mapping[Any, int] = 1,
         init: InitLaw = "normal",
         init_scale: float = 1e-2,
         init_of: InitOf = "weights",
@@ -90,6 +91,7 @@ class HierarchicalTensorFactorization(Factorization):
 
     @classmethod
     @torch.no_grad()
+    @checked
     def from_dense(
         cls, tensor: Tensor, tree: ModeTree, rtol: float = 1e-12, ranks: Ranks | None = None
     ) -> HierarchicalTensorFactorization:
@@ -132,6 +134,7 @@ class HierarchicalTensorFactorization(Factorization):
         return cls._truncated(transfers_of_tensor(tensor, tree), tree, rtol, ranks, dtype)
 
     @torch.no_grad()
+    @checked
     def truncate(self, rtol: float = 1e-12, ranks: Ranks | None = None) -> HierarchicalTensorFactorization:
         """Approximate the tensor by one of lower ranks, without forming it: a new factorisation of depth 1.
 
@@ -172,6 +175,7 @@ class HierarchicalTensorFactorization(Factorization):
                 weights[node] = torch.cat(pair, 1)
         return self._of_weights(weights, self.tree, torch.result_type(*pair))
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tree, shape, widths, depths and weights to one file, which :meth:`load` reads."""
         depths = {node: group.chain.depth for group in self.groups for node in group.nodes}
@@ -185,6 +189,7 @@ class HierarchicalTensorFactorization(Factorization):
         torch.save(content, path)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> HierarchicalTensorFactorization:
         """Read a factorisation that :meth:`save` wrote; no code in the file is executed.
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Any, Literal
 
+from lightning_locality.arguments import Checked, checked
+
 Node = tuple[int, ...]
 Pattern = Literal["adjacent", "interleaved", "quadrant"]
 
@@ -22,7 +24,7 @@ def node_name(node: Node) -> str:
 
 # a Collection and not @final, so that jsonargparse accepts the class paths of perfect and nested
 @dataclass(frozen=True, repr=False)
-class ModeTree(Collection[Node]):
+class ModeTree(Checked, Collection[Node]):
     """A rooted tree whose leaves are the modes 0..N-1 of a tensor; an interior node is the union of its children.
 
     Definition: "Implicit Regularization in Hierarchical Tensor Factorization and Deep Convolutional Neural
@@ -93,6 +95,7 @@ class ModeTree(Collection[Node]):
         vars(self).update(levels=levels, _children=children, _parent=parent, _height=height)
 
     @classmethod
+    @checked
     def perfect(cls, order: int, arity: int | None = None, pattern: Pattern = "adjacent") -> ModeTree:
         """Build a tree in which every level merges groups of ``arity`` consecutive nodes until one is left.
 
@@ -128,6 +131,7 @@ class ModeTree(Collection[Node]):
         return cls(nodes)
 
     @classmethod
+    @checked
     def nested(cls, children: Sequence[Any]) -> ModeTree:
         """Build any tree from the list of the root's children, each a mode or the list of a node's own children.
 

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_locality.arguments import checked
 from lightning_locality.datamodules.base import Split
 from lightning_locality.datamodules.cluttered_abc.parameters import ClutteredLetters
 from lightning_locality.datamodules.cluttered_abc.placement import CLUTTERED_ABC
@@ -56,6 +57,7 @@ class ClutteredABC(AbstractDrawnPictures):
         super().__init__(chosen if size is None else dataclasses.replace(chosen, size=size), **options)
 
 
+@checked
 def make_cluttered_abc(
     format: Literal["npy", "png", "npz", "webdataset", "parquet"] = "npy", out: str | None = None, **options: Any
 ) -> dict[Split, Path]:

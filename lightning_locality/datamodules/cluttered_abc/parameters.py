@@ -6,12 +6,12 @@ __all__ = ["PRESETS", "ClutteredLetters"]
 
 import dataclasses
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_locality.datamodules.pathfinder.parameters import check_whole, without_tuples
+from lightning_locality.arguments import Checked, checked
+from lightning_locality.datamodules.pathfinder.parameters import check_least, without_tuples
 
 # What differs between the settings, which are "baseline-", "ix1-" and "ix2" in the authors' program; all else is in the
 # defaults below. The spread of a letter's affine map is the same in all three. They differ in how much of it the two
@@ -37,12 +37,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "separation": 60,
     },
 }
-_WHOLE = {"window": 40, "size": 1, "thickness": 1, "distortion_bumps": 1, "patch": 1, "marker_radius": 4}
+_SMALLEST = {"window": 40, "size": 1, "thickness": 1, "distortion_bumps": 1, "patch": 1, "marker_radius": 4}
 _SPREADS = ("global_scale", "letter_scale", "global_rotation", "letter_rotation", "global_shear", "letter_shear")
 
 
 @dataclass(frozen=True)
-class ClutteredLetters:
+class ClutteredLetters(Checked):
     r"""Parameters of a picture: two capital letters that barely overlap, in pieces, and two ring-shaped markers.
 
     The middle line of each letter is scaled, turned, sheared and bent, and drawn with strokes of one thickness. The
@@ -115,11 +115,11 @@ class ClutteredLetters:
             value = getattr(self, name)
             if isinstance(value, list):  # as YAML has them; a tuple can be a key of a cache
                 object.__setattr__(self, name, tuple(value))
-        check_whole(self, _WHOLE)
+        check_least(self, _SMALLEST)
         for name in (*_SPREADS, "distortion", "distortion_width", "jitter"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
             object.__setattr__(self, name, float(value))
         if self.distortion_width == 0:
             raise ValueError("distortion_width must be positive, got 0; distortion=0 leaves the letters straight")
@@ -140,7 +140,7 @@ class ClutteredLetters:
             raise ValueError(f"separation must be between 0 and 179 degrees, got {self.separation!r}")
         for name, least in (("radius", 0), ("first_angle", -360)):
             value = getattr(self, name)
-            if value is not None and (len(value) != 2 or not least <= value[0] <= value[1] <= max(self.window, 360)):
+            if value is not None and not (least <= value[0] <= value[1] <= max(self.window, 360)):
                 raise ValueError(f"{name} must be a least and a greatest value of at least {least}, got {value!r}")
         object.__setattr__(self, "radius", tuple(map(float, self.radius)))  # as the command line has them
         if not self.fonts or len(self.fonts) != len(self.font_sizes) or min(self.font_sizes) < 20:
@@ -153,6 +153,7 @@ class ClutteredLetters:
                 raise ValueError(f"fonts: {font_file(font)} does not exist; give a path, or one of matplotlib's own")
 
     @classmethod
+    @checked
     def preset(cls, name: str, **changes: Any) -> ClutteredLetters:
         """The parameters of a published setting: ``easy``, ``intermediate`` or ``hard``, with ``changes``."""
         if name not in PRESETS:

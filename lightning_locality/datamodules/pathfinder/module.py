@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_locality.arguments import checked
 from lightning_locality.datamodules.base import Split
 from lightning_locality.datamodules.drawn_pictures import AbstractDrawnPictures, write_pictures
 from lightning_locality.datamodules.pathfinder.parameters import PathfinderCurves
@@ -119,6 +120,7 @@ class Pathfinder(AbstractDrawnPictures):
         )
 
 
+@checked
 def make_pathfinder(
     format: Literal["npy", "png", "npz", "webdataset", "parquet"] = "npy", out: str | None = None, **options: Any
 ) -> dict[Split, Path]:

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_locality.arguments import Checked, checked
+
 _SMALLEST = {"path_length": 2}
 _SMALLEST |= dict.fromkeys(("window", "size", "seed_distance", "paddle_length", "antialias", "distractor_length"), 1)
 _SMALLEST |= dict.fromkeys(("padding", "paddle_retries", "distractors", "distractor_retries"), 0)
@@ -44,7 +46,7 @@ _LENGTHS = {"easy": 6, "intermediate": 9, "hard": 14}
 
 
 @dataclass(frozen=True)
-class PathfinderCurves:
+class PathfinderCurves(Checked):
     r"""Parameters of a picture: two dashed curves, shorter distractors and two discs.
 
     A curve is ``path_length`` dashes ("paddles"), each turned by at most 90/continuity degrees against the previous
@@ -111,14 +113,14 @@ class PathfinderCurves:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        check_whole(self, _SMALLEST)
+        check_least(self, _SMALLEST)
         for name in ("paddle_thickness", "continuity", "marker_radius"):
             self._set(name, _positive(name, getattr(self, name)))
         for name in ("contrast", "paddle_contrast"):
             values = [_positive(name, value) for value in _several(name, getattr(self, name))]
             self._set(name, values[0] if len(values) == 1 else tuple(values))
-        if any(isinstance(m, bool) or not isinstance(m, int) or m < 0 for m in _several("margin", self.margin)):
-            raise ValueError(f"margin must be an integer of at least 0, or a list of them, got {self.margin!r}")
+        if min(_several("margin", self.margin)) < 0:
+            raise ValueError(f"margin must be at least 0, got {self.margin!r}")
         self._set("margin", self.margins[0] if len(self.margins) == 1 else self.margins)
         if (self.paddle_thickness * self.antialias) % 1:
             raise ValueError(
@@ -134,6 +136,12 @@ class PathfinderCurves:
                 f"window must be 1 to 11 times size, a whole number, got window={self.window}, size={self.size}; "
                 f"with this size choose for instance window={2 * self.size}"
             )
+        area = 2 * self.path_length * self.paddle_length * self.paddle_thickness
+        if area > self.window**2:
+            raise ValueError(
+                f"path_length={self.path_length} is too long: two curves cover {area:,.0f} pixels, and a picture has "
+                f"{self.window**2:,}"
+            )
         # the smallest square that a dash needs with its margin lies along the diagonal
         needed = math.ceil(self.paddle_length / 2**0.5 + 2 * min(self.margins) + self.paddle_thickness - 2)
         room = self.window - 2 * self.start_border - max(needed, 1)
@@ -148,6 +156,7 @@ class PathfinderCurves:
         object.__setattr__(self, name, value)
 
     @classmethod
+    @checked
     def preset(cls, name: str, path_length: int | None = None, **changes: Any) -> PathfinderCurves:
         """The parameters of a published setting by its name.
 
@@ -237,15 +246,12 @@ class PathfinderCurves:
         return without_tuples(dataclasses.asdict(self) | resolved)
 
 
-def check_whole(parameters: Any, smallest: dict[str, int]) -> None:
-    """Raise ValueError if a field of a dataclass is no integer or too small; None is right where it is the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(parameters)}
+def check_least(parameters: Any, smallest: dict[str, int]) -> None:
+    """Raise ValueError if a field is too small; None is not."""
     for name, least in smallest.items():
         value = getattr(parameters, name)
-        if value is None and defaults[name] is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
 
 def without_tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +267,6 @@ def _several(name: str, value: Any) -> list[Any]:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
     return float(value)

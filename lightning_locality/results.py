@@ -30,6 +30,11 @@ MAX_VALUES = 100_000  # of a YAML file
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 IN_USE = 75  # exit status of a fit whose directory another process writes to: EX_TEMPFAIL, which Windows lacks
 PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"  # variable that announces a pipe from the sweep as standard input
+# of a message of the parser: the types it tried, None among them, and the whole setting around the wrong value
+_ATTEMPTS = re.compile(
+    r"\s*(?:Does not validate against any.*|Subtypes: .*|Errors:|Given value type: .*|- Expected a <class 'NoneType'>)"
+)
+_TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:collections\.abc|typing)\.(?=\w)")
 
 
 @contextmanager
@@ -367,6 +372,17 @@ def gather(args: Sequence[str], several: Callable[[str], bool]) -> tuple[list[st
             current = others if word.startswith("-") else current
             current.append(word)
     return others, values
+
+
+def shortened(message: str) -> str:
+    """Put a nested error of jsonargparse on one line: where a value is wrong, what was expected, and what was given."""
+    if "Given value: " not in message:
+        return message
+    nested, *rest = message.partition("\nDid you mean")
+    lines = [line.strip() for line in nested.splitlines() if not _ATTEMPTS.fullmatch(line)]
+    given = [line for line in lines if line.startswith("Given value: ")]
+    words = [line.removeprefix("- ") for line in lines if line not in given[1:]]
+    return "; ".join(_TYPE.sub(r"\1", f"{word:.300}") for word in words).replace(":;", ":") + "".join(rest)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

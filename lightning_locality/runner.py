@@ -52,6 +52,7 @@ from lightning_locality.results import (
     history,
     last_metrics,
     read_settings,
+    shortened,
     versions,
     write_json,
 )
@@ -402,11 +403,6 @@ _UNKNOWN = re.compile(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|dot import path string: 
 # of reST: roles, such as :class:`~torch.nn.Module`, links and literals
 _MARKUP = re.compile(r":(?:py:)?\w+:`~?(?:[\w.]+\.)?(\w+)`|`([^`<]+?)\s*<[^`]*>`_+|``([^`]+)``")
 _CLASS_PATH = re.compile(r"class_path '([\w.]+)\.(\w+)'")
-# of a message of the parser: the types it tried, None among them, and the whole setting around the wrong value
-_ATTEMPTS = re.compile(
-    r"\s*(?:Does not validate against any.*|Subtypes: .*|Errors:|Given value type: .*|- Expected a <class 'NoneType'>)"
-)
-_TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:collections\.abc|typing)\.(?=\w)")
 _NO_CLASS = re.compile(r"class_path 'pytorch_lightning\.Lightning|\.Abstract\w+ is abstract")
 
 
@@ -442,18 +438,7 @@ class SuggestingParser(LightningArgumentParser):
             near = difflib.get_close_matches(unknown, known, n=1)
             if near and near[0] != unknown and (hint := f"Did you mean {near[0]!r}?") not in text:
                 text += f"\n{hint}"
-        super().error(_shortened(text), *args, **kwargs)
-
-
-def _shortened(message: str) -> str:
-    """On one line where the wrong value is, what was expected and what was given; other messages as they are."""
-    if "Given value: " not in message:
-        return message
-    nested, *rest = message.partition("\nDid you mean")
-    lines = [line.strip() for line in nested.splitlines() if not _ATTEMPTS.fullmatch(line)]
-    given = [line for line in lines if line.startswith("Given value: ")]
-    words = [line.removeprefix("- ") for line in lines if line not in given[1:]]
-    return "; ".join(_TYPE.sub(r"\1", f"{word:.300}") for word in words).replace(":;", ":") + "".join(rest)
+        super().error(shortened(text), *args, **kwargs)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

@@ -113,6 +113,24 @@ def test_arguments(name: str, pytestconfig: pytest.Config) -> None:
         pytest.fail(str(findings), pytrace=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        # a matrix of equal numbers has no determinant, whatever is added to them
+        ("DeepMatrix", {"shape": [3, 3], "init_mean": 1e30, "determinant": "positive"}, "none of 1000 samples"),
+        ("Tucker", {"shape": [3, 4, 2], "rank": 10**9}, "weights of .* would take .* GiB: lower shape, rank"),
+        ("ModeTree.perfect", {"order": 10**9}, "its order is at most 1,048,576"),
+        ("CP", {"shape": 2, "order": 10**9}, "say how many with order=, 1 to 1,048,576"),
+        ("checkerboard", {"height": 10**5, "width": 10**5, "size": 2}, "at most 268,435,456 pixels"),
+        ("CP", {"shape": [2, 2], "device": "typo"}, "weights cannot have dtype=None and device='typo'"),
+        ("Pathfinder", {"path_length": 10**9}, "path_length=1000000000 is too long"),
+    ],
+)
+def test_what_the_fuzzers_found_is_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with limited(), pytest.raises(ValueError, match=message):
+        CALLABLES[name](**arguments)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the configurations, a finished run and a table of results."""

@@ -137,6 +137,8 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
         >>> network.conv1.in_channels, network.fc.out_features
         (1, 1)
     """
+    if max(in_channels, outputs) > 2**20:
+        raise ValueError(f"in_channels and outputs must be at most {2**20:,}, got {in_channels} and {outputs}")
     kind = type(network).__name__
     convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     if isinstance(network, nn.Conv2d):
@@ -375,7 +377,7 @@ class ConvolutionalArithmeticCircuit(Checked, nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.widths = per_node("widths", widths, tree)
         self.groups = node_groups(tree, self.shape, self.widths, dict.fromkeys(tree.nodes, 1), outputs, shared)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         with torch.no_grad():
             for weight in self.parameters():
                 sample = torch.randn(weight.shape, generator=generator, dtype=torch.float64)

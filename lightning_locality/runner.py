@@ -390,7 +390,7 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
     if isinstance(penalty, nn.ModuleDict):
         penalty = next(iter(penalty.values()))
     if isinstance(penalty, AntiLocality) and len(images) > 1:
-        i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(penalty.seed))
+        i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(int(penalty.seed)))
         shape = (len(images), 1, *images.shape[2:])
         masks = (i.expand(shape)[:, 0].cpu().numpy(), j.expand(shape)[:, 0].cpu().numpy())
     names = getattr(data, "class_names", None)

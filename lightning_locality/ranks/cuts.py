@@ -345,7 +345,7 @@ def cut_share(
 
 def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
     """Return image numbers, and the number of repetitions that have images of their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     if repetitions * needed <= available:
         return torch.randperm(available, generator=generator)[: repetitions * needed], repetitions
     samples = [torch.randperm(available, generator=generator)[:needed] for _ in range(repetitions)]

@@ -253,7 +253,7 @@ class Classification(Checked, LightningModule):
         try:
             for column, (penalty, _) in self._penalties.items():
                 if column not in known:
-                    generator = torch.Generator().manual_seed(penalty.seed * 1_000_003 + batch_idx)
+                    generator = torch.Generator().manual_seed((int(penalty.seed) * 1_000_003 + batch_idx) % 2**63)
                     value = penalty.measure(self.network, x, y, generator=generator)
                     self._record_penalty(stage, column, value, len(x))
         finally:

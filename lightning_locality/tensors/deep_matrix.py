@@ -91,7 +91,7 @@ class DeepMatrix(Factorization):
             for layer in self.layers:
                 nn.init.eye_(layer).mul_(multiple)
         elif init == "balanced" and init_of == "product":
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(int(seed))
             options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
             self._factor_(self._accepted(lambda: init_mean + init_scale * torch.randn(self.shape, **options)), 0.0)
         else:

@@ -181,7 +181,7 @@ class Factorization(Checked, nn.Module, ABC):
             raise ValueError(f"weights cannot have {dtype=} and {device=}: {error}") from error
 
     def _set_weights(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         self._sample(generator, init_mean, init_scale if init_of == "weights" else 1.0)
         if init == "balanced":
             self.balance_()

@@ -103,7 +103,7 @@ class SweepFile:
 
     def __post_init__(self) -> None:
         for name, (kind, shape) in _SHAPES.items():
-            if (value := getattr(self, name)) and not isinstance(value, kind):
+            if (value := getattr(self, name)) not in (None, ()) and not isinstance(value, kind):
                 self._refuse(f"{name} must be {shape}, got {value!r}")
         for name, own in self.variants.items():
             _check_keys(own or {}, f"{self.path}: variant {str(name)!r}", ("configs", "set"))

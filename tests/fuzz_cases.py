@@ -149,6 +149,10 @@ def use_optimizer(optimizer: Any) -> Any:
     return parameter.detach()
 
 
+def unknown(profile: Any) -> None:
+    """Unknown values of a profile are NaN, as documented."""
+
+
 def parameter() -> dict[str, Any]:
     return {"params": [nn.Parameter(torch.ones(3, dtype=torch.float64))]}
 
@@ -258,7 +262,7 @@ CASES: dict[str, Case] = {
     "data_spectra": Case(lambda: {"samples": bits(), "labels": labels(12), "tree": tree()}),
     "effective_receptive_field": Case(lambda: {"model": network(), "images": images(), "layer": "0"}),
     "influence_by_distance": Case(
-        lambda: {"model": network(), "images": images(), "layer": "0", "units": 2, "bootstraps": 10}
+        lambda: {"model": network(), "images": images(), "layer": "0", "units": 2, "bootstraps": 10}, unknown
     ),
     "input_gradient_change": Case(
         lambda: {
@@ -271,7 +275,7 @@ CASES: dict[str, Case] = {
         }
     ),
     "interaction_profile": Case(
-        lambda: {"model": network(), "images": images(), "patch": 4, "samples": 3, "bootstraps": 10}
+        lambda: {"model": network(), "images": images(), "patch": 4, "samples": 3, "bootstraps": 10}, unknown
     ),
     "node_spectra": Case(lambda: {"subject": factorization()}),
     "participation_ratios": Case(lambda: {"model": factorization()}),

@@ -40,7 +40,7 @@ TABLE = "variant,data.distance,model.weight,epochs,test/accuracy\nrun,0,0,3,0.9\
 _CODE = "!!python/object/apply:os.mkdir [planted]"
 _BOMB = "{" + ", ".join(f"a{k}: &a{k} [" + ", ".join([f"*a{k - 1}" if k else "x"] * 9) + "]" for k in range(9)) + "}"
 TEXTS = (
-    *("", " ", "nan", "inf", "-1", "0", "2.5", "1e400", "9" * 400, "null", "true", "typo", "None", "1_000", "0x10"),
+    *("", " ", "nan", "inf", "-1", "0", "2.5", "1e400", "9" * 400, "null", "true", "typo", "None", "1_0", "0x10"),
     *("[", "{", "[1,", "]", "[" * 3000, "{a: 1}", "[a, 1]", "[[0, 1], 2]", "*a", "&a [*a]", _CODE, _BOMB, "@x", "~"),
     *("\t", "é\u2028", "\udcff", "--", "-", "=", "a=b", "absent/x.yaml", "2020-01-01", "absent.Class", "json.dumps"),
     *("torch.nn.Linear", "{class_path: torch.nn.Linear}", "{class_path: typo, init_args: 3}", "{init_args: {}}"),

@@ -44,7 +44,7 @@ NUMBERS: tuple[Any, ...] = (
 OTHERS: tuple[Any, ...] = (
     *(None, "", "typo", "1", "nan", "é\x00\udcff", b"x", Path("absent/x")),
     *([], (), {}, [math.nan], [None], [True], ["a"], [1, 2], (1, 2, 3), [[0, 1], [2, 3]], [[[0], [1]], 2], {"a": 1}),
-    *({1: 2}, {0, 1}, range(2), object(), int, lambda *args, **options: None),
+    *({1: 2}, {0, 1}, range(2), object(), lambda *args, **options: None),
     *(np.array([1, 2]), np.array(math.nan), np.array(["a"]), torch.tensor(2), torch.tensor(math.nan)),
     *(torch.ones(2, 3), torch.zeros(0), torch.ones(4, 1, 8, 8), torch.full((4, 1, 8, 8), math.nan), nn.Identity()),
 )
@@ -243,6 +243,8 @@ def complaint(error: BaseException, words: Sequence[str]) -> tuple[str, str] | N
         return None  # Python's own, which names the file
     if isinstance(error, TypeError) and re.search(r"got multiple values for argument|positional argument", str(error)):
         return None  # the call itself was wrong, or a given function takes other arguments
+    if type(error).__name__ == "MisconfigurationException":
+        return None  # Lightning's words for wrong settings
     if path.endswith("torch/optim/optimizer.py") and "params" in words:
         return None  # the base class checks what all optimisers have
     name, message = type(error).__name__, str(error).partition("\n")[0]

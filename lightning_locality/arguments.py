@@ -113,7 +113,8 @@ def _check(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         for one in values:
             # a default may be what its annotation does not say: infinite, or a sentinel
             if one is not parameter.default and not _fits(one, hint) and not _same(one, parameter.default):
-                raise ArgumentError(f"{name} must be {_described(hint)}, got {_shown(one)}")
+                beyond = " (beyond 64 bits)" if isinstance(one, Integral) and not -(2**63) <= int(one) < 2**63 else ""
+                raise ArgumentError(f"{name} must be {_described(hint)}, got {_shown(one)}{beyond}")
     return None
 
 
@@ -149,9 +150,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool | np.bool_):  # Python counts it among the whole numbers
         return kind in (bool, object)
     if issubclass(kind, int) and kind is not bool:
-        return isinstance(value, Integral)
+        return _whole(value)
     if kind is float:
-        return isinstance(value, Real) and math.isfinite(value)
+        return _whole(value) or (isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value))
     if kind is str:
         return isinstance(value, str)
     if kind in _LISTS:
@@ -160,6 +161,11 @@ def _fits(value: Any, hint: Any) -> bool:
         keys, values = parts or (Any, Any)
         return isinstance(value, Mapping) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
     return callable(value) if kind is Callable else isinstance(value, kind)
+
+
+def _whole(value: Any) -> bool:
+    """Whether a number is whole, and one that torch takes."""
+    return isinstance(value, Integral) and -(2**63) <= int(value) < 2**63
 
 
 def _fits_items(value: Any, kind: type, parts: Sequence[Any]) -> bool:

@@ -37,6 +37,12 @@ _COMMANDS = ("fit", "validate", "test", "predict", "sweep", "rank", "figure", "m
 def _dispatch(command: str, args: Sequence[str]) -> None:
     """Run a command, after importing what it needs and no more."""
     prog = f"lightning-locality {command}"
+    if unclear := [arg for arg in args if arg.endswith("=--")]:
+        raise ValueError(f"{unclear[0]} gives no value")  # an argument parser drops the dashes
+    if any("&" in arg or arg.endswith((".yaml", ".yml")) for arg in args):
+        from lightning_locality.results import check_yaml
+
+        check_yaml(args)
     match command:
         case "--help" | "-h" | "help":
             print(_HELP, end="")

@@ -84,6 +84,10 @@ class SmallResNet(Checked, nn.Module):
             each = "widths and strides at least 1, and one each for the stem and for every block"
             got = f"{in_channels=}, {outputs=}, {widths=}, {strides=}"
             raise ValueError(f"in_channels and outputs must be at least 1, {each}, got {got}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability, 0 to 1, got {dropout}")
+        if (largest := max(a * b for a, b in zip((in_channels, *widths), (*widths, outputs), strict=True))) > 2**28:
+            raise ValueError(f"in_channels, widths or outputs: a layer would have {9 * largest:,} weights; lower them")
         self.strides = tuple(strides)
         convolution = nn.Conv2d(in_channels, widths[0], 3, strides[0], padding=1, bias=False)
         self.stem = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU())
@@ -133,6 +137,8 @@ def adapt(network: nn.Module, in_channels: int, outputs: int) -> nn.Module:
         >>> network.conv1.in_channels, network.fc.out_features
         (1, 1)
     """
+    if max(in_channels, outputs) > 2**20:
+        raise ValueError(f"in_channels and outputs must be at most {2**20:,}, got {in_channels} and {outputs}")
     kind = type(network).__name__
     convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     if isinstance(network, nn.Conv2d):
@@ -371,7 +377,7 @@ class ConvolutionalArithmeticCircuit(Checked, nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.widths = per_node("widths", widths, tree)
         self.groups = node_groups(tree, self.shape, self.widths, dict.fromkeys(tree.nodes, 1), outputs, shared)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         with torch.no_grad():
             for weight in self.parameters():
                 sample = torch.randn(weight.shape, generator=generator, dtype=torch.float64)

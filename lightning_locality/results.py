@@ -14,7 +14,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,8 +28,15 @@ from lightning_locality.arguments import checked
 
 COUNTS = ("epochs", "iterations", "seconds")
 MAX_VALUES = 100_000  # of a YAML file
+# the pure Python loader takes ten times as long
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 IN_USE = 75  # exit status of a fit whose directory another process writes to: EX_TEMPFAIL, which Windows lacks
 PARENT_PIPE = "LIGHTNING_LOCALITY_PARENT_PIPE"  # variable that announces a pipe from the sweep as standard input
+# of a message of the parser: the types it tried, None among them, and the whole setting around the wrong value
+_ATTEMPTS = re.compile(
+    r"\s*(?:Does not validate against any.*|Subtypes: .*|Errors:|Given value type: .*|- Expected a <class 'NoneType'>)"
+)
+_TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:collections\.abc|typing)\.(?=\w)")
 
 
 @contextmanager
@@ -325,17 +332,30 @@ def load_yaml(path: Path) -> Any:
         ValueError: Something else than YAML, a key given twice, or content that is nested too deeply or grows beyond
             100,000 values by aliases.
     """
-    # the pure Python loader takes ten times as long
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         text = path.read_text(encoding="utf-8")
-        if (root := yaml.compose(text, loader)) and _values(root, {}) > MAX_VALUES:
+        if (root := yaml.compose(text, _LOADER)) and _values(root, {}) > MAX_VALUES:
             raise ValueError(f"it has more than {MAX_VALUES:,} values by aliases")
-        return yaml.load(text, loader)
+        return yaml.load(text, _LOADER)
     except RecursionError:
         raise ValueError(f"{path}: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_yaml(words: Iterable[str]) -> None:
+    """Check the YAML among the words of a command line, values and files, as :func:`load_yaml` does.
+
+    The parser itself would take the last of two values of a key in silence, and write out all aliases.
+    """
+    for word in words:
+        text = word.partition("=")[2] or word
+        if text.endswith((".yaml", ".yml")) and os.path.isfile(text):
+            load_yaml(Path(text))
+        elif "&" in text:
+            with suppress(yaml.YAMLError, RecursionError):  # text
+                if (root := yaml.compose(text, _LOADER)) and _values(root, {}) > MAX_VALUES:
+                    raise ValueError(f"{text[:60]}... has more than {MAX_VALUES:,} values by aliases")
 
 
 def _values(node: yaml.Node, known: dict[int, float]) -> float:
@@ -441,6 +461,17 @@ def gather(args: Sequence[str], several: Callable[[str], bool]) -> tuple[list[st
             current = others if word.startswith("-") else current
             current.append(word)
     return others, values
+
+
+def shortened(message: str) -> str:
+    """Put a nested error of jsonargparse on one line: where a value is wrong, what was expected, and what was given."""
+    if "Given value: " not in message:
+        return message
+    nested, *rest = message.partition("\nDid you mean")
+    lines = [line.strip() for line in nested.splitlines() if not _ATTEMPTS.fullmatch(line)]
+    given = [line for line in lines if line.startswith("Given value: ")]
+    words = [line.removeprefix("- ") for line in lines if line not in given[1:]]
+    return "; ".join(_TYPE.sub(r"\1", f"{word:.300}") for word in words).replace(":;", ":") + "".join(rest)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -54,6 +54,7 @@ from lightning_locality.results import (
     history,
     last_metrics,
     read_settings,
+    shortened,
     versions,
     write_json,
 )
@@ -195,6 +196,8 @@ class LocalityCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run directory, and refuse what would lose results or mislead."""
         config = self.config[self.subcommand]
+        if not isinstance(config.trainer, type(config)):
+            raise ValueError(f"trainer must be a mapping of options, as {{max_epochs: 10}}, got {config.trainer!r}")
         checkpoint = config.get("ckpt_path")
         if self.subcommand in ("validate", "test", "predict") and not checkpoint:
             raise ValueError(
@@ -393,7 +396,7 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
     if isinstance(penalty, nn.ModuleDict):
         penalty = next(iter(penalty.values()))
     if isinstance(penalty, AntiLocality) and len(images) > 1:
-        i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(penalty.seed))
+        i, j = penalty.patches.draw(images, images.roll(-1, 0), torch.Generator().manual_seed(int(penalty.seed)))
         shape = (len(images), 1, *images.shape[2:])
         masks = (i.expand(shape)[:, 0].cpu().numpy(), j.expand(shape)[:, 0].cpu().numpy())
     names = getattr(data, "class_names", None)
@@ -421,8 +424,11 @@ class SuggestingParser(LightningArgumentParser):
             action.help = action.help and _MARKUP.sub(r"\1\2\3", action.help)
         return _MARKUP.sub(r"\1\2\3", super().format_help(*args))
 
+    def print_usage(self, *args: Any) -> None:
+        """Print nothing: 150 lines of options above an error would hide it."""
+
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """Append the nearest known name of every unknown one to the message."""
+        """Append the nearest known name of every unknown one to the message, shortened to what was wrong."""
         text = str(message)
         if _NO_CLASS.search(text):
             named = "--model Classification, --data SameClass"
@@ -438,7 +444,7 @@ class SuggestingParser(LightningArgumentParser):
             near = difflib.get_close_matches(unknown, known, n=1)
             if near and near[0] != unknown and (hint := f"Did you mean {near[0]!r}?") not in text:
                 text += f"\n{hint}"
-        super().error(text, *args, **kwargs)
+        super().error(shortened(text), *args, **kwargs)
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

@@ -104,10 +104,16 @@ class SweepFile:
 
     def __post_init__(self) -> None:
         for name, (kind, shape) in _SHAPES.items():
-            if (value := getattr(self, name)) and not isinstance(value, kind):
+            if (value := getattr(self, name)) not in (None, ()) and not isinstance(value, kind):
                 self._refuse(f"{name} must be {shape}, got {value!r}")
         for name, own in self.variants.items():
             _check_keys(own or {}, f"{self.path}: variant {str(name)!r}", ("configs", "set"))
+        for own in (vars(self), *self.variants.values()):
+            configs, options = (own or {}).get("configs") or (), (own or {}).get("set") or {}
+            if not isinstance(configs, (list, tuple)) or not all(isinstance(config, str) for config in configs):
+                self._refuse(f"configs must be {_SHAPES['configs'][1]}, got {configs!r}")
+            if not isinstance(options, dict):
+                self._refuse(f"set must be {_SHAPES['set'][1]}, got {options!r}")
         for option, values in self.grid.items():
             if not isinstance(values, list) or not values:
                 self._refuse(f"grid: {option} must be a list of values, as [0, 1], got {values!r}")

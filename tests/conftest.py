@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device the numerical tests run on")
+    parser.addoption("--fuzz-cases", type=int, default=300, help="cases of tests/test_fuzz.py, in all")
 
 
 @pytest.hookimpl(tryfirst=True)

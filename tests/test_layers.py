@@ -69,8 +69,8 @@ def test_lightning_stays_above() -> None:
 
 def test_files_stay_few_and_small() -> None:
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert len(lines) <= 110
-    assert sum(lines.values()) <= 22_300
+    assert len(lines) <= 112
+    assert sum(lines.values()) <= 22_600
     assert len([path for path in FILES if path.parent == PACKAGE]) <= 13
     faces = ("__init__.py", "__main__.py")
     assert not {path: n for path, n in lines.items() if n > 500 or (n < 40 and path.name not in faces)}

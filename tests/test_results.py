@@ -239,9 +239,7 @@ def test_an_empty_table_of_a_sweep_hides_no_run(tmp_path: Path) -> None:
 def test_rows_that_no_table_holds_are_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss\n1,2.0\n" + "x" * 200_000 + "\n")
-    with pytest.raises(
-        ValueError, match=r"metrics.csv is damaged: field larger than .* remove the damaged rows"
-    ):
+    with pytest.raises(ValueError, match=r"metrics.csv is damaged: field larger than .* remove the damaged rows"):
         last_metrics(tmp_path)
     path.write_text("step,loss\n1,2.0\n2,")  # half a row
     assert last_metrics(tmp_path) == {"loss": 2.0}

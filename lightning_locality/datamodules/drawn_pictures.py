@@ -30,6 +30,8 @@ from lightning_locality.datamodules.pathfinder.store import (
 )
 from lightning_locality.datamodules.stream import Curriculum, StreamSamples, Values
 
+MAX_PICTURES = 10**8
+
 _log = logging.getLogger(__name__)
 
 
@@ -89,11 +91,14 @@ class AbstractDrawnPictures(AbstractImageDataModule):
         super().__init__(batch_size=batch_size, seed=seed, drop_last=drop_last)
         self.curves = curves
         self.endless, size = train is None, epoch_size if train is None else train
-        self._counts: dict[Split, int] = {"train": size, "validation": validation, "test": test}
+        # as headers of .npy files take them
+        self._counts: dict[Split, int] = {"train": int(size), "validation": int(validation), "test": int(test)}
         named = {("epoch_size" if self.endless else "train"): size, "validation": validation, "test": test}
         for name, number in named.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1 picture, got {number}")
+            if number > MAX_PICTURES:
+                raise ValueError(f"{name} must be at most {MAX_PICTURES:,} pictures, got {number}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
         if workers is not None and workers < 1:

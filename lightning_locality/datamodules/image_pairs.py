@@ -18,6 +18,8 @@ from lightning_locality.datamodules.stream import Curriculum, Values
 
 Box = tuple[int, int, int, int]
 
+MAX_PAIRS = 10**8
+
 
 class Pairs(NamedTuple):
     """Pairs of images: indices ``(N,)`` of the left and the right image, and labels ``(N,)``."""
@@ -93,6 +95,10 @@ class AbstractImagePairs(AbstractSourceImages):
         for argument, value in named.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1 pair, got {value}")
+            if value > MAX_PAIRS:
+                raise ValueError(
+                    f"{argument} must be at most {MAX_PAIRS:,} pairs, whose indices fill 4 GB, got {value}"
+                )
         self.distinct, self.balanced, self.background = distinct, balanced, background
         if curriculum and not self.endless:
             raise ValueError(f"curriculum={curriculum} needs new pairs in every epoch: set train=None")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Values = tuple[Tensor, ...]
 
+MAX_EPOCHS = 100_000  # of a curriculum: the settings of each are checked
+
 
 class StreamSamples(NamedTuple):
     """Samples of one epoch as they are sent to the device, where ``compose_stream`` makes images and labels of them."""
@@ -105,8 +107,8 @@ class Curriculum:
     """
 
     def __init__(self, start: Mapping[str, float], epochs: int, goals: Mapping[str, Any]) -> None:
-        if epochs < 1:
-            raise ValueError(f"curriculum_epochs must be at least 1, got {epochs}")
+        if not 1 <= epochs <= MAX_EPOCHS:
+            raise ValueError(f"curriculum_epochs must be at least 1 and at most {MAX_EPOCHS:,}, got {epochs}")
         numbers = {name: goal for name, goal in goals.items() if type(goal) in (int, float)}
         for name, value in start.items():
             if name not in numbers:
@@ -123,7 +125,7 @@ class Curriculum:
 
     def check(self, build: Callable[[int], object]) -> None:
         """Build the settings of every epoch that differs; ValueError if one is refused."""
-        for epoch in range(self.epochs):
+        for epoch in range(self.epochs if self.start else 0):
             try:
                 build(epoch)
             except ValueError as error:

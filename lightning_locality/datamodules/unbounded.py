@@ -69,7 +69,7 @@ class UnboundedCompletion(AbstractRecoveryDataModule):
             raise ValueError(f"unobserved must be a row and a column of the 2x2 block (each 0 or 1), got {unobserved}")
         self.save_hyperparameters(logger=False)
         self.shape = (rows, cols)
-        self.z, self.z_prime, self.eps = z, z_prime, eps
+        self.z, self.z_prime, self.eps = float(z), float(z_prime), float(eps)
         self.unobserved = (unobserved[0], unobserved[1])
 
     @property

@@ -90,7 +90,7 @@ def check_figure(figure: Any, columns: Sequence[str] | None = None) -> None:
     if not isinstance(figure, Mapping) or "kind" not in figure:
         raise ValueError(f"figure must be a mapping with a kind, as {{kind: components}}, got {figure!r}")
     kind, options = figure["kind"], {key: value for key, value in figure.items() if key != "kind"}
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown kind of figure {kind!r}{nearest(str(kind), KINDS)}; there are {', '.join(KINDS)}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(KINDS[kind], skip={"runs"})

@@ -109,7 +109,7 @@ def tree_separation(
             f"size must be at least 2 and, with joint=True, at most the {len(images)} images, got {size}: give more "
             "images, or joint=False"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     cuts = {node: (node, tree.complement(node)) for node in tree.nodes[:-1]}
     # a node and its complement have one matrix, read from either side
     distinct = dict.fromkeys(min(cut, cut[::-1]) for cut in cuts.values())

@@ -165,7 +165,7 @@ class _Search:
         bound = max([1, *(int(epsilon_rank(values, rtol)) for values in self.spectra.values())])
         bases, core = _compress(target, self.spectra, rtol)
         modes = [n for n, size in enumerate(core.shape) if size > 1]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         best = 1.0
         for rank in range(max(bound, least), self.limit + 1):
             # a little closer than required, since compression discards something as well

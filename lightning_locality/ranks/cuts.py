@@ -18,6 +18,8 @@ from lightning_locality.ranks.masks import checked_mask
 from lightning_locality.ranks.spectra import ROUNDING
 from lightning_locality.ranks.splice import Network, SplicedNetwork, spliced
 
+_MAX_REPETITIONS = 100_000
+
 
 class VarianceComponents(NamedTuple):
     """Unbiased variance components of a function of two blocks, possibly below zero."""
@@ -318,8 +320,8 @@ def cut_share(
             f"size must be 4 or more images per block, and 2 x size at most as many as there are, got size={size} and "
             f"{len(images)} images: give more images or a smaller size"
         )
-    if repetitions < 1:
-        raise ValueError(f"repetitions must be at least 1, got {repetitions}")
+    if not 1 <= repetitions <= _MAX_REPETITIONS:
+        raise ValueError(f"repetitions must be 1 to {_MAX_REPETITIONS:,}, got {repetitions}")
     chosen, own = _sample_images(len(images), 2 * size, repetitions, seed)
     with spliced(model, images[chosen.to(images.device)], (~mask).long(), evaluation, layer) as network:
         tables = [_table(network, start, start + size, size, size) for start in range(0, len(chosen), 2 * size)]
@@ -343,7 +345,7 @@ def cut_share(
 
 def _sample_images(available: int, needed: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
     """Return image numbers, and the number of repetitions that have images of their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     if repetitions * needed <= available:
         return torch.randperm(available, generator=generator)[: repetitions * needed], repetitions
     samples = [torch.randperm(available, generator=generator)[:needed] for _ in range(repetitions)]

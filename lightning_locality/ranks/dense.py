@@ -79,7 +79,10 @@ def mode_groups(cuts: ModeTree | Iterable[Node], order: int, name: str, subject:
         if cuts.order != order:
             raise ValueError(f"{name} has order {cuts.order} and the {subject} order {order}")
         return cuts.nodes[:-1]
-    groups = tuple(tuple(cut) for cut in cuts)
+    try:
+        groups = tuple(map(tuple, cuts))
+    except TypeError:
+        raise ValueError(f"{name} must be a tree, or groups of modes as [(0, 1), (2,)], got {cuts!r}") from None
     for group in groups:
         if not 0 < len(set(group)) == len(group) < order or not set(group) <= set(range(order)):
             raise ValueError(

@@ -140,7 +140,7 @@ def influence_by_distance(
             raise ValueError(f"{name} must be {least} or more, got {number}")
     width = max(1, round(math.hypot(*images.shape[2:]) / _BINS)) if width is None else width
     evaluation = Evaluation() if evaluation is None else evaluation
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     chosen = torch.randperm(len(images), generator=generator)[:samples]
     with torch.inference_mode(False), torch.no_grad(), evaluation.prepared(model) as network:
         used = evaluation.placed(network, images[chosen.to(images.device)])

@@ -33,6 +33,8 @@ def fit_cp(
     """
     if min(starts, max_steps) < 1:
         raise ValueError(f"starts and max_steps must be at least 1, got {starts} and {max_steps}")
+    if starts > 100_000:
+        raise ValueError(f"starts must be at most 100,000, which are searched at the same time, got {starts}")
     target = tensor.detach().double()
     norm = target.norm()
     target = target / norm

@@ -21,6 +21,8 @@ from torch import Tensor
 from lightning_locality.arguments import checked
 from lightning_locality.ranks.conversion import as_tensor
 
+MAX_PIXELS = 2**28
+
 
 @checked
 def halves(height: int, width: int, axis: int = 1) -> Tensor:
@@ -135,3 +137,5 @@ def checked_mask(mask: Tensor, images: Tensor, name: str = "mask") -> Tensor:
 def _check_size(height: int, width: int) -> None:
     if min(height, width) < 1:
         raise ValueError(f"height and width must be at least one pixel, got {height} x {width}")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"height and width must give at most {MAX_PIXELS:,} pixels, got {height} x {width}")

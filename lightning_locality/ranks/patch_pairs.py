@@ -26,7 +26,7 @@ BAND = torch.tensor([0.025, 0.975], dtype=torch.float64)  # ends of 95 %
 
 def resamples(number: int, samples: int, seed: int) -> Tensor:
     """Return weights ``(number, n)`` of the samples in bootstrap resamples, which sum to 1, float64."""
-    chosen = torch.randint(samples, (number, samples), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.randint(samples, (number, samples), generator=torch.Generator().manual_seed(int(seed)))
     counts = torch.zeros(number, samples, dtype=torch.float64)
     return counts.scatter_add_(1, chosen, torch.ones_like(counts)).div_(samples)
 

@@ -103,7 +103,7 @@ def interaction_profile(
             + ("give more images or fewer samples" if samples >= len(images) else "each needs another as its donor")
         )
     grid = PatchGrid(images.shape[2], images.shape[3], patch)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     order = torch.randperm(len(images), generator=generator)
     # on a circle, donors precede their samples: the two are disjoint if there are enough images
     donors = order.roll(samples % len(images) or 1)[:samples]

@@ -73,7 +73,10 @@ class SplicedNetwork:
         images = self.images
         if rounding_seed is not None:
             # all moved by one unit in the last place, randomly up or down, which shows what rounding does
-            up = torch.rand(images.shape, generator=torch.Generator().manual_seed(rounding_seed)).to(self.device) < 0.5
+            up = (
+                torch.rand(images.shape, generator=torch.Generator().manual_seed(int(rounding_seed))).to(self.device)
+                < 0.5
+            )
             eps = torch.finfo(images.dtype).eps
             images = torch.where(up, images * (1 + eps), images * (1 - eps))
         function = lambda rows: self.outputs(splice(images, self.labels, choose(rows)))

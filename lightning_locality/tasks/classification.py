@@ -152,6 +152,8 @@ class Classification(Checked, LightningModule):
     def _fit_to_data(self, num_classes: int, in_channels: int) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
         self.num_classes, self.in_channels = num_classes, in_channels
         self.hparams.update(num_classes=num_classes, in_channels=in_channels)
         adapt(self.network, in_channels, 1 if num_classes == 2 else num_classes)
@@ -165,11 +167,15 @@ class Classification(Checked, LightningModule):
 
     def configure_model(self) -> None:
         """Adapt the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
+        data = getattr(self.trainer, "datamodule", None)
+        shape = getattr(data, "image_shape", None)
+        if shape and self.in_channels not in (None, shape[0]):
+            raise ValueError(
+                f"in_channels={self.in_channels}, but the images of the data module have {shape[0]}: leave it out"
+            )
         if self.metrics:
             return
-        data = getattr(self.trainer, "datamodule", None)
         num_classes = self.num_classes or getattr(data, "num_classes", None)
-        shape = getattr(data, "image_shape", None)
         in_channels = self.in_channels or (shape[0] if shape else None)
         if num_classes is None or in_channels is None:
             raise ValueError(
@@ -247,7 +253,7 @@ class Classification(Checked, LightningModule):
         try:
             for column, (penalty, _) in self._penalties.items():
                 if column not in known:
-                    generator = torch.Generator().manual_seed(penalty.seed * 1_000_003 + batch_idx)
+                    generator = torch.Generator().manual_seed((int(penalty.seed) * 1_000_003 + batch_idx) % 2**63)
                     value = penalty.measure(self.network, x, y, generator=generator)
                     self._record_penalty(stage, column, value, len(x))
         finally:

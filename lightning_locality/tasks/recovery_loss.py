@@ -194,10 +194,10 @@ class Objective:
         batches = -(-len(self.observed) // self.batch_size)
         number, place = divmod(iteration, batches)
         if self._order[0] != number:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            generator = torch.Generator().manual_seed((int(self.seed) * 1_000_003 + number) % 2**63)
             order = torch.randperm(len(self.observed), generator=generator)
             self._order = (number, order.to(self.observed.values.device))
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self._order[1][place * int(self.batch_size) : (place + 1) * int(self.batch_size)]
 
 
 Graph = Literal["auto", "never"]

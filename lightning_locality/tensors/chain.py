@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "zeros"]
 
+import math
+from contextlib import suppress
 from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+MAX_WEIGHTS = 2**31  # of a parameter
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    """Weights of zero in float64; ValueError if there is no memory for them."""
+    with suppress(RuntimeError):  # no memory
+        if (count := math.prod(shape)) <= MAX_WEIGHTS:
+            return nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    size = " x ".join(map(str, shape))
+    raise ValueError(f"weights of {size} would take {count >> 27:,} GiB: lower shape, rank, widths, hidden or depth")
 
 
 class Chain(nn.Module):
@@ -37,11 +50,11 @@ class Chain(nn.Module):
             raise ValueError(f"depth must be at least 1 (the factor itself), got {depth}")
         self.depth = depth
         *batch, size, columns = shape
-        self.vectors = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self.vectors = zeros(*shape)
         if depth == 1:
             self.register_parameter("matrices", None)
         else:
-            self.matrices = nn.Parameter(torch.zeros((depth - 1, *batch, columns, size, size), dtype=torch.float64))
+            self.matrices = zeros(depth - 1, *batch, columns, size, size)
 
     def forward(self) -> Tensor:
         """The columns ``(..., D, R)``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, cast
@@ -131,10 +132,11 @@ def per_node(
     """Expand one number, or numbers by level or by node (a tuple, or ``"0-1"`` as in YAML), to one for every node."""
     levels = (tree.leaves, *tree.levels) if leaves else tree.levels
     nodes = [node for level in levels for node in level]
-    if isinstance(value, int):
-        value = [value] * len(levels)
+    if not isinstance(value, Sequence | Mapping):
+        value = [operator.index(value)] * len(levels)
     if isinstance(value, Mapping):
-        named = {key if isinstance(key, str) else node_name(tuple(key)): number for key, number in value.items()}
+        written = lambda key: key if isinstance(key, str) else node_name(key if isinstance(key, tuple) else (key,))
+        named = {written(key): number for key, number in value.items()}
         for wrong in named.keys() - {node_name(node) for node in nodes}:
             raise ValueError(f"{name} has a value for {wrong}, which is no such node of the tree: remove it")
         found = {node: named.get(node_name(node), 0) for node in nodes}

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_locality.tensors.chain import Chain
 from lightning_locality.tensors.factorization import LARGE_ORDER, Factorization, InitLaw, InitOf, Pullback, per_mode
+from lightning_locality.tensors.mode_tree import MAX_ORDER
 
 
 def binary_products(bits: Tensor, weights: Tensor) -> Tensor:
@@ -130,8 +131,9 @@ class CP(Factorization):
         order: int | None = None,
     ) -> None:
         if isinstance(shape, int):
-            if order is None or order < 1:
-                raise ValueError(f"shape={shape} is one size for all modes: say how many with order=, got {order=}")
+            if order is None or not 1 <= order <= MAX_ORDER:
+                many = f"order=, 1 to {MAX_ORDER:,}"
+                raise ValueError(f"shape={shape} is one size for all modes: say how many with {many}, got {order=}")
             shape = [shape] * order
         elif order is not None and order != len(shape):
             raise ValueError(f"order={order} and shape={tuple(shape)} differ: omit order if shape is a list")

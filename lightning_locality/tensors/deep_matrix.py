@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["DeepMatrix", "lower_bound"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast, final
 
@@ -15,7 +15,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from lightning_locality.arguments import checked
+from lightning_locality.tensors.chain import zeros
 from lightning_locality.tensors.factorization import Factorization, InitOf, Pullback, divided, per_mode
+
+_MAX_SAMPLES = 1000  # of which each has the wanted determinant with probability one half
 
 
 @final
@@ -78,7 +81,7 @@ class DeepMatrix(Factorization):
         if determinant == "negative" and init == "identity":
             raise ValueError("determinant='negative' and init='identity' exclude each other: choose init='normal'")
         widths = [self.shape[1], *inner, self.shape[0]]
-        layers = (torch.zeros(rows, columns, dtype=torch.float64) for columns, rows in pairwise(widths))
+        layers = (zeros(rows, columns) for columns, rows in pairwise(widths))
         self.layers, self.determinant = nn.ParameterList(layers), determinant
         self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 
@@ -88,11 +91,9 @@ class DeepMatrix(Factorization):
             for layer in self.layers:
                 nn.init.eye_(layer).mul_(multiple)
         elif init == "balanced" and init_of == "product":
-            generator, product = torch.Generator().manual_seed(seed), None
-            while product is None or not self._accepts(product):
-                sample = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
-                product = init_mean + init_scale * sample
-            self._factor_(product, 0.0)
+            generator = torch.Generator().manual_seed(int(seed))
+            options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+            self._factor_(self._accepted(lambda: init_mean + init_scale * torch.randn(self.shape, **options)), 0.0)
         else:
             super()._set_weights(init, init_scale, init_of, init_mean, seed)
 
@@ -195,13 +196,23 @@ class DeepMatrix(Factorization):
         self.layers[-1][:, :count] = left[:, :count] * roots
 
     def _sample(self, generator: torch.Generator, mean: float, deviation: float) -> None:
-        super()._sample(generator, mean, deviation)
-        while not self._accepts(self._scaled_product()[0]):
-            super()._sample(generator, mean, deviation)
+        def product() -> Tensor:
+            super(DeepMatrix, self)._sample(generator, mean, deviation)
+            return self._scaled_product()[0]
 
-    def _accepts(self, product: Tensor) -> bool:
-        wanted = {"positive": 1, "negative": -1}
-        return self.determinant is None or wanted[self.determinant] * float(torch.linalg.slogdet(product)[0]) > 0
+        self._accepted(product)
+
+    def _accepted(self, sample: Callable[[], Tensor]) -> Tensor:
+        """The first product whose determinant has the sign asked for."""
+        sign = {None: 0, "positive": 1, "negative": -1}[self.determinant]
+        for _ in range(_MAX_SAMPLES):
+            product = sample()
+            if sign == 0 or sign * float(torch.linalg.slogdet(product)[0]) > 0:
+                return product
+        raise ValueError(
+            f"none of {_MAX_SAMPLES} samples has a {self.determinant} determinant: leave determinant out, or set "
+            "init_mean and init_scale so that their products are regular"
+        )
 
 
 @checked

@@ -175,10 +175,13 @@ class Factorization(Checked, nn.Module, ABC):
         if not 0 < init_scale < math.inf:
             raise ValueError(f"init_scale must be positive and finite, got {init_scale}: at zero no gradient flows")
         self._set_weights(init, init_scale, init_of, init_mean, seed)
-        self.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
+        try:
+            self.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ValueError(f"weights cannot have {dtype=} and {device=}: {error}") from error
 
     def _set_weights(self, init: str, init_scale: float, init_of: InitOf, init_mean: float, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         self._sample(generator, init_mean, init_scale if init_of == "weights" else 1.0)
         if init == "balanced":
             self.balance_()

@@ -51,8 +51,7 @@ class HierarchicalTensorFactorization(Factorization):
         shape: Size of every mode, or one size for all.
         widths: Numbers of local components: one for all interior nodes, one per level from below as in the paper's
             ``[512, 512]``, or by node, written ``(0, 1)`` or ``"0-1"``.
-        depth: Factors of every column: one number, one per level from the leaves to the root, or one per node, as
-            ``widths``.
+        depth: Factors of every column: one number, or one per level from the leaves to the root, or per node.
 
     Raises:
         ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
@@ -198,7 +197,7 @@ class HierarchicalTensorFactorization(Factorization):
             ValueError: If the file is not one of these.
         """
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             tree, weights = ModeTree(content["tree"]), content["weights"]
             model = cls(tree, content["shape"], content["widths"], content["depth"], device=device)
             model.to(next(iter(weights.values())).dtype).load_state_dict(weights)

@@ -14,6 +14,8 @@ from lightning_locality.arguments import Checked, checked
 Node = tuple[int, ...]
 Pattern = Literal["adjacent", "interleaved", "quadrant"]
 
+MAX_ORDER = 2**20
+
 
 def node_name(node: Node) -> str:
     """Name of a node: its modes, joined by hyphens, as in ``0-1``."""
@@ -68,6 +70,7 @@ class ModeTree(Checked, Collection[Node]):
         order = 1 + max(chain.from_iterable(given), default=0)
         if order < 2:
             raise ValueError(f"nodes must hold at least two modes, got {nodes}: a tree over one mode has no components")
+        _check_order(order)
         given |= {(mode,) for mode in range(order)} | {tuple(range(order))}
         children, parent, height = dict[Node, tuple[Node, ...]](), dict[Node, Node](), dict[Node, int]()
         # in order of size: the children of a node are then the largest nodes so far that hold its modes
@@ -111,6 +114,7 @@ class ModeTree(Checked, Collection[Node]):
         """
         if order < 2:
             raise ValueError(f"order must be at least 2, got {order}: a tree over one mode has no components")
+        _check_order(order)
         if arity is None:
             arity = 4 if pattern == "quadrant" else 2
         if arity < 2:
@@ -142,8 +146,8 @@ class ModeTree(Checked, Collection[Node]):
                     raise ValueError(f"children must hold every mode once, and mode {child} occurs twice")
                 seen.add(child)
                 return (child,)
-            if len(child) < 2:
-                raise ValueError(f"children must be modes or lists of at least two children, got {child}")
+            if not isinstance(child, (list, tuple)) or len(child) < 2:
+                raise ValueError(f"children must be modes or lists of at least two children, got {child!r}")
             node = tuple(sorted(chain.from_iterable(modes(grandchild) for grandchild in child)))
             nodes.append(node)
             return node
@@ -205,6 +209,11 @@ class ModeTree(Checked, Collection[Node]):
             below = self._children[node]
             written[node] = f"[{', '.join(written[child] for child in below)}]" if below else str(node[0])
         return f"ModeTree.nested({written[self.root]})"
+
+
+def _check_order(order: int) -> None:
+    if order > MAX_ORDER:
+        raise ValueError(f"a tree over {order:,} modes would take too much memory: its order is at most {MAX_ORDER:,}")
 
 
 def _shortened(node: Node) -> str:

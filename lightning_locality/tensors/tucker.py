@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_locality.tensors.balance import balance_cyclically, balance_neighbours
-from lightning_locality.tensors.chain import Chain
+from lightning_locality.tensors.chain import Chain, zeros
 from lightning_locality.tensors.factorization import Factorization, InitOf, divided, per_mode
 
 
@@ -57,7 +57,7 @@ class Tucker(Factorization):
         self.depth = per_mode("depth", depth, self.order)
         self.degree = 1 + sum(self.depth)
         self._slices = init == "slices"
-        self.core = nn.Parameter(torch.zeros(self.rank, dtype=torch.float64))
+        self.core = zeros(*self.rank)
         self.chains = nn.ModuleList(map(Chain, zip(self.shape, self.rank, strict=True), self.depth))
         self._initialize(init, init_scale, init_of, init_mean, seed, dtype, device)
 

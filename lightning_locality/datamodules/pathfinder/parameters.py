@@ -136,6 +136,12 @@ class PathfinderCurves(Checked):
                 f"window must be 1 to 11 times size, a whole number, got window={self.window}, size={self.size}; "
                 f"with this size choose for instance window={2 * self.size}"
             )
+        area = 2 * self.path_length * self.paddle_length * self.paddle_thickness
+        if area > self.window**2:
+            raise ValueError(
+                f"path_length={self.path_length} is too long: two curves cover {area:,.0f} pixels, and a picture has "
+                f"{self.window**2:,}"
+            )
         # the smallest square that a dash needs with its margin lies along the diagonal
         needed = math.ceil(self.paddle_length / 2**0.5 + 2 * min(self.margins) + self.paddle_thickness - 2)
         room = self.window - 2 * self.start_border - max(needed, 1)

@@ -94,7 +94,7 @@ class PictureStore:
     @property
     def folder(self) -> Path:
         """Its name tells the setting, split, seed, number and a hash of all parameters."""
-        parameters = json.dumps(self._contents()["parameters"], sort_keys=True)
+        parameters = json.dumps(self._contents()["parameters"], sort_keys=True, default=np.generic.item)
         digest = hashlib.sha256(parameters.encode()).hexdigest()[:8]
         return self.root / f"{self.curves.label}-{self.split}-seed{self.seed}-{self.count}-{digest}"
 
@@ -195,7 +195,7 @@ class PictureStore:
         variance = sum(squares) / (255**2 * self.count * pixels) - mean**2
         contents |= {"mean": mean, "std": max(variance, 0.0) ** 0.5}
         contents["sha256"] = {name: _sha256(part / name) for name in self.files}
-        (part / self.head).write_text(json.dumps(contents, indent=2) + "\n")
+        (part / self.head).write_text(json.dumps(contents, indent=2, default=np.generic.item) + "\n")
 
     def _install(self, part: Path) -> None:
         """Rename ``part`` into place, unless another process was faster; a corrupt store there is removed."""

@@ -132,20 +132,19 @@ def per_node(
     """Expand one number, or numbers by level or by node (a tuple, or ``"0-1"`` as in YAML), to one for every node."""
     levels = (tree.leaves, *tree.levels) if leaves else tree.levels
     nodes = [node for level in levels for node in level]
-    if not isinstance(value, Sequence | Mapping):
-        value = [operator.index(value)] * len(levels)
     if isinstance(value, Mapping):
         written = lambda key: key if isinstance(key, str) else node_name(key if isinstance(key, tuple) else (key,))
         named = {written(key): number for key, number in value.items()}
         for wrong in named.keys() - {node_name(node) for node in nodes}:
             raise ValueError(f"{name} has a value for {wrong}, which is no such node of the tree: remove it")
         found = {node: named.get(node_name(node), 0) for node in nodes}
-    elif len(value) != len(levels):
-        first = "the leaves" if leaves else f"node {node_name(nodes[0])}"
-        each = f"one for each of the {len(levels)} levels of the tree from the bottom up, beginning with {first}"
-        raise ValueError(f"{name} must be one number, or {each}; got {list(value)}")
     else:
-        found = {node: number for level, number in zip(levels, value, strict=True) for node in level}
+        numbers = list(value) if isinstance(value, Sequence) else [operator.index(value)] * len(levels)
+        if len(numbers) != len(levels):
+            first = "the leaves" if leaves else f"node {node_name(nodes[0])}"
+            each = f"one for each of the {len(levels)} levels of the tree from the bottom up, beginning with {first}"
+            raise ValueError(f"{name} must be one number, or {each}; got {numbers}")
+        found = {node: number for level, number in zip(levels, numbers, strict=True) for node in level}
     for node, number in found.items():
         if number < 1:
             got = f"got {number or 'none'} for node {node_name(node)}"

@@ -25,6 +25,7 @@ from typing import (
 )
 
 import numpy as np
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,8 +49,9 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     """The function, with its arguments checked at every call against its annotations.
 
     Whole numbers are of any integer type but bool; numbers must be finite, unless the default is not; lists and tuples
-    pass for each other, and their items are checked; a string counts as a list nowhere. Annotations that cannot be
-    checked, such as type variables and protocols, admit everything.
+    pass for each other, and their items are checked; a string counts as a list nowhere. Tensors are left to the
+    function, which may take arrays of other libraries. What cannot be checked, such as type variables and protocols, is
+    admitted.
 
     Args:
         function: Any function.
@@ -138,7 +140,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     kind: Any = origin or hint
-    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or is_typeddict(kind):
+    if (
+        kind in (Any, Tensor)
+        or not isinstance(kind, type)
+        or getattr(kind, "_is_protocol", False)
+        or is_typeddict(kind)
+    ):
         return True
     if isinstance(value, bool | np.bool_):  # Python counts it among the whole numbers
         return kind in (bool, object)
@@ -172,33 +179,35 @@ def _fits_items(value: Any, kind: type, parts: Sequence[Any]) -> bool:
     return all(_fits(item, parts[0]) for item in value)
 
 
-def _described(hint: Any, many: bool = False) -> str:
+def _described(hint: Any) -> str:
+    return _one_of(_words(hint, many=False))
+
+
+def _words(hint: Any, many: bool) -> list[str]:
+    """What a value may be, in the singular or the plural."""
     origin, parts = get_origin(hint), get_args(hint)
     kind: Any = origin or hint
     if origin in (Union, types.UnionType):
-        return _one_of([word for part in parts for word in _words(part, many)])
+        return [word for part in parts for word in _words(part, many)]
     if origin is Literal:
-        return _one_of(_words(hint, many))
+        return [repr(value) for value in parts]
     if kind in (None, types.NoneType):
-        return "None"
+        return ["None"]
     if kind is bool:
-        return "True or False"
+        return ["True or False"]
     if kind in _LISTS:
-        fixed = kind is tuple and Ellipsis not in parts
-        items = _one_of(list(dict.fromkeys(_described(part, many=True) for part in parts if part is not Ellipsis)))
-        return f"{'lists' if many else 'a list'} of {f'{len(parts)} ' if fixed else ''}{items}"
+        number = f"{len(parts)} " if kind is tuple and Ellipsis not in parts else ""
+        items = _one_of([word for part in parts if part is not Ellipsis for word in _words(part, many=True)])
+        return [f"{'lists' if many else 'a list'} of {number}{items}"]
     word = _WORDS[kind] if kind in _WORDS else str(getattr(kind, "__name__", kind))
     if inspect.isabstract(kind) and kind not in _WORDS and kind.__subclasses__():
         word += f" such as {kind.__subclasses__()[0].__name__}"
     article = "an" if word[0] in "AEIOU" else "a"
-    return f"{word}s" if many else f"{article} {word}"
-
-
-def _words(hint: Any, many: bool) -> list[str]:
-    return [repr(value) for value in get_args(hint)] if get_origin(hint) is Literal else [_described(hint, many)]
+    return [f"{word}s" if many else f"{article} {word}"]
 
 
 def _one_of(words: Sequence[str]) -> str:
+    words = list(dict.fromkeys(words))
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

@@ -35,6 +35,7 @@ from torch import distributed, nn
 
 import lightning_locality
 from lightning_locality import datamodules
+from lightning_locality.callbacks.process_watch import ProcessWatch
 from lightning_locality.callbacks.resume import MetricsFile, SavedConfig, Stopwatch, use_atomic_checkpoints
 from lightning_locality.callbacks.stopping import StopAfter
 from lightning_locality.datamodules.base import AbstractImageDataModule
@@ -239,6 +240,7 @@ class LocalityCLI(LightningCLI):
             own = [MetricsFile(self.run_dir)] if self.recorded else []
             kwargs["logger"] = [*own, *typed]
             callbacks += own
+        callbacks.append(self._held.enter_context(ProcessWatch(self.run_dir, str(self.subcommand))))
         if self.recorded:
             callbacks += [self.stopwatch] if keeps else [self.stopwatch, *self._checkpoints()]
         root = str(config.get("default_root_dir") or self.run_dir)

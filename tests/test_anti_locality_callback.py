@@ -261,19 +261,19 @@ def test_names_and_weights_are_checked(callback: bool) -> None:
     build = AntiLocalityCallback if callback else partial(Classification, nn.Conv2d(1, 1, 1))
     for penalty, weight, message in (
         ({}, 1.0, "penalty is an empty mapping: name at least one"),
-        ({"a": "far"}, 1.0, "penalty must be an AntiLocality, or a mapping of names to them, got 'far'"),
-        ([one], 1.0, "penalty must be an AntiLocality, or a mapping of names to them, got "),
+        ({"a": "far"}, 1.0, "penalty must be an AntiLocality(, a dictionary or None| or a dictionary), got .*'far'"),
+        ([one], 1.0, "penalty must be an AntiLocality(, a dictionary or None| or a dictionary), got "),
         ({"a.b": one}, 1.0, "penalty: 'a.b' cannot be the name of a penalty"),
         ({"train": one}, 1.0, "penalty: 'train' cannot be the name"),
         ({"": one}, 1.0, "penalty: '' cannot be the name"),
-        ({1: one}, 1.0, "penalty: 1 cannot be the name"),
+        ({1: one}, 1.0, "penalty must be .*, got {1: "),
         ({"a": one, "b": one}, {"a": 1.0}, r"weight must have the names of penalty, a, b, got \{'a': 1.0\}"),
         ({"a": one}, {"a": 1.0, "b": 2.0}, "weight must have the names of penalty, a, got"),
         (one, {"a": 1.0}, "weight must be a number for a single penalty, got"),
         ({"a": one}, {"a": -1.0}, r"weight must be 0 or more, got \{'a': -1.0\}"),
         ({"a": one}, -1.0, "weight must be 0 or more, got -1.0"),
-        ({"a": one}, "3", "weight must be 0 or more, got '3'"),
-        (one, None, "weight must be 0 or more, got None"),
+        ({"a": one}, "3", "weight must be a finite number or a dictionary, got '3'"),
+        (one, None, "weight must be a finite number or a dictionary, got None"),
     ):
         with pytest.raises(ValueError, match=message):
             build(penalty=penalty, weight=weight)  # type: ignore[call-arg, arg-type]
@@ -487,7 +487,7 @@ def test_what_it_cannot_do_is_refused_at_setup() -> None:
 
 def test_wrong_arguments() -> None:
     for weight in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="weight must be 0 or more"):
+        with pytest.raises(ValueError, match=r"weight must be (0 or more|a finite number)"):
             AntiLocalityCallback(new_penalty(), weight)
     with pytest.raises(ValueError, match="every_n_batches must be at least 1, got 0"):
         AntiLocalityCallback(new_penalty(), 1.0, every_n_batches=0)

@@ -144,7 +144,7 @@ def test_the_bits_are_indices_of_a_factorisation() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"variant": "random"}, "variant must be one of original, random_images, random_labels, got 'random'"),
+        ({"variant": "random"}, "variant must be 'original', 'random_images' or 'random_labels', got 'random'"),
         ({"train": 0}, "train must be at least 1 image"),
         ({"test": -3}, "test must be at least 1 image.*got -3"),
         ({"values": (1.0, 1.0)}, "values must be two different numbers"),

@@ -367,7 +367,7 @@ def test_stop_once_fitted(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weight must be 0 or more, got -1"):
         Classification(Net(), penalty(), weight=-1)
-    with pytest.raises(ValueError, match="weight must be 0 or more, got nan"):
+    with pytest.raises(ValueError, match="weight must be a finite number or a dictionary, got nan"):
         Classification(Net(), penalty(), weight=math.nan)
     with pytest.raises(ValueError, match="there is no penalty"):
         Classification(Net(), weight=1)

@@ -269,13 +269,13 @@ def test_wrong_arguments() -> None:
         ({"preset": "hardest"}, "preset must be one of easy, intermediate, hard, got 'hardest'"),
         ({"preset": "easy", "letters": SMALL}, "preset or letters, not both"),
         ({"size": 128}, "a multiple of size and of patch, got window=350, size=128.* sizes 350, 175, 70 and 50"),
-        ({"train": 0}, "train must be a number of pictures"),
+        ({"train": 0}, "train must be at least 1 picture"),
     ):
         with pytest.raises(ValueError, match=message):
             ClutteredABC(**wrong)
     for wrong, message in (
-        ({"thickness": 0}, "thickness must be an integer of at least 1, got 0"),
-        ({"jitter": -1}, "jitter must be a number of at least 0, got -1"),
+        ({"thickness": 0}, "thickness must be at least 1, got 0"),
+        ({"jitter": -1}, "jitter must be at least 0, got -1"),
         ({"omission": 1.0}, "omission is a share"),
         ({"min_overlap": 0.2}, "min_overlap must be below max_overlap, got min_overlap=0.2"),
         ({"separation": 180}, "separation must be between 0 and 179"),

@@ -271,9 +271,9 @@ SAMPLES, LABELS = torch.rand(6, 4), torch.tensor([0, 1, 1, 0, 0, 1])
         ({"positive": 4}, r"positive must be one of the labels, got 4: they are \[0, 1\]"),
         ({"tree": ModeTree.perfect(8)}, "tree has order 8 and samples .* have 4 modes"),
         ({"theta": 0.0}, "theta must be a positive angle"),
-        ({"theta": math.inf}, "theta must be a positive angle"),
+        ({"theta": math.inf}, "theta must be a finite number"),
         ({"levels": 0}, "levels must be at least 1, got 0"),
-        ({"order": 3}, "order must be 1 .* or 2"),
+        ({"order": 3}, "order must be 1 or 2"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, object], message: str) -> None:

@@ -212,9 +212,9 @@ def test_normalize(make: Maker) -> None:
 def test_factors_and_norms_that_make_no_sense() -> None:
     model = MAKERS["cp"]()
     for value in (0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="factor must be finite and not zero"):
+        with pytest.raises(ValueError, match=r"factor must be (finite and not zero|a finite number)"):
             model.rescale_(value)
-        with pytest.raises(ValueError, match="norm must be positive"):
+        with pytest.raises(ValueError, match=r"norm must be (positive|a finite number)"):
             model.normalize_(value)
     with pytest.raises(ValueError, match="norm must be positive"):
         model.normalize_(-1.0)

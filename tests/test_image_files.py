@@ -478,7 +478,7 @@ def test_a_path_alone_suggests_its_prefix(tmp_path: Path, monkeypatch: pytest.Mo
             parse_source(given)
         assert f"did you mean '{near}'?" in str(caught.value)
     with pytest.raises(UnknownSourceError, match=f"did you mean 'folder:{tmp_path}'"):
-        SameClass(tmp_path)  # type: ignore[arg-type]
+        SameClass(str(tmp_path))
     with pytest.raises(UnknownSourceError, match="did you mean 'folder'"):
         parse_source("folder:")
     (tmp_path / "set.npz").write_bytes(b"")

@@ -291,7 +291,10 @@ def test_replayed_steps_are_the_eager_ones() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, y: AntiLocality(term="Interaction"), "term must be 'interaction' or 'cosine', got 'Interaction'"),
+        (
+            lambda x, y: AntiLocality(term="Interaction"),
+            "term must be 'interaction', 'cosine' or None, got 'Interaction'",
+        ),
         (lambda x, y: AntiLocality(sides="first"), "sides='first' is for term='cosine'"),
         (lambda x, y: AntiLocality()(network(), x[:1]), "x has 1 sample and no donor for it"),
         (

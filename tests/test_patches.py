@@ -255,17 +255,20 @@ def test_wrong_arguments() -> None:
         (lambda: RandomPatches((4, 3)), "sizes must be ascending"),
         (lambda: FarField(3, (5, 2)), "distance must be ascending"),
         (lambda: GivenPatches([(0, 0, 2, 2)]), "boxes must be at least two"),
-        (lambda: UniformPatches(2.5), "size must be a whole number of pixels, got 2.5: pass an integer"),
-        (lambda: UniformPatches((2, 4)), r"size must be .* got \(2, 4\): RandomPatches samples from ranges"),
-        (lambda: ContentPatches(2, (0, 4)), r"distance must be .* got \(0, 4\): RandomPatches samples"),
-        (lambda: AdjacentPatches(None), "size must be a whole number of pixels, got None"),
-        (lambda: FarField(3, 1.5), "distance must be a whole number of pixels, got 1.5"),
-        (lambda: FarField(3, (1, 2, 3)), "distance must be a number of pixels, or the smallest and the largest"),
-        (lambda: RandomPatches((2, 2.5)), "sizes must be a whole number of pixels, got 2.5"),
-        (lambda: GivenPatches([(0, 0, 2, 2), (4, 4, 2, 0.5)]), "boxes must be a whole number of pixels, got 0.5"),
+        (lambda: UniformPatches(2.5), "size must be a whole number, got 2.5"),
+        (lambda: UniformPatches((2, 4)), r"size must be a whole number, got \(2, 4\)"),
+        (lambda: ContentPatches(2, (0, 4)), r"distance must be a whole number, got \(0, 4\)"),
+        (lambda: AdjacentPatches(None), "size must be a whole number, got None"),
+        (lambda: FarField(3, 1.5), "distance must be a whole number or a list of 2 .*, got 1.5"),
+        (lambda: FarField(3, (1, 2, 3)), "distance must be a whole number or a list of 2 whole numbers or None, got"),
+        (lambda: RandomPatches((2, 2.5)), "sizes must be a list of 2 whole numbers, got \\(2, 2.5\\)"),
+        (
+            lambda: GivenPatches([(0, 0, 2, 2), (4, 4, 2, 0.5)]),
+            "boxes must be a list of lists of 4 whole numbers or None, got .*0.5",
+        ),
         (lambda: GivenPatches([(0, 0, 4, 4), (3, 3, 2, 2)]), "overlap"),
         (lambda: GivenPatches([(0, 0, 4, 4), (-1, 8, 2, 2)]), "not a box inside"),
-        (lambda: GivenPatches([(0, 0, 4, 4), (8, 8, 2)]), "each"),  # type: ignore[list-item]
+        (lambda: GivenPatches([(0, 0, 4, 4), (8, 8, 2)]), "boxes must be a list of lists of 4 whole numbers or None"),  # type: ignore[list-item]
     ):
         with pytest.raises(ValueError, match=message):
             build()

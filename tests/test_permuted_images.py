@@ -226,7 +226,7 @@ def test_float32_is_the_rounded_float64() -> None:
     [
         ({"scramble": -0.1}, "scramble must be from 0 .* to 1 .*, got -0.1"),
         ({"scramble": 1.5}, "scramble must be from 0 .* to 1 .*, got 1.5"),
-        ({"scramble": float("nan")}, "scramble must be from 0 .* to 1 .*, got nan"),
+        ({"scramble": float("nan")}, "scramble must be a finite number, got nan"),
         ({"train": 0}, "train must be at least 1 image, or None for all, got 0"),
         ({"test": 100_000}, "test=100000 images requested, but digits has only 359"),
         ({"image_size": 0}, "image_size must be at least 1 pixel, got 0"),

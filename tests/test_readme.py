@@ -1,9 +1,10 @@
-"""What the README shows, runs."""
+"""What the README and the pages of the site show, runs: their Python, and their command lines up to the parser."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -20,14 +21,34 @@ from pytorch_lightning import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_locality import AntiLocality
 from lightning_locality.cli import main
+from lightning_locality.plotting import command
 from lightning_locality.ranks import standard_cuts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PYTHON = BLOCK.findall(README)
+SHELL = re.compile(r"```(?:console|bash)\n(.*?)```", re.DOTALL)
 CONSOLE = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+INLINE = re.compile(r"`(lightning-locality [a-z][^`\n]* --[^`\n]*)`")  # in running text, with options
+# every page of the site
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "data/README.md",
+    *(
+        str(path.relative_to(ROOT))
+        for place in ("docs", "results", "benchmarks/results")
+        for path in (ROOT / place).rglob("*.md")
+    ),
+]
+CONFIGS = [str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")]
+# stands in for a program: writes its name and arguments into a file
+STUB = """#!/bin/bash
+printf '%s\\x1f' "${0##*/}" "$@" >> "$RECORD"; echo >> "$RECORD"
+"""
 
 
 class Somebody(LightningModule):
@@ -193,8 +214,9 @@ def test_sweep_of_the_page_on_transfer_runs(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_blocks_of_the_page_on_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    first, loop, _, masks, stream, *_ = BLOCK.findall((ROOT / "data" / "README.md").read_text())
+    first, loop, stored, masks, stream, export, order = BLOCK.findall((ROOT / "data" / "README.md").read_text())
     names: dict[str, Any] = {}
     exec(compile(first, "data/README.md", "exec"), names)
     assert "Pathfinder" in names
@@ -203,18 +225,194 @@ def test_blocks_of_the_page_on_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert names.pop("images").shape == (6, 1, 8, 24)
     exec(compile(masks, "data/README.md", "exec"), names)
     assert names["masks"].shape == (64, 32, 32)
+    (folder,) = Path("data/pathfinder").glob("*train*")
+    monkeypatch.chdir(folder)
+    exec(compile(stored, "data/README.md", "exec"), names)
+    assert names["labels"].tolist() == names["data"].batch("train")[1].tolist()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(export.replace("train=200", "train=200, test=20"), "data/README.md", "exec"), names)
+    assert len(list(Path("digits/train").rglob("*.png"))) == 200
+    images = torch.randn(40, 1, 4, 4)
+    names |= {"table": torch.randn(40, 16), "images": images}
+    exec(compile(order, "data/README.md", "exec"), names)
+    assert torch.equal(names["images"].flatten().sort().values, images.flatten().sort().values)
 
 
-@pytest.mark.parametrize("line", [line for line in CONSOLE if line.startswith("lightning-locality fit")])
-def test_fit_lines_are_understood(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_blocks_of_the_page_on_choosing() -> None:
+    names: dict[str, Any] = {"model": Somebody(), "x": torch.randn(16, 1, 12, 12), "y": torch.arange(16) % 3}
+    names |= {"AntiLocality": AntiLocality, "cross_entropy": nn.functional.cross_entropy}
+    names |= {"images": names["x"], "height": 12, "width": 12}
+    for block in BLOCK.findall((ROOT / "docs" / "choosing.md").read_text()):
+        exec(compile(block, "docs/choosing.md", "exec"), names)
+    assert torch.isfinite(names["loss"])
+
+
+def test_blocks_of_the_page_on_gpus() -> None:
+    names: dict[str, Any] = {"model": Somebody(), "x": torch.randn(4, 1, 12, 12), "y": torch.tensor([0, 1, 2, 0])}
+    (block,) = BLOCK.findall((ROOT / "docs" / "gpu.md").read_text())
+    exec(compile(block, "docs/gpu.md", "exec"), names)
+    assert names["logits"].shape == (4, 3)
+    assert 0 < names["term"] <= 1
+
+
+def test_blocks_of_the_page_on_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of each of two variants, one of them unfinished."""
+    monkeypatch.chdir(tmp_path)
+    for number, variant in enumerate(["plain", "plain", "term", "term"]):
+        run = tmp_path / "runs" / "quickstart" / f"{variant}-{number}"
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text("epoch,step,val/accuracy\n0,4,0.5\n1,8,0.75\n")
+        labels = {"variant": variant, "seed_everything": number % 2}
+        metrics = {"test/accuracy": number / 4, "epochs": 2}
+        summary = {"labels": labels, "metrics": metrics, "epochs": 2, "seconds": 1.0, "config": {}}
+        if number < 3:
+            (run / "summary.json").write_text(json.dumps(summary))
+    names: dict[str, Any] = {}
+    for block in BLOCK.findall((ROOT / "docs" / "results_in_pandas.md").read_text()):
+        exec(compile(block, "docs/results_in_pandas.md", "exec"), names)
+    assert (len(names["runs"]), len(names["done"])) == (4, 3)
+    assert names["curve"]["val/accuracy"].tolist() == [0.5, 0.75]
+    assert sorted(names["numbers"]["mean"]) == [0.125, 0.5]
+
+
+def test_blocks_of_the_first_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data module trains, named by its class path."""
+    (block,) = BLOCK.findall((ROOT / "docs" / "start.md").read_text())
+    (tmp_path / "stripes.py").write_text(block)
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        main([*shlex.split(line)[1:], "--print_config"])
-    assert stop.value.code == 0
-    task = "Recovery" if "recovery" in line else "Classification"
-    assert f"class_path: lightning_locality.{task}\n" in capsys.readouterr().out
+    command = next(words for words, _ in commands("docs/start.md", tmp_path) if "stripes.Stripes" in words)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        main([*command[1:], "--run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"])
+    assert 0 <= json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["test/accuracy"] <= 1
+
+
+def test_every_python_block_has_its_test() -> None:
+    """Pages named here are run above, or in test_architecture.py."""
+    run = {"README.md", "data/README.md"}
+    pages = ["architecture", "choosing", "gpu", "measuring", "results_in_pandas", "start", "transfer"]
+    run |= {f"docs/{page}.md" for page in pages}
+    assert {page for page in PAGES if "```python" in (ROOT / page).read_text()} == run
+
+
+def commands(page: str, folder: Path) -> list[tuple[list[str], str]]:
+    """Command lines of a page or configuration as its shell would start them: words, and PYTHONPATH."""
+    text = (ROOT / page).read_text()
+    if page.endswith(".yaml"):
+        # commands are indented comments; a description follows after three spaces, dots repeat the command before
+        lines = [line[1:].strip().partition("   ")[0] for line in text.splitlines() if line.startswith("#   ")]
+        for number, line in enumerate(lines):
+            lines[number] = line.replace("...", lines[number - 1], 1) if line.startswith("... ") else line
+        blocks = lines
+    else:
+        blocks = SHELL.findall(text) + INLINE.findall(text)
+    stubs, record = folder / "stubs", folder / "record"
+    stubs.mkdir(exist_ok=True)
+    for name in ("lightning-locality", "python", "python3", "pip", "srun", "torchrun"):
+        (stubs / name).write_text(STUB.replace("echo", 'printf \'%s\' "$PYTHONPATH" >> "$RECORD"; echo'))
+        (stubs / name).chmod(0o755)
+    given = {"NODES": "2", "NODE": "0", "GPUS": "4", "HEAD": "node1", "PORT": "29500"}  # of the page on several nodes
+    given |= {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "PYTHONPATH": "", "RECORD": str(record)}
+    environment = os.environ | given | {"PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}"}
+    record.write_text("")
+    for block in blocks:
+        script = re.sub(r"^\$ ", "", block, flags=re.MULTILINE).replace(".venv/bin/", "")
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{page}: {done.stderr}"
+    return [(line.split("\x1f")[:-1], line.split("\x1f")[-1]) for line in record.read_text().splitlines()]
+
+
+def parse(words: list[str]) -> None:
+    """Take a command line as far as its parser."""
+    if "lightning_locality" in words or words[0] == "srun":  # torchrun -m lightning_locality, srun lightning-locality
+        start = next(k for k, word in enumerate(words) if word in ("lightning_locality", "lightning-locality"))
+        words = ["lightning-locality", *words[start + 1 :]]
+    match words:
+        case ["lightning-locality", "sweep", file, *rest]:
+            main(["sweep", file, "--dry-run", *(word for word in rest if word != "--dry-run")])
+        case ["lightning-locality", "figure", *rest]:
+            command._parser().parse_args(command._gather(rest))
+        case ["lightning-locality", "make-data", kind, *rest]:
+            main(["make-data", kind, "--print_config", *rest])
+        case ["lightning-locality", "rank", *rest]:
+            main(["rank", "--print_config", *rest])
+        case ["lightning-locality", *rest]:
+            main([*rest, "--print_config"])
+        case ["python" | "python3" | "torchrun", script, *rest] if script.endswith(".py"):
+            source = (ROOT / script).read_text()
+            for option in (word for word in rest if word.startswith("--")):
+                assert f'"{option}"' in source, f"{script} has no option {option}"
+        case ["python3", "-m", "venv", ".venv"] | ["python", "-m", "pytest", *_] | ["pip", "install", *_]:
+            pass
+        case _:
+            pytest.fail(f"a command of which nothing is known: {shlex.join(words)}")
+
+
+def status(words: list[str]) -> Any:
+    """Status with which a command line ends at its parser."""
+    try:
+        parse(words)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture
+def readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with the files that pages have the reader write."""
+    for page, name in (("docs/transfer.md", "strips"), ("docs/start.md", "stripes")):
+        (tmp_path / f"{name}.py").write_text(BLOCK.findall((ROOT / page).read_text())[0])
+    (choose,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "transfer.md").read_text(), re.DOTALL)
+    (tmp_path / "choose.yaml").write_text(choose)
+    for name in ("configs", "results"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def with_commands() -> list[str]:
+    found = [
+        page for page in PAGES if SHELL.search((ROOT / page).read_text()) or INLINE.search((ROOT / page).read_text())
+    ]
+    return sorted(found + [config for config in CONFIGS if "#   lightning-locality" in (ROOT / config).read_text()])
+
+
+@pytest.mark.parametrize("page", with_commands())
+def test_commands_are_understood(page: str, readers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands(page, readers)
+    for words, _ in found:
+        assert not status(words), f"{page}: {shlex.join(words)}\n{capsys.readouterr().err}"
+    assert found
+
+
+def options_in_tables() -> dict[str, list[tuple[str, str]]]:
+    """Sections of the page for users of the authors' programs: a command, and the options of ours in its table."""
+    sections = {}
+    for section in (ROOT / "docs" / "from_their_code.md").read_text().split("\n## ")[1:]:
+        if console := re.search(r"```console\n(.*?)\n```", section):
+            rows = [re.split(r"(?<!\\)\|", line)[-2] for line in section.splitlines() if line.startswith("| ")]
+            cells = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+            sections[section.partition("\n")[0]] = [(console[1], cell) for cell in cells if cell.startswith("--")]
+    return sections
+
+
+@pytest.mark.parametrize("section", options_in_tables())
+def test_options_of_the_tables_are_understood(section: str, readers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[list[str]] = []
+    for base, cell in options_in_tables()[section]:
+        # options of several rows in one command, as long as none is there already
+        words, names = shlex.split(cell), {word for word in shlex.split(cell) if word.startswith("--")}
+        if not lines or any(word.startswith(name) or name.startswith(word) for word in lines[-1][5:] for name in names):
+            lines.append(shlex.split(base))
+        lines[-1] += words
+    assert len(lines) > 1 or len(lines[0]) > 10
+    for words in lines:
+        assert not status(words), f"{shlex.join(words)}\n{capsys.readouterr().err}"
 
 
 def test_length_and_the_two_commands() -> None:

@@ -246,7 +246,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ({"norm": 0.0}, "norm must be positive"),
         ({"epoch_length": 0}, "epoch_length must be at least 1"),
         ({"task": "guess"}, "task must be 'completion' or 'sensing', got 'guess'"),
-        ({"target": "htf"}, "target must be one of matrix, cp, tucker, tt, ht, got 'htf'"),
+        ({"target": "htf"}, "target must be 'matrix', 'cp', 'tucker', 'tt' or 'ht', got 'htf'"),
         ({"shape": ()}, "shape must hold sizes"),
         ({"shape": (4, 0)}, "shape must hold sizes of at least 1"),
         ({"shape": (2,) * 1100}, "more than 1e300 entries"),

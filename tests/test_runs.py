@@ -21,7 +21,8 @@ import torch
 import yaml
 from pytorch_lightning import LightningModule
 
-from lightning_locality.callbacks.resume import MetricsFile, Stopwatch
+from lightning_locality import runner
+from lightning_locality.callbacks.resume import AtomicCheckpointIO, MetricsFile, Stopwatch
 from lightning_locality.cli import main
 from lightning_locality.results import read_settings
 from lightning_locality.tasks.classification import Classification
@@ -707,7 +708,7 @@ def test_a_refused_run_changes_nothing(trained: Path, tmp_path: Path, capsys: py
 
 
 def test_a_start_that_failed_does_not_block_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = {"--model.network.widths=[4]": "widths", "--model.optimizer=null": "optimizer must be called"}
+    wrong = {"--model.network.widths=[4]": "widths", "--model.optimizer=null": "optimizer must be a function"}
     wrong["--trainer.devices=x"] = "--trainer"
     for option, message in wrong.items():
         arguments = ("fit", f"--config={QUICKSTART}", *SMALL, f"--run_dir={tmp_path / 'a'}", option)
@@ -731,3 +732,71 @@ def test_double_precision_continues_bit_for_bit(tmp_path: Path) -> None:
     fit(tmp_path / "part", double, "--trainer.max_epochs=1")
     fit(tmp_path / "part", double, "--trainer.max_epochs=3", "--ckpt_path=last")
     assert_same_run(tmp_path / "part", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["on_validation_end", "save_checkpoint", "_write_figures", "_write_summary"])
+def test_a_run_killed_at_any_place_repeats_no_row(
+    place: str, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the rows of validation, before a checkpoint is in place, and after those of the test."""
+    calls = []
+
+    def stops(*args: Any, **kwargs: Any) -> None:
+        calls.append(place)
+        # the sanity check validates as well; a checkpoint is written for the best and for the last epoch
+        if len(calls) == {"on_validation_end": 3, "save_checkpoint": 4}.get(place, 1):
+            raise Killed
+        if place == "save_checkpoint":
+            torch.save(args[1], args[2])
+
+    owner: Any = {
+        "on_validation_end": Classification,
+        "save_checkpoint": AtomicCheckpointIO,
+        "_write_figures": runner,
+        "_write_summary": runner.LocalityCLI,
+    }[place]
+    args = [f"--config={QUICKSTART}", *SMALL, "--trainer.max_epochs=4", f"--run_dir={tmp_path / 'a'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, stops)
+        with pytest.raises(Killed):
+            main(["fit", *args])
+    before = len(rows_of(tmp_path / "a"))
+    fit(tmp_path / "a", "--trainer.max_epochs=4", "--ckpt_path=last")
+    assert_same_run(tmp_path / "a", whole)
+    assert before == {"on_validation_end": 3, "save_checkpoint": 5}.get(place, 9)
+
+
+@pytest.mark.parametrize("config", ["quickstart.yaml", "recovery/matrix.yaml"])
+def test_half_a_row_is_completed_on_resume(config: str, tmp_path: Path) -> None:
+    """Of a run with all of its epochs or iterations, which trains none any more."""
+    more = SMALL if config == "quickstart.yaml" else ("--model.max_iterations=60", "--data.epoch_length=1")
+    args = ["fit", f"--config={CONFIGS / config}", *more]
+    main([*args, f"--run_dir={tmp_path / 'whole'}"])
+    folder = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", folder)
+    (folder / "summary.json").unlink()
+    text = (folder / "metrics.csv").read_bytes()
+    (folder / "metrics.csv").write_bytes(text[:-5])
+    main([*args, f"--run_dir={folder}", "--ckpt_path=last"])
+    assert_same_run(folder, tmp_path / "whole")
+
+
+def test_a_configuration_is_written_as_a_whole(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = (folder / "config.yaml").read_bytes()
+
+    def stops(self: Any, config: Any, path: str, **kwargs: Any) -> None:
+        Path(path).write_text("model: {class_path: Cla")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pytorch_lightning.cli.LightningArgumentParser.save", stops)
+        with pytest.raises(Killed):
+            fit(folder, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert (folder / "config.yaml").read_bytes() == before
+    assert not (folder / "config.0.yaml").exists()
+    fit(folder, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert (folder / "config.0.yaml").read_bytes() == before
+    assert read_settings(folder)["trainer"]["max_epochs"] == 3
+    assert not (folder / "config.yaml.part").exists()

@@ -329,8 +329,8 @@ def test_digits_need_nothing() -> None:
         ({"classes": [4]}, r"at least 2 different classes, got \[4\]"),
         ({"classes": [4, 4]}, r"at least 2 different classes, got \[4, 4\]"),
         ({"holdout": 1.0}, "holdout must be a share between 0 and 1, got 1.0"),
-        ({"background": "grey"}, "background must be 'mean', 'black' or a number, got 'grey'"),
-        ({"channels": 2}, "channels must be 1 or 3, got 2"),
+        ({"background": "grey"}, "background must be 'mean', 'black' or a finite number, got 'grey'"),
+        ({"channels": 2}, "channels must be 1, 3 or None, got 2"),
         ({"mean": "imagenet", "channels": 1}, "'imagenet' with channels=3 and without std"),
         ({"mean": [0.5] * 3}, "give both mean and std or neither"),
         ({"mean": [0.5], "std": [0.5]}, "mean must have 3 values"),
@@ -344,7 +344,7 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], words: str) 
 
 
 def test_a_resize_unknown_is_refused(pictures: Path) -> None:
-    with pytest.raises(ValueError, match="resize must be one of bilinear, area, pad, got 'nearest'"):
+    with pytest.raises(ValueError, match="resize must be 'bilinear', 'area' or 'pad', got 'nearest'"):
         small(pictures, resize="nearest")
 
 

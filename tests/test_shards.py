@@ -129,7 +129,7 @@ def test_make_data_writes_every_format(tmp_path: Path, capsys: pytest.CaptureFix
 def test_wrong_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = pathfinder(tmp_path)
     for out, kind, message in (
-        ("a", "hdf5", "format must be one of png, npz, webdataset, parquet, got 'hdf5'"),
+        ("a", "hdf5", "format must be 'png', 'npz', 'webdataset', 'parquet' or None, got 'hdf5'"),
         ("a", "npz", r"out must end in \.npz"),
         ("a.npz", "parquet", r"a\.npz would be a folder"),
         ("a.parquet", "parquet", r"a\.parquet would be a folder"),

@@ -148,7 +148,7 @@ def test_epsilon_rank_is_the_distance_of_a_best_approximation() -> None:
 
 @pytest.mark.parametrize("epsilon", [-0.1, math.nan])
 def test_distances_without_meaning(epsilon: float) -> None:
-    with pytest.raises(ValueError, match="epsilon must be at least 0"):
+    with pytest.raises(ValueError, match=r"epsilon must be (at least 0|a finite number)"):
         epsilon_rank(torch.ones(3), epsilon)
 
 
@@ -347,7 +347,10 @@ def test_images_and_matrices_of_other_libraries_are_taken() -> None:
         (lambda: cp_rank({"a": 1}), "tensor must be a tensor or an array of numbers, got builtins.dict"),
         (lambda: dense_spectra(np.array(["a"]), [(0,)]), "tensor must be a tensor or an array of numbers"),
         (lambda: participation_ratios(DENSE), "model must be a factorisation, got ndarray: node_spectra measures"),
-        (lambda: cut_share(DENSE, torch.zeros(8, 1, 2, 2), halves(2, 2)), "model must be a network.* got ndarray"),
+        (
+            lambda: cut_share(DENSE, torch.zeros(8, 1, 2, 2), halves(2, 2)),
+            r"model must be a Module or a function, got array",
+        ),
         (lambda: cut_share(nn.Flatten(), nn.Flatten(), halves(2, 2)), "images must be a tensor or an array.*Flatten"),
         (lambda: cut_share(nn.Flatten(), torch.zeros(8, 1, 2, 2), None), "mask must be a tensor or an array.*NoneType"),
         (lambda: effective_rank("abc"), "spectrum must be a tensor or an array of numbers, got builtins.str"),

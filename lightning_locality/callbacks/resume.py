@@ -167,13 +167,16 @@ class SavedConfig(SaveConfigCallback):
         """Do nothing, where Lightning would write it."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rename the configuration of the earlier part of a resumed run, and write the new one."""
+        """Write the new configuration, atomically, and rename that of the earlier part of a resumed run."""
         folder = Path(str(trainer.log_dir))
-        if trainer.is_global_zero and (config := folder / self.config_filename).exists():
-            earlier = len(list(folder.glob("config.*.yaml")))
-            # without a checkpoint it is that of a start that failed
-            config.rename(folder / f"config.{earlier}.yaml") if trainer.ckpt_path else config.unlink()
+        config, part = folder / self.config_filename, folder / f"{self.config_filename}.part"
+        self.config_filename, self.overwrite = part.name, True
         super().setup(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            # without a checkpoint the former one is that of a start that failed
+            if trainer.ckpt_path and config.exists():
+                config.rename(folder / f"config.{len(list(folder.glob('config.*.yaml')))}.yaml")
+            os.replace(part, config)
 
 
 @final

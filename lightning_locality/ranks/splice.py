@@ -40,8 +40,6 @@ def spliced(
         raise ValueError(f"images must be floating, got {images.dtype}: scale them as for training")
     if not len(images):
         raise ValueError(f"images must be at least one, got {tuple(images.shape)}")
-    if not callable(model):
-        raise ValueError(f"model must be a network or a function of images, got {type(model).__name__}")
     check_layer(model, layer)
     if not isinstance(model, nn.Module):
         function, owner, model = model, getattr(model, "__self__", None), nn.Module()

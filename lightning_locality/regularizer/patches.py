@@ -80,8 +80,7 @@ def check_integer(number: Any, name: str) -> int:
     try:
         return operator.index(number)
     except TypeError:
-        remedy = "RandomPatches samples from ranges" if isinstance(number, Sequence) else "pass an integer"
-        raise ValueError(f"{name} must be a whole number of pixels, got {number!r}: {remedy}") from None
+        raise ValueError(f"{name} must be a whole number of pixels, got {number!r}") from None
 
 
 def _check_size(size: int) -> int:

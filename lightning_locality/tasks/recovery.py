@@ -153,6 +153,13 @@ class Recovery(Checked, LightningModule):
         """Forget the problem of an earlier fit, and count iterations from here."""
         self._batch, self._first_iteration = None, self.iteration
 
+    def on_train_start(self) -> None:
+        """Stop at once if the run was killed after its last iteration."""
+        if self.iteration:
+            loader: Any = self.trainer.train_dataloader
+            self._prepare(self.trainer.strategy.batch_to_device(next(iter(loader))))
+            self.trainer.should_stop = self._done()
+
     def run_summary(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
         """Return the last measurement, and the counts of this fit of that many seconds, for ``summary.json``."""
         done = self.iteration - self._first_iteration

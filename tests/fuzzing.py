@@ -90,6 +90,8 @@ def fits(value: Any, hint: Any, infinite: bool = False) -> bool:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral if hint is int else Real):
             return False
         return hint is int or math.isfinite(value) or (infinite and not math.isnan(value))
+    if hint is Tensor:
+        return isinstance(value, (Tensor, np.ndarray, list, tuple))  # of which one can be made
     if origin is tuple:
         inner = inner[:1] * len(value) if inner[1:] == (...,) and _is_row(value) else inner
         return _is_row(value) and len(value) == len(inner) and all(map(fits, value, inner))

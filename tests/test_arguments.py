@@ -24,8 +24,8 @@ from lightning_locality.datamodules.image_sets import load_images
 from lightning_locality.regularizer.patches import AbstractPatches
 
 nan = float("nan")
-# commands, which the command line checks, and the checker itself
-COMMANDS = {"main", "run", "sweep", "rank", "checked"}
+# commands, which the command line checks, the checker itself, and what only this package calls
+COMMANDS = {"main", "run", "sweep", "rank", "checked", "zeros"}
 # results, which are not made by users, and what only this package calls
 RESULTS = {
     "AtomicCheckpointIO", "ClassImages", "CorruptImagesError", "CorruptStoreError", "CPRankNotFoundError", "CutShare",

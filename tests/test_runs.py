@@ -275,7 +275,7 @@ def test_the_configuration_of_a_run_is_named_if_none_is_given(
     ):
         assert refused(capsys, command, *given).endswith(named)
     for given in ([], [f"--run_dir={tmp_path / 'new'}"], [f"--ckpt_path={tmp_path / 'new.ckpt'}"]):
-        assert "There is no --config FILE (see lightning-locality configs)" in refused(capsys, command, *given)
+        assert "There is no --config FILE (lightning-locality configs lists some)" in refused(capsys, command, *given)
     assert "There is no --config" not in refused(capsys, command, f"--config={QUICKSTART}", "--nothing=1")
 
 

@@ -32,6 +32,8 @@ def feature_correlations(samples: Tensor) -> Tensor:
         >>> feature_correlations(torch.tensor([[0.0, 5.0, 1.0], [1.0, 3.0, 1.0], [2.0, 1.0, 1.0]])).round().tolist()
         [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"samples must be a tensor, got {type(samples).__name__}: pass torch.as_tensor(...)")
     if samples.ndim not in (2, 4) or len(samples) < 2:
         raise ValueError(
             f"samples must be features (M, N) or images (M, C, H, W), at least two samples, got {tuple(samples.shape)}"

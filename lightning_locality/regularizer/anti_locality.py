@@ -217,7 +217,7 @@ def _with_output(
 def _as_mask(box: Box | Tensor, name: str, x: Tensor) -> Tensor:
     batch, height, width = len(x), *x.shape[-2:]
     if not isinstance(box, Tensor):
-        if len(box) != 4:
+        if not isinstance(box, Sequence) or len(box) != 4:
             raise ValueError(f"{name} must be (top, left, height, width) in pixels or a boolean mask, got {box}")
         check_boxes([box], height, width, name)
         return box_mask(box, x)
@@ -277,6 +277,9 @@ def input_gradient_change(
     >>> round(input_gradient_change(model, x, box_i=(0, 0, 1, 2), box_j=(0, 2, 1, 2), donor=donor).item(), 6)
     0.96
     """
+    for name, value in (("x", x), ("donor", donor)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     _check_differentiable_twice(model, x, y)
     if donor.shape != (len(x),) or donor.dtype is not torch.int64:
         raise ValueError(f"donor must be int64 ({len(x)},), got {donor.dtype} {tuple(donor.shape)}")

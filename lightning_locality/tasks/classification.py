@@ -167,14 +167,10 @@ class Classification(Checked, LightningModule):
 
     def configure_model(self) -> None:
         """Adapt the first layer, the head and the metrics to the data, before a checkpoint is loaded."""
-        data = getattr(self.trainer, "datamodule", None)
-        shape = getattr(data, "image_shape", None)
-        if shape and self.in_channels not in (None, shape[0]):
-            raise ValueError(
-                f"in_channels={self.in_channels}, but the images of the data module have {shape[0]}: leave it out"
-            )
         if self.metrics:
             return
+        data = getattr(self.trainer, "datamodule", None)
+        shape = getattr(data, "image_shape", None)
         num_classes = self.num_classes or getattr(data, "num_classes", None)
         in_channels = self.in_channels or (shape[0] if shape else None)
         if num_classes is None or in_channels is None:
@@ -186,7 +182,13 @@ class Classification(Checked, LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the boxes of the data module for penalties that have none of their own."""
-        bind_boxes((penalty for penalty, _ in self._penalties.values()), getattr(self.trainer, "datamodule", None))
+        data = getattr(self.trainer, "datamodule", None)
+        shape = getattr(data, "image_shape", None)
+        if shape and self.in_channels not in (None, shape[0]):
+            raise ValueError(
+                f"in_channels={self.in_channels}, but the images of the data module have {shape[0]}: leave it out"
+            )
+        bind_boxes((penalty for penalty, _ in self._penalties.values()), data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model; penalties and augmentation may be added, renamed or removed."""

@@ -133,8 +133,10 @@ def per_node(
     levels = (tree.leaves, *tree.levels) if leaves else tree.levels
     nodes = [node for level in levels for node in level]
     if isinstance(value, Mapping):
-        written = lambda key: key if isinstance(key, str) else node_name(key if isinstance(key, tuple) else (key,))
-        named = {written(key): number for key, number in value.items()}
+        # a leaf may be given by its mode alone
+        keys = [key if isinstance(key, Sequence) else (key,) for key in value]
+        written = [key if isinstance(key, str) else node_name(tuple(cast(Node, key))) for key in keys]
+        named = dict(zip(written, value.values(), strict=True))
         for wrong in named.keys() - {node_name(node) for node in nodes}:
             raise ValueError(f"{name} has a value for {wrong}, which is no such node of the tree: remove it")
         found = {node: named.get(node_name(node), 0) for node in nodes}

@@ -51,7 +51,8 @@ class HierarchicalTensorFactorization(Factorization):
         shape: Size of every mode, or one size for all.
         widths: Numbers of local components: one for all interior nodes, one per level from below as in the paper's
             ``[512, 512]``, or by node, written ``(0, 1)`` or ``"0-1"``.
-        depth: Factors of every column: one number, or one per level from the leaves to the root, or per node.
+        depth: Factors of every column: one number, one per level from the leaves to the root, or one per node, as
+            ``widths``.
 
     Raises:
         ValueError: A shape that does not match the tree, widths or depths below 1 or of the wrong number.
@@ -124,7 +125,10 @@ class HierarchicalTensorFactorization(Factorization):
             >>> found.widths[(0, 1)], bool((found.to_tensor() - dense).norm() < 1e-4 * dense.norm())
             (4, True)
         """
-        tensor = torch.as_tensor(tensor)
+        try:
+            tensor = torch.as_tensor(tensor)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"tensor must be one, or an array of numbers, got {tensor!r:.80}") from error
         if tensor.ndim != tree.order or not tensor.numel() or tensor.is_complex():
             got = f"got {tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"tensor must be real and have entries, with the {tree.order} modes of the tree, {got}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -467,6 +468,7 @@ def test_checkpointing_that_cannot_work_says_so(fast: bool) -> None:
     reentrant: Any = lambda m, x: checkpoint(m.energy, x, use_reentrant=True)
     with pytest.raises(RuntimeError, match="set use_reentrant=False"):
         penalty(Differentiating(reentrant), x)
+    gc.collect()  # the hooks of torch 2.11's checkpoint stay as long as the frames of the exception
 
 
 @pytest.mark.parametrize("inplace", [False, True])

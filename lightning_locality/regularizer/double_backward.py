@@ -35,6 +35,8 @@ _NORMALIZATIONS: dict[Any, tuple[str, ...]] = {
     torch.instance_norm: ("input", *_OWN, "use_input_stats", "momentum", "eps", "cudnn_enabled"),
 }
 _RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
+# torch 2.11 differentiates them once only
+_GRID_SAMPLERS = ("CudnnGridSampler", "GridSampler2D", "GridSampler3D")
 # what torch differentiates once only, and this module does not help: a test compares with torch's own table
 _ONCE = frozenset(
     f"{name}Backward{n}"
@@ -44,6 +46,7 @@ _ONCE = frozenset(
         *("FakeQuantizeLearnablePerTensorAffine", "MaskedSoftmax", "MkldnnAdaptiveAvgPool2D", "MkldnnLinear"),
         *("MkldnnMaxPool2D", "MkldnnMaxPool3D", "MpsConvolutionTranspose", "MultiMarginLoss", "MultilabelMarginLoss"),
         *("SegmentReduce", "SparseLogSoftmax", "SparseMmReduceImpl", "SparseSoftmax", "SparseSum"),
+        *(() if hasattr(torch._C._functions, "GridSampler2DBackwardBackward0") else _GRID_SAMPLERS),
     )
 )
 
@@ -291,7 +294,8 @@ class FastDoubleBackward(TorchFunctionMode):
     def _refuse_once(self, func: Any, out: Any) -> None:
         node = getattr(out, "grad_fn", None)
         name = "" if node is None else node.name()
-        once = name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision")
+        # the last is torchvision 0.26
+        once = name in _ONCE or name.startswith("GeneratedBackwardFor_torchvision") or "vision::ops::" in name
         if node is not None and once and any(behind is self.node for behind in nodes_behind(node)):
             operation = getattr(func, "__name__", str(func))
             raise ValueError(

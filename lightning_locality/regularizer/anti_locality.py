@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["AntiLocality", "input_gradient_change"]
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, final
 

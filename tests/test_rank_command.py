@@ -50,7 +50,7 @@ def single_precision() -> None:
 
 def fit(*args: str) -> None:
     """Train; the figures of a run, tested elsewhere, stay empty."""
-    with patch.object(Figure, "savefig", lambda self, path, **_: Path(path).touch()):
+    with patch.object(Figure, "savefig", lambda *_, **__: None):
         main(["fit", *args])
 
 

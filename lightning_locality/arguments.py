@@ -25,7 +25,6 @@ from typing import (
 )
 
 import numpy as np
-from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -140,12 +139,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     kind: Any = origin or hint
-    if (
-        kind in (Any, Tensor)
-        or not isinstance(kind, type)
-        or getattr(kind, "_is_protocol", False)
-        or is_typeddict(kind)
-    ):
+    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or is_typeddict(kind):
+        return True
+    if kind.__module__ == "torch" and kind.__name__ == "Tensor":  # not imported: figures do without torch
         return True
     if isinstance(value, bool | np.bool_):  # Python counts it among the whole numbers
         return kind in (bool, object)

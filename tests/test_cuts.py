@@ -323,7 +323,7 @@ FLAT = nn.Flatten()
         (FLAT, IMAGES, {"size": 11}, "got size=11 and 20 images: give more images or a smaller size"),
         (FLAT, IMAGES, {"size": 3}, "size must be 4 or more"),
         (FLAT, IMAGES[:5], {}, "got size=2 and 5 images"),
-        (FLAT, IMAGES, {"repetitions": 0}, "repetitions must be at least 1, got 0"),
+        (FLAT, IMAGES, {"repetitions": 0}, "repetitions must be 1 to 100,000, got 0"),
         (FLAT, IMAGES.flatten(1), {}, r"images must be \(B, C, H, W\)"),
         (FLAT, IMAGES[..., :5], {}, "mask must have the images' height and width"),
         (FLAT, IMAGES.int(), {}, "images must be floating, got torch.int32"),

@@ -138,7 +138,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(CONFIGS, folder / "configs")
     (folder / "table.csv").write_text(TABLE)
     small = ("--model.max_iterations=50", "--model.model.shape=[4,4]", "--data.shape=[4,4]", "--data.rank=1")
-    with patch.object(Figure, "savefig", lambda self, path, **_: Path(path).touch()):
+    with patch.object(Figure, "savefig", lambda self, *_, **__: None):
         config = CONFIGS / "recovery" / "matrix.yaml"
         main(["fit", f"--config={config}", *small, "--data.observations=8", f"--run_dir={folder}/run"])
     return folder

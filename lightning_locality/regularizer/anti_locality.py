@@ -277,10 +277,9 @@ def input_gradient_change(
     >>> round(input_gradient_change(model, x, box_i=(0, 0, 1, 2), box_j=(0, 2, 1, 2), donor=donor).item(), 6)
     0.96
     """
-    for name, value in (("x", x), ("donor", donor)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     _check_differentiable_twice(model, x, y)
+    if not isinstance(donor, Tensor):
+        raise ValueError(f"donor must be a torch tensor, got {type(donor).__name__}")
     if donor.shape != (len(x),) or donor.dtype is not torch.int64:
         raise ValueError(f"donor must be int64 ({len(x)},), got {donor.dtype} {tuple(donor.shape)}")
     if not bool(((donor >= 0) & (donor < len(x))).all()):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_locality.datamodules.base import Split, seeded_generator
-from lightning_locality.datamodules.source_images import AbstractSourceImages, ClassImages
+from lightning_locality.datamodules.source_images import MAX_SIDE, AbstractSourceImages, ClassImages
 from lightning_locality.datamodules.stream import Curriculum, Values
 
 Box = tuple[int, int, int, int]
@@ -86,6 +86,8 @@ class AbstractImagePairs(AbstractSourceImages):
         **options: Any,
     ) -> None:
         super().__init__(source, root, **options)
+        if max(canvas) > MAX_SIDE:
+            raise ValueError(f"canvas must be at most {MAX_SIDE:,} pixels high and wide, got {tuple(canvas)}")
         self.canvas, self.distance = (canvas[0], canvas[1]), distance
         self.image_shape = (self.channels, *self.canvas)
         self.distractors, self.endless = distractors, train is None

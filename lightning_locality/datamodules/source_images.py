@@ -27,6 +27,8 @@ from lightning_locality.datamodules.image_sets import (
     stratified_split,
 )
 
+MAX_SIDE = 2**14  # of an image, in pixels
+
 
 class ClassImages:
     """Images ``candidates`` ``(K,)`` grouped by their ``labels`` ``(M,)``; a class is its place among ``classes``."""
@@ -124,6 +126,8 @@ class AbstractSourceImages(AbstractImageDataModule):
         self.source, self.root, self.download = source, root, download
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+        if image_size > MAX_SIDE:
+            raise ValueError(f"image_size must be at most {MAX_SIDE:,} pixels, got {image_size}")
         if classes is not None and len(set(classes)) < 2:
             raise ValueError(f"classes must name at least 2 different classes, got {list(classes)}")
         if not 0 < holdout < 1:

@@ -24,6 +24,7 @@ root_doc = "docs/index"
 include_patterns = [
     "README.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "docs/**",
     "data/README.md",
     "results/README.md",

@@ -125,10 +125,13 @@ def use_patches(patches: Any) -> Any:
 
 
 def use_images(data: Any) -> Any:
-    data.prepare_data()
-    data.setup("fit")
-    assert len(next(iter(data.train_dataloader())))
-    return data.batch("train"), data.batch("validation")
+    try:
+        data.prepare_data()
+        data.setup("fit")
+        assert len(next(iter(data.train_dataloader())))
+        return data.batch("train"), data.batch("validation")
+    finally:
+        data.teardown("fit")  # the processes of a stream
 
 
 def use_problem(data: Any) -> Any:

@@ -76,7 +76,7 @@ class PublicNames(Generated):
 
 
 def _help(args: str) -> str:
-    """What a command line prints before it exits, without a usage that lists all options before their descriptions."""
+    """Help of a command line, without the usage if that is long: the options follow with their descriptions."""
     with redirect_stdout(StringIO()) as out, suppress(SystemExit):
         main(shlex.split(args))
     text = out.getvalue().replace(" \b", "")  # jsonargparse takes a space back

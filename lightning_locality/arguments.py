@@ -112,7 +112,7 @@ def _check(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         for one in values:
             # a default may be what its annotation does not say: infinite, or a sentinel
             if one is not parameter.default and not _fits(one, hint) and not _same(one, parameter.default):
-                beyond = " (beyond 64 bits)" if isinstance(one, Integral) and not -(2**63) <= int(one) < 2**63 else ""
+                beyond = " (beyond 64 bits)" if isinstance(one, Integral) and not _whole(one) else ""
                 raise ArgumentError(f"{name} must be {_described(hint)}, got {_shown(one)}{beyond}")
     return None
 
@@ -180,7 +180,7 @@ def _described(hint: Any) -> str:
 
 
 def _words(hint: Any, many: bool) -> list[str]:
-    """What a value may be, in the singular or the plural."""
+    """The values that an annotation admits, in words, singular or plural."""
     origin, parts = get_origin(hint), get_args(hint)
     kind: Any = origin or hint
     if origin in (Union, types.UnionType):

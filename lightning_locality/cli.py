@@ -31,7 +31,8 @@ Train convolutional networks that see far, and measure how far any network sees.
 
   --version
 """
-_COMMANDS = ("fit", "validate", "test", "predict", "sweep", "rank", "figure", "make-data", "configs")
+_RUNS = ("fit", "validate", "test", "predict")
+_COMMANDS = (*_RUNS, "sweep", "rank", "figure", "make-data", "configs")
 
 
 def _dispatch(command: str, args: Sequence[str]) -> None:
@@ -39,7 +40,8 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
     prog = f"lightning-locality {command}"
     if unclear := [arg for arg in args if arg.endswith("=--")]:
         raise ValueError(f"{unclear[0]} gives no value")  # an argument parser drops the dashes
-    if any("&" in arg or arg.endswith((".yaml", ".yml")) for arg in args):
+    # a run checks what it finds by name too
+    if command not in _RUNS and any("&" in arg or arg.endswith((".yaml", ".yml")) for arg in args):
         from lightning_locality.results import check_yaml
 
         check_yaml(args)

@@ -404,22 +404,23 @@ def find_config(path: str | Path, folder: str = "") -> Path:
 
 
 def find_configs(args: Sequence[str]) -> list[str]:
-    """Return a command line with every ``--config NAME.yaml`` replaced by the path of the file, which is checked.
+    """Return a command line with every ``--config NAME.yaml`` replaced by the path of the file; all YAML is checked.
 
     Raises:
         FileNotFoundError: There is no such configuration.
-        ValueError: As of :func:`load_yaml`; of a key given twice jsonargparse would take the last in silence.
+        ValueError: As of :func:`check_yaml`.
     """
     words, before = list[str](), ""
     for word in args:
         option, equals, value = ("--config", "", word) if before in ("-c", "--config") else word.partition("=")
         # jsonargparse also takes the content itself
         if option in ("-c", "--config") and (os.path.isfile(value) or value.endswith((".yaml", ".yml"))):
-            load_yaml(path := find_config(value))
+            path = find_config(value)
             words.append(f"{option}={path}" if equals else str(path))
         else:
             words.append(word)
         before = "" if before in ("-c", "--config") else word
+    check_yaml(words)
     return words
 
 

@@ -1,4 +1,4 @@
-"""What the fuzzers share: hostile values, what an annotation admits, and what a call may do with them."""
+"""Shared by the fuzzers: hostile values, the rules of annotations, limits, and which errors are clean."""
 
 from __future__ import annotations
 

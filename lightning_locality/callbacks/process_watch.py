@@ -95,7 +95,7 @@ class ProcessWatch(Callback):
         self._tell(_FINISHED if error is None else _STOPPED)
 
     def _accept(self, listener: socket.socket, token: bytes) -> None:
-        """Take the connections of the other processes; those of strangers are closed."""
+        """Accept the connections of the other processes, and close any that lack the token."""
         with listener:
             while len(self._connections) < self._size - 1:
                 connection, _ = listener.accept()

@@ -6,7 +6,7 @@ __all__ = ["AbstractImageDataModule", "IndexLoader", "Split", "SplitBatch"]
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final, get_args
@@ -23,6 +23,7 @@ from lightning_locality.datamodules.stream import StreamBatch, StreamLoader, Str
 Split = Literal["train", "validation", "test"]
 Format = Literal["png", "npz", "webdataset", "parquet"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+MAX_SAMPLES = 10**8  # of a split
 # splits that a stage needs; all without a stage
 STAGES: dict[str | None, tuple[Split, ...]] = {
     None: SPLITS,
@@ -45,6 +46,15 @@ def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
     digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     # 63 bits: torch takes signed seeds
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def check_counts(counts: Mapping[str, int], samples: str) -> None:
+    """Raise ValueError unless every number of samples (pairs, pictures) is 1 to 100 million."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1 {samples}, got {count}")
+        if count > MAX_SAMPLES:
+            raise ValueError(f"{name} must be at most {MAX_SAMPLES:,} {samples}s, got {count}")
 
 
 @final

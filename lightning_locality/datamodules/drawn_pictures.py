@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_locality.datamodules.base import SPLITS, STAGES, AbstractImageDataModule, Format, Split, written_as
+from lightning_locality.datamodules.base import (
+    SPLITS,
+    STAGES,
+    AbstractImageDataModule,
+    Format,
+    Split,
+    check_counts,
+    written_as,
+)
 from lightning_locality.datamodules.image_sets import given_statistics
 from lightning_locality.datamodules.pathfinder.store import (
     FILES,
@@ -29,8 +37,6 @@ from lightning_locality.datamodules.pathfinder.store import (
     PictureStore,
 )
 from lightning_locality.datamodules.stream import Curriculum, StreamSamples, Values
-
-MAX_PICTURES = 10**8
 
 _log = logging.getLogger(__name__)
 
@@ -94,11 +100,7 @@ class AbstractDrawnPictures(AbstractImageDataModule):
         # as headers of .npy files take them
         self._counts: dict[Split, int] = {"train": int(size), "validation": int(validation), "test": int(test)}
         named = {("epoch_size" if self.endless else "train"): size, "validation": validation, "test": test}
-        for name, number in named.items():
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1 picture, got {number}")
-            if number > MAX_PICTURES:
-                raise ValueError(f"{name} must be at most {MAX_PICTURES:,} pictures, got {number}")
+        check_counts(named, "picture")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
         if workers is not None and workers < 1:

@@ -12,13 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_locality.datamodules.base import Split, seeded_generator
+from lightning_locality.datamodules.base import Split, check_counts, seeded_generator
 from lightning_locality.datamodules.source_images import MAX_SIDE, AbstractSourceImages, ClassImages
 from lightning_locality.datamodules.stream import Curriculum, Values
 
 Box = tuple[int, int, int, int]
-
-MAX_PAIRS = 10**8
 
 
 class Pairs(NamedTuple):
@@ -94,13 +92,7 @@ class AbstractImagePairs(AbstractSourceImages):
         size = epoch_size if train is None else train
         self.sizes: dict[Split, int] = {"train": size, "validation": validation, "test": test}
         named = {("epoch_size" if self.endless else "train"): size, "validation": validation, "test": test}
-        for argument, value in named.items():
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1 pair, got {value}")
-            if value > MAX_PAIRS:
-                raise ValueError(
-                    f"{argument} must be at most {MAX_PAIRS:,} pairs, whose indices fill 4 GB, got {value}"
-                )
+        check_counts(named, "pair")
         self.distinct, self.balanced, self.background = distinct, balanced, background
         if curriculum and not self.endless:
             raise ValueError(f"curriculum={curriculum} needs new pairs in every epoch: set train=None")

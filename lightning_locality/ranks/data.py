@@ -226,8 +226,6 @@ def data_entanglement(
         >>> {node: round(math.exp(value), 6) for node, value in entropies.items()}
         {(0,): 2.0, (1,): 2.0}
     """
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 (entropy of the spectrum) or 2 (Rényi-2), got {order}")
     if order == 1:
         spectra = data_spectra(samples, labels, tree, theta=theta, levels=levels, positive=positive)
         return {node: float(entanglement_entropy(values)) for node, values in spectra.items()}

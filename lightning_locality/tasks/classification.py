@@ -170,8 +170,8 @@ class Classification(Checked, LightningModule):
         if self.metrics:
             return
         data = getattr(self.trainer, "datamodule", None)
-        shape = getattr(data, "image_shape", None)
         num_classes = self.num_classes or getattr(data, "num_classes", None)
+        shape = getattr(data, "image_shape", None)
         in_channels = self.in_channels or (shape[0] if shape else None)
         if num_classes is None or in_channels is None:
             raise ValueError(

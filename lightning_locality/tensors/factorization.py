@@ -138,7 +138,7 @@ class Factorization(Checked, nn.Module, ABC):
     @checked
     def rescale_(self, factor: float) -> None:
         """Multiply the tensor by a finite factor other than zero, spread evenly over all weights."""
-        if factor == 0 or not math.isfinite(factor):
+        if factor == 0:
             raise ValueError(f"factor must be finite and not zero, got {factor}")
         self._scale_weights(math.log(abs(factor)))
         if factor < 0:
@@ -148,7 +148,7 @@ class Factorization(Checked, nn.Module, ABC):
     @checked
     def normalize_(self, norm: float = 1.0) -> None:
         """Multiply all weights by one number so that the tensor, which must not be zero, has this Frobenius norm."""
-        if not 0 < norm < math.inf:
+        if norm <= 0:
             raise ValueError(f"norm must be positive and finite, got {norm}")
         now = float(self.log_norm())
         if not math.isfinite(now):

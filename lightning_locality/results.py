@@ -471,7 +471,7 @@ def shortened(message: str) -> str:
     nested, *rest = message.partition("\nDid you mean")
     lines = [line.strip() for line in nested.splitlines() if not _ATTEMPTS.fullmatch(line)]
     given = [line for line in lines if line.startswith("Given value: ")]
-    words = [line.removeprefix("- ") for line in lines if line not in given[1:]]
+    words = dict.fromkeys(line.removeprefix("- ") for line in lines if line not in given[1:])
     return "; ".join(_TYPE.sub(r"\1", f"{word:.300}") for word in words).replace(":;", ":") + "".join(rest)
 
 

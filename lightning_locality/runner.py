@@ -431,7 +431,7 @@ class SuggestingParser(LightningArgumentParser):
         """Append the nearest known name of every unknown one to the message, shortened to what was wrong."""
         text = str(message)
         if _NO_CLASS.search(text):
-            named = "--model Classification, --data SameClass"
+            text, named = shortened(text), "--model Classification, --data SameClass"
             super().error(f"{text}\nName the class before its options, as in {named}, or give a --config that does")
         bases = (LightningModule, LightningDataModule, nn.Module, AbstractPatches)
         known = {cls.__name__ for base in bases for cls in _subclasses(base)}

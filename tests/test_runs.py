@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pytorch_lightning import LightningModule
 from lightning_locality import runner
 from lightning_locality.callbacks.resume import AtomicCheckpointIO, MetricsFile, Stopwatch
 from lightning_locality.cli import main
+from lightning_locality.measurements import load_run
 from lightning_locality.results import read_settings
 from lightning_locality.tasks.classification import Classification
 
@@ -277,6 +278,39 @@ def test_the_configuration_of_a_run_is_named_if_none_is_given(
     for given in ([], [f"--run_dir={tmp_path / 'new'}"], [f"--ckpt_path={tmp_path / 'new.ckpt'}"]):
         assert "There is no --config FILE (lightning-locality configs lists some)" in refused(capsys, command, *given)
     assert "There is no --config" not in refused(capsys, command, f"--config={QUICKSTART}", "--nothing=1")
+
+
+class Embedded(torch.nn.Module):
+    """Like timm's VisionTransformer, one class of which is a default."""
+
+    def __init__(self, embedding: Callable = torch.nn.Flatten, units: int = 1) -> None:  # type: ignore[type-arg]
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), embedding(), torch.nn.Linear(640, units))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_a_saved_configuration_builds_a_network_with_a_class_for_a_default(tmp_path: Path) -> None:
+    config = {"class_path": f"{__name__}.Embedded", "init_args": {"units": 1}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"network": config}}}))
+    fit(tmp_path / "a", f"--config={tmp_path / 'own.yaml'}", "--trainer.max_epochs=1")
+    assert read_settings(tmp_path / "a")["model"]["init_args"]["network"] == config
+    main(["test", f"--config={tmp_path / 'a' / 'config.yaml'}", f"--ckpt_path={tmp_path / 'a' / 'last.ckpt'}"])
+    assert isinstance(load_run(tmp_path / "a" / "last.ckpt").model, Embedded)
+
+
+def test_a_run_that_had_stopped_early_trains_no_further_when_it_is_resumed(tmp_path: Path) -> None:
+    early = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    # no epoch improves by as much
+    early += ["--trainer.callbacks.min_delta=1e9", "--trainer.callbacks.patience=1", "--trainer.max_epochs=9"]
+    fit(tmp_path / "a", *early)
+    assert summary_of(tmp_path / "a")["epochs"] == 2
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    # as after a kill before the end
+    (tmp_path / "b" / "summary.json").unlink()
+    fit(tmp_path / "b", *early, "--ckpt_path=last")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 __all__ = ["AtomicCheckpointIO", "MetricsFile"]
 
 import csv
+import inspect
 import os
+import pkgutil
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from jsonargparse import Namespace
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
@@ -112,7 +115,11 @@ class MetricsFile(Logger, Callback):
             self._stored |= {"rows": len(rows), "next": {**missing, **place}}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut the file of a resumed run back to the rows of its checkpoint; another folder starts a file of its own."""
+        """Cut the file of a resumed run back to the rows of its checkpoint; another folder starts a file of its own.
+
+        A run that Lightning's EarlyStopping had stopped trains no further; it would train one epoch before it stops again.
+        """
+        trainer.should_stop |= any(callback.stopped_epoch > 0 for callback in trainer.early_stopping_callbacks)
         if not self._stored or not trainer.is_global_zero:
             return
         # later steps: the folder holds an earlier continuation of the checkpoint
@@ -169,12 +176,26 @@ class SavedConfig(SaveConfigCallback):
         folder = Path(str(trainer.log_dir))
         config, part = folder / self.config_filename, folder / f"{self.config_filename}.part"
         self.config_filename, self.overwrite = part.name, True
+        _drop_class_defaults(self.config)
         super().setup(trainer, pl_module, "fit")
         if trainer.is_global_zero:
             # without a checkpoint the former one is that of a start that failed
             if trainer.ckpt_path and config.exists():
                 config.rename(folder / f"config.{len(list(folder.glob('config.*.yaml')))}.yaml")
             os.replace(part, config)
+
+
+def _drop_class_defaults(config: Namespace) -> None:
+    """Remove arguments left at a default that is a class: read again, its name would stand for an instance of it.
+
+    So it is with ``embed_layer: Callable = PatchEmbed`` of timm's VisionTransformer.
+    """
+    for key, value in list(config.items()):
+        owner, _, name = key.rpartition(".init_args.")
+        if owner and isinstance(value, type):
+            parameters = inspect.signature(pkgutil.resolve_name(config[f"{owner}.class_path"])).parameters
+            if name in parameters and parameters[name].default is value:
+                del config[key]
 
 
 @final

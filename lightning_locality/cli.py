@@ -38,6 +38,7 @@ _COMMANDS = (*_RUNS, "sweep", "rank", "figure", "make-data", "configs")
 def _dispatch(command: str, args: Sequence[str]) -> None:
     """Run a command, after importing what it needs and no more."""
     prog = f"lightning-locality {command}"
+    options: dict[str, Any]
     if unclear := [arg for arg in args if arg.endswith("=--")]:
         raise ValueError(f"{unclear[0]} gives no value")  # an argument parser drops the dashes
     # a run checks what it finds by name too
@@ -77,12 +78,12 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             from jsonargparse import auto_cli
 
             from lightning_locality.measure import gathered, rank
+            from lightning_locality.runner import SuggestingParser
 
             # jsonargparse itself shows only the first line
-            description = (rank.__doc__ or "").partition("Args:")[0].strip()
-            auto_cli(
-                rank, args=gathered(args), as_positional=False, prog=prog, allow_abbrev=False, description=description
-            )
+            options = {"description": (rank.__doc__ or "").partition("Args:")[0].strip()}
+            options |= {"args": gathered(args), "prog": prog, "parser_class": SuggestingParser}
+            auto_cli(rank, as_positional=False, allow_abbrev=False, **options)
         case "make-data":
             from jsonargparse import auto_cli
 
@@ -96,7 +97,7 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
                 getattr(lightning_locality.datamodules, name)  # imported, a class can be given by its name alone
             commands: dict[str, Any] = {"pathfinder": make_pathfinder, "cabc": make_cluttered_abc}
             commands["export"] = export_images
-            options: dict[str, Any] = {"parser_class": SuggestingParser, "description": "Write data to disk."}
+            options = {"parser_class": SuggestingParser, "description": "Write data to disk."}
             auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False, **options)
         case "configs":
             from lightning_locality.results import describe_configs, write_configs

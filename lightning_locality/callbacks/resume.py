@@ -117,7 +117,7 @@ class MetricsFile(Logger, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the file of a resumed run back to the rows of its checkpoint; another folder starts a file of its own.
 
-        A run that Lightning's EarlyStopping had stopped trains no further; it would train one epoch before it stops again.
+        A run that Lightning's EarlyStopping had stopped trains no further: it would stop only after another epoch.
         """
         trainer.should_stop |= any(callback.stopped_epoch > 0 for callback in trainer.early_stopping_callbacks)
         if not self._stored or not trainer.is_global_zero:

@@ -1,10 +1,12 @@
 """Do the tests notice? Small changes of the numerical code, one at a time, and after each the tests that use the file.
 
     python benchmarks/mutants.py --count 50 --seed 0
+    python benchmarks/mutants.py --again                # those that have survived, after tests were added
 
 A mutant swaps an operator, a comparison, a condition or a constant in regularizer/, tensors/ or ranks/, in a copy of
-the repository. It is killed if a test fails, or if they do not end in time. Each is printed, and written to
-benchmarks/results/mutants.json. Without CUDA, fused.py and cuda_graph.py are left out.
+the repository. It is killed if a test fails, or if they do not end in time: first of the tests that name the module,
+then of those that name what it makes public. Each is printed, and written to benchmarks/results/mutants.json, where
+explanations that were written by hand are kept. Without CUDA, fused.py and cuda_graph.py are left out.
 """
 
 from __future__ import annotations
@@ -85,27 +87,28 @@ def mutated(source: str, node: ast.expr, new: ast.expr) -> str:
 
 
 def tests_of(path: Path, root: Path) -> list[str]:
-    """Tests that name the module, or what it makes public, fewest lines first."""
+    """Tests that name the module, then those that name what it makes public, each smallest file first."""
     module = f"{path.parent.name}.{path.stem}"
     names = re.findall(r'"(\w+)"', re.search(r"__all__[^\]]*\]", path.read_text())[0])  # type: ignore[index]
     word = re.compile(rf"\b({'|'.join([re.escape(module), *names])})\b")
-    found = [test for test in sorted((root / "tests").glob("test_*.py")) if word.search(test.read_text())]
-    direct = [test for test in found if module in test.read_text()]
-    return [str(test.relative_to(root)) for test in sorted(direct or found, key=lambda test: test.stat().st_size)]
+    found = {test: test.read_text() for test in (root / "tests").glob("test_*.py")}
+    named = sorted((module not in text, len(text), test) for test, text in found.items() if word.search(text))
+    return [str(test.relative_to(root)) for _, _, test in named]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for the tests of one mutant")
+    parser.add_argument("--again", action="store_true", help="only those of --out that have survived")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds for the tests of one mutant")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutants.json")
     options = parser.parse_args()
     files = [path for folder in FOLDERS for path in sorted((ROOT / "lightning_locality" / folder).glob("*.py"))]
     files = [path for path in files if torch.cuda.is_available() or path.name not in NEEDS_CUDA]
     places = [(path, *pair) for path in files for pair in mutations(path)]
-    chosen = random.Random(options.seed).sample(places, options.count)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = json.loads(options.out.read_text())["mutants"] if options.again else []
+    chosen = random.Random(options.seed).sample(places, len(rows) or options.count)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("lightning_locality", "tests", "configs", "docs", "results", "data", "benchmarks"):
@@ -113,10 +116,17 @@ def main() -> None:
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)
         for number, (path, node, new) in enumerate(chosen, start=1):
-            relative = path.relative_to(ROOT)
+            relative, change = path.relative_to(ROOT), f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
+            tests = tests_of(path, ROOT)
+            row = {"file": str(relative), "line": node.lineno, "change": change, "tests": tests}
+            if options.again:
+                if rows[number - 1]["file"] != row["file"] or rows[number - 1]["change"] != change:
+                    parser.error("--again: the code, or the seed, is not that of --out")
+                if rows[number - 1]["outcome"] != "survived":
+                    continue
+                row = rows.pop(number - 1) | row
             source = path.read_text()
             (copy / relative).write_text(mutated(source, node, new))
-            tests = tests_of(path, ROOT)
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
             environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
             begun = time.perf_counter()
@@ -129,9 +139,8 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 outcome = "killed (no end)"
             (copy / relative).write_text(source)
-            change = f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
-            row = {"file": str(relative), "line": node.lineno, "change": change, "outcome": outcome, "tests": tests}
-            rows.append({**row, "seconds": round(time.perf_counter() - begun)})
+            row |= {"outcome": outcome, "seconds": round(time.perf_counter() - begun)}
+            rows.insert(number - 1, row)
             print(f"{number:3} {outcome:15} {relative}:{node.lineno}: {change}", flush=True)
             made_by = {"command": recorded("benchmarks/mutants.py"), "processor": processor_name()}
             content = {**made_by, "versions": versions("torch", "pytest"), "mutants": rows}

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_locality.networks import SmallResNet
-from lightning_locality.ranks.cuts import CutShare, _jackknife, cut_share, two_way_table, variance_components
+from lightning_locality.ranks.cuts import (
+    CutShare,
+    _jackknife,
+    _sample_images,
+    cut_share,
+    two_way_table,
+    variance_components,
+)
 from lightning_locality.ranks.evaluation import Evaluation
 from lightning_locality.ranks.masks import checkerboard, halves, quad_tree
 
@@ -178,6 +185,10 @@ def test_repetitions_draw_disjoint_images_where_there_are_enough() -> None:
     reused = cut_share(model, angles(32), SIDES, size=8, repetitions=6)
     assert enough.repetitions == reused.repetitions == 6
     # two sets of own images, however often they are shuffled
+    for chosen, own in (_sample_images(96, 16, 6, 0), _sample_images(32, 16, 6, 0)):
+        assert chosen.shape == (96,)
+        assert all(len(set(part.tolist())) == 16 for part in chosen.split(16))
+        assert own == min(6, chosen.unique().numel() / 16)
     assert reused.standard_error > enough.standard_error
     assert cut_share(model, angles(96), SIDES, size=8, seed=1) == cut_share(model, angles(96), SIDES, size=8, seed=1)
     assert (

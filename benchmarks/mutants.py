@@ -100,9 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--again", action="store_true", help="only those of --out that have survived without explanation"
-    )
+    parser.add_argument("--again", action="store_true", help="those of --out that survived without explanation")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for the tests of one mutant")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/mutants.json")
     options = parser.parse_args()

@@ -83,7 +83,7 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             # jsonargparse itself shows only the first line
             options = {"description": (rank.__doc__ or "").partition("Args:")[0].strip()}
             options |= {"args": gathered(args), "prog": prog, "parser_class": SuggestingParser}
-            auto_cli(rank, as_positional=False, allow_abbrev=False, **options)
+            auto_cli(rank, as_positional=False, **options)
         case "make-data":
             from jsonargparse import auto_cli
 
@@ -98,7 +98,7 @@ def _dispatch(command: str, args: Sequence[str]) -> None:
             commands: dict[str, Any] = {"pathfinder": make_pathfinder, "cabc": make_cluttered_abc}
             commands["export"] = export_images
             options = {"parser_class": SuggestingParser, "description": "Write data to disk."}
-            auto_cli(commands, args=list(args), as_positional=False, prog=prog, allow_abbrev=False, **options)
+            auto_cli(commands, args=list(args), as_positional=False, prog=prog, **options)
         case "configs":
             from lightning_locality.results import describe_configs, write_configs
 

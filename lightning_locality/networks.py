@@ -205,10 +205,8 @@ def build_network(words: Sequence[str]) -> nn.Module:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "model")
     try:
-        # jsonargparse 5 will rename a method
-        with warnings.catch_warnings(action="ignore"):
-            given = parser.parse_args([f"--model={name}", *(f"--model.{word}" for word in typed)])
-            network: nn.Module = parser.instantiate_classes(given).model
+        given = parser.parse_args([f"--model={name}", *(f"--model.{word}" for word in typed)])
+        network: nn.Module = parser.instantiate(given).model
     # jsonargparse has types of its own, and a constructor may raise anything
     except Exception as error:
         if not {".", "/"} & set(name):

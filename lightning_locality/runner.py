@@ -156,10 +156,8 @@ class LocalityCLI(LightningCLI):
                 if config.is_file():
                     print(f"There is no --config; the run's own is --config {config}", file=sys.stderr)
                 elif "--model" not in given:
-                    print(
-                        "There is no --config FILE (lightning-locality configs lists some), and no --model",
-                        file=sys.stderr,
-                    )
+                    none = "There is no --config FILE (lightning-locality configs lists some), and no --model"
+                    print(none, file=sys.stderr)
             raise
 
     def _parse_ckpt_path(self) -> None:
@@ -404,7 +402,7 @@ def _write_figures(folder: Path, model: LightningModule, data: LightningDataModu
     save_figure(example_inputs(np.asarray(images.cpu()), titles, masks), folder / "figures" / "examples")
 
 
-# jsonargparse 4.39 says "Key 'x' is not expected", 4.53 "Option 'x' is not accepted"
+# jsonargparse 4.53 says "Option 'x' is not accepted", earlier ones "Key 'x' is not expected"
 _UNKNOWN = re.compile(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|dot import path string: (\w+)|arguments: --([\w.]+)")
 # of reST: roles, such as :class:`~torch.nn.Module`, links and literals
 _MARKUP = re.compile(r":(?:py:)?\w+:`~?(?:[\w.]+\.)?(\w+)`|`([^`<]+?)\s*<[^`]*>`_+|``([^`]+)``")
@@ -413,7 +411,10 @@ _NO_CLASS = re.compile(r"class_path 'pytorch_lightning\.Lightning|\.Abstract\w+ 
 
 
 class SuggestingParser(LightningArgumentParser):
-    """Lightning's parser, which also suggests the option, argument or class that was probably meant."""
+    """Lightning's parser, without abbreviations; it suggests the option, argument or class that was probably meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, allow_abbrev=False)
 
     def format_help(self, *args: Any) -> str:
         """Lightning's help without the markup of reST, and with what ``ckpt_path`` means here."""
@@ -480,7 +481,6 @@ def run(args: Sequence[str]) -> LocalityCLI:
     for face in (lightning_locality, datamodules):
         for name in face.__all__:
             getattr(face, name)
-    own = {"prog": _PROGRAM, "allow_abbrev": False}
     with warnings.catch_warnings():
         # Lightning 2.6 itself uses names that jsonargparse 5 will remove; the bound below 5 covers it
         warnings.filterwarnings("ignore", module="pytorch_lightning.cli")
@@ -495,6 +495,6 @@ def run(args: Sequence[str]) -> LocalityCLI:
             auto_configure_optimizers=False,
             save_config_callback=SavedConfig,
             seed_everything_default=0,
-            parser_kwargs=own | {c: {**own, "prog": f"{_PROGRAM} {c}"} for c in LightningCLI.subcommands()},
+            parser_kwargs={"prog": _PROGRAM} | {c: {"prog": f"{_PROGRAM} {c}"} for c in LightningCLI.subcommands()},
             args=list(args),
         )

@@ -586,7 +586,7 @@ def built(name: str) -> tuple[nn.Module, int]:
     if name not in TIMM:
         options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
         return torchvision.models.get_model(name, weights=None, num_classes=3, **options), 32
-    sized = "_224" in name or name in ("pit_ti_224", "convit_tiny", "levit_128s", "visformer_tiny")
+    sized = "_224" in name or name in ("convit_tiny", "levit_128s", "visformer_tiny", "efficientvit_m0")
     return timm.create_model(name, num_classes=3, **({"img_size": 64} if sized else {})), 64
 
 

@@ -149,8 +149,6 @@ def test_trees_in_yaml() -> None:
     ]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Factorization, "model")
-    # jsonargparse 4.39 has the latter alone, later releases deprecate it
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     for k, (given, tree) in enumerate(cases):
         by_node = {node_name(node): 2 if len(node) == 2 else 3 for node in tree.interior}
         # the widths of the first tree in every form
@@ -158,7 +156,7 @@ def test_trees_in_yaml() -> None:
             init = {"tree": given, "shape": 2, "widths": widths}
             path = "lightning_locality.tensors.HierarchicalTensorFactorization"
             config = parser.parse_object({"model": {"class_path": path, "init_args": init}})
-            model = instantiate(parser.parse_string(parser.dump(config))).model
+            model = parser.instantiate(parser.parse_string(parser.dump(config))).model
             assert model.tree == tree
             assert set(model.widths) == set(tree.interior)
             if isinstance(widths, dict):

@@ -683,7 +683,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         ("out: 3", "out must be a folder, got 3"),
         ("base: wrong.yaml", "leads back to the file itself"),
         ("out: s\nout: t", "'out' is given twice in the mapping of line 1"),
-        ("[" * 3000, "nest"),
+        ("[" * 3000 + "]" * 3000, "nest"),
         ("grid: {a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], b: *a, c: *a, d: *a, e: *a, f: *a}", "1,000,000 runs, more"),
         ("\n".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}' if k else 'x'] * 9)}]" for k in range(9)), "100,000 values"),
         ("set: &s {a: *s}", "100,000 values"),

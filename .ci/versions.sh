@@ -10,8 +10,9 @@
 # oldest-but-torch takes torch and torchvision from the environment of PYTHON: half a minute instead of 3 GB, for
 # .ci/run. It does not tell whether the oldest torch works, nor the parts that the given tests leave out.
 #
-# What has been run, on two cores. Oldest, Python 3.11.7 (torch 2.11.0, Lightning 2.6.1, numpy 2.0.2): 3,594 passed; 12 failures led to
-# the bounds of jsonargparse and pillow and to changes of three tests, after which their files passed (462 tests).
+# What has been run, on two cores. Oldest, Python 3.11.7 (torch 2.11.0, Lightning 2.6.1, numpy 2.0.2): 3,594 passed; 12
+# failures led to the bounds of jsonargparse and pillow and to changes of three tests, after which their files passed
+# (462 tests).
 # Newest, Python 3.13.0 (torch 2.15.0, Triton 3.9, numpy 2.5.5): 3,607 passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -117,15 +117,14 @@ def main() -> None:
             shutil.copy(ROOT / name, copy)
         for number, (path, node, new) in enumerate(chosen, start=1):
             relative, change = path.relative_to(ROOT), f"{ast.unparse(node)}  ->  {ast.unparse(new)}"
-            tests = tests_of(path, ROOT)
-            row = {"file": str(relative), "line": node.lineno, "change": change, "tests": tests}
+            row: dict[str, object] = {"file": str(relative), "line": node.lineno, "change": change}
             if options.again:
                 if rows[number - 1]["file"] != row["file"] or rows[number - 1]["change"] != change:
                     parser.error("--again: the code, or the seed, is not that of --out")
                 if rows[number - 1]["outcome"] != "survived" or "explanation" in rows[number - 1]:
                     continue
                 row = rows.pop(number - 1) | row
-            source = path.read_text()
+            source, tests = path.read_text(), tests_of(path, ROOT)
             (copy / relative).write_text(mutated(source, node, new))
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
             environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -139,7 +138,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 outcome = "killed (no end)"
             (copy / relative).write_text(source)
-            row |= {"outcome": outcome, "seconds": round(time.perf_counter() - begun)}
+            row |= {"tests": tests, "outcome": outcome, "seconds": round(time.perf_counter() - begun)}
             rows.insert(number - 1, row)
             print(f"{number:3} {outcome:15} {relative}:{node.lineno}: {change}", flush=True)
             made_by = {"command": recorded("benchmarks/mutants.py"), "processor": processor_name()}
